@@ -1,0 +1,51 @@
+"""bnfix: the doctor for normalization layers in PyTorch models.
+
+``import bnfix`` is cheap: names resolve on first use, and torch is imported only when a verb needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from bnfix.api import export, fold, info, load, save, verify
+    from bnfix.running import Call
+    from bnfix.types import Edit, Export, FileInfo, Parity, Refusal, Result
+
+_HOMES = {
+    **dict.fromkeys(("export", "fold", "info", "load", "save", "verify"), "bnfix.api"),
+    **dict.fromkeys(("Call",), "bnfix.running"),
+    **dict.fromkeys(("Edit", "Export", "FileInfo", "Parity", "Refusal", "Result"), "bnfix.types"),
+}
+
+__all__ = [
+    "Call",
+    "Edit",
+    "Export",
+    "FileInfo",
+    "Parity",
+    "Refusal",
+    "Result",
+    "export",
+    "fold",
+    "info",
+    "load",
+    "save",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'bnfix' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

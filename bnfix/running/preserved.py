@@ -1,0 +1,77 @@
+"""A model that is run, and left as it was found."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[nn.Module]:
+    """Run ``model`` inside; whatever happens there, it leaves as it came, Ctrl-C included.
+
+    Kept: the training flag of each module by itself, the values and identities of buffers, entries of
+    each module's ``__dict__`` (an attribute written in forward goes again), the RNG states of torch, every
+    CUDA device in use, NumPy where it is loaded, and ``random``; the grad mode and the backend flags.
+    Parameters are not copied: nothing that bnfix runs inside writes to them.
+    """
+    modules = list(model.modules())
+    dicts = [(m, dict(m.__dict__)) for m in modules]
+    tables = [(m, dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in modules]
+    values = [(b, b.detach().clone()) for m in modules for b in m._buffers.values() if b is not None]
+    rng = _rng_state()
+    backends = (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, torch.is_grad_enabled())
+    try:
+        yield model
+    finally:
+        for module, attributes in dicts:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        for module, parameters, buffers, children in tables:
+            for table, kept in (
+                (module._parameters, parameters),
+                (module._buffers, buffers),
+                (module._modules, children),
+            ):
+                if _changed(table, kept):
+                    table.clear()
+                    table.update(kept)  # type: ignore[arg-type]
+        with torch.no_grad():
+            for buffer, value in values:
+                if not torch.equal(buffer, value):  # NaN compares unequal and is written again: the same bits
+                    buffer.copy_(value)
+        _set_rng_state(rng)
+        torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled = backends[:2]
+        torch.set_grad_enabled(backends[2])
+
+
+def _changed(table: dict[str, Any], kept: dict[str, Any]) -> bool:
+    return list(table) != list(kept) or any(table[k] is not kept[k] for k in kept)
+
+
+def _rng_state() -> dict[str, Any]:
+    import sys
+
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "random": random.getstate()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        state["numpy"] = numpy.random.get_state()
+    return state
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    import sys
+
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["random"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if "numpy" in state:
+        sys.modules["numpy"].random.set_state(state["numpy"])
