@@ -1,0 +1,134 @@
+"""Values as people and programs read them: a terminal, JSON, HTML, Markdown, one line a fact, annotations.
+
+Nothing here imports torch, and rich only where something is drawn for a terminal.
+
+    >>> from bnfix.render import to_concise
+    >>> from bnfix.types import Refusal, Result
+    >>> print(to_concise(Result(None, (), (Refusal("layer1.bn", "conv has 2 users"),))))
+    layer1.bn: kept: conv has 2 users
+    folded 0 of 1 norm, kept 1
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from bnfix.render import page_html, text
+from bnfix.render.page import About
+from bnfix.render.pages import page_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Format = Literal["full", "concise", "json", "github", "markdown", "html"]
+FORMATS: tuple[str, ...] = get_args(Format)
+
+__all__ = [
+    "FORMATS",
+    "About",
+    "Format",
+    "render",
+    "to_concise",
+    "to_github",
+    "to_html",
+    "to_json",
+    "to_markdown",
+    "to_rich",
+]
+
+
+def to_rich(value: Any, about: About | None = None) -> Any:
+    """``value`` as something that ``rich.print`` draws; it reads width and encoding from the console."""
+    from bnfix.render.terminal import Drawn
+
+    return Drawn(page_of(value), about)
+
+
+def to_html(value: Any, about: About | None = None) -> str:
+    """``value`` as one HTML ``<div>``: inline styles, nothing fetched, all text escaped."""
+    return page_html.fragment(page_of(value), about or About())
+
+
+def to_json(value: Any, about: About | None = None) -> str:
+    """``value.to_dict()`` as JSON with sorted keys, in ASCII; what was asked and written stands under ``run``."""
+    document = value.to_dict()
+    if about is not None:
+        steps = [{"label": label, "line": line} for label, line in about.next]
+        document["run"] = {
+            "command": about.command,
+            "subject": about.subject,
+            "written": list(about.written),
+            "notes": list(about.notes),
+            "next": steps,
+        }
+    return json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
+
+
+def to_concise(value: Any, about: About | None = None) -> str:
+    """One line for each norm (or output, or fact), and one for the verdict."""
+    return text.concise(page_of(value), about or About())
+
+
+def to_github(value: Any, about: About | None = None) -> str:
+    """Annotations of a GitHub workflow for all that was refused or failed, and for the verdict."""
+    return text.github(page_of(value), about or About())
+
+
+def to_markdown(value: Any, about: About | None = None) -> str:
+    """A heading, the verdict, the table, the notes and the lines to paste."""
+    return text.markdown(page_of(value), about or About())
+
+
+def render(value: Any, format: Format = "full", console: Console | None = None, about: About | None = None) -> None:
+    """Write ``value`` to ``console`` (standard output by default) in one of :data:`FORMATS`.
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"no output format {format!r}; there are {', '.join(FORMATS)}")
+    if console is None:
+        from rich.console import Console as RichConsole
+
+        console = RichConsole(soft_wrap=True)
+    if format == "full":
+        console.print(to_rich(value, about), soft_wrap=True)
+        return
+    console.file.write(_as_text(value, format, about, console.encoding) + "\n")
+    console.file.flush()
+
+
+def render_all(values: Sequence[Any], format: Format, console: Console, about: Sequence[About]) -> None:
+    """Write several values of one kind; as JSON they are one document."""
+    if format != "json":
+        for n, (value, said) in enumerate(zip(values, about)):
+            if n and format in ("full", "markdown"):
+                console.file.write("\n")
+            render(value, format, console, said)
+        return
+    documents = [json.loads(to_json(value)) for value in values]
+    version = values[0].to_dict()["schema_version"] if values else None
+    console.file.write(json.dumps({"schema_version": version, "type": "list", "values": documents}, indent=2) + "\n")
+
+
+def _as_text(value: Any, format: Format, about: About | None, encoding: str) -> str:
+    if format == "json":
+        return to_json(value, about)
+    if format == "html":
+        return _encodable(page_html.document(page_of(value), about or About()), encoding, "xmlcharrefreplace")
+    drawn = {"concise": to_concise, "github": to_github, "markdown": to_markdown}[format](value, about)
+    return _encodable(drawn, encoding, "ascii")
+
+
+def _encodable(written: str, encoding: str, otherwise: str) -> str:
+    try:
+        written.encode(encoding)
+    except UnicodeEncodeError:
+        if otherwise == "ascii":
+            from bnfix.render.terminal import to_ascii
+
+            return to_ascii(written)
+        return written.encode(encoding, otherwise).decode(encoding)
+    return written

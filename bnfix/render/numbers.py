@@ -1,0 +1,69 @@
+"""Numbers and counts as a person reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+NONE = "–"
+
+
+def ratio(value: float | None) -> str:
+    """A dimensionless figure in two significant digits: ``0.021``, ``1.3``, ``42``, ``3.1e+05``."""
+    if value is None:
+        return NONE
+    if not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf"
+    if value == 0:
+        return "0"
+    if 0.01 <= abs(value) < 10:
+        return f"{value:.2g}" if abs(value) < 1 else f"{value:.1f}"
+    return f"{value:.0f}" if 10 <= abs(value) < 10_000 else f"{value:.1e}"
+
+
+def ulp(value: float | None) -> str:
+    """Units in the last place; two decimals, because ½ is the line that counts."""
+    if value is None:
+        return NONE
+    return f"{value:.2f}" if value < 100 else ratio(value)
+
+
+def error(value: float | None) -> str:
+    """An absolute or relative error: ``1.2e-06``."""
+    if value is None:
+        return NONE
+    return "0" if value == 0 else f"{value:.1e}"
+
+
+def percent(value: float | None) -> str:
+    """A fraction as percent; never rounded up to 100 %."""
+    if value is None:
+        return NONE
+    if value == 1:
+        return "100 %"
+    return f"{min(value * 100, 99.99):.2f} %"
+
+
+def size(count: int) -> str:
+    """Bytes in units of 1000, as ``ls -h --si`` and download pages count."""
+    if count < 1000:
+        return f"{count} bytes"
+    value = float(count)
+    for unit in ("kB", "MB", "GB"):
+        value /= 1000
+        if value < 999.5:
+            break
+    return f"{value:.3g} {unit}"
+
+
+def count(number: int, noun: str) -> str:
+    """``1 norm``, ``52 norms``, ``1,234 tensors``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def worst(values: Iterable[float | None]) -> float | None:
+    """The largest of the figures that were measured; NaN is worse than any; None where none was."""
+    known = [v for v in values if v is not None]
+    if any(math.isnan(v) for v in known):
+        return math.nan
+    return max(known, default=None)

@@ -1,0 +1,79 @@
+"""The page of a file that was looked at and not loaded."""
+
+from __future__ import annotations
+
+from bnfix.render.numbers import count, size
+from bnfix.render.page import Column, Line, Page, Row, State
+from bnfix.render.pages import PageOf
+from bnfix.types import FileInfo
+
+COLUMNS = (Column("what", "path"), Column("found"))
+FEW = 8
+
+
+class FileInfoPage(PageOf):
+    """What a file is, what is in it, whether it can be loaded, and what to do with it."""
+
+    kind = FileInfo
+
+    def page(self, value: FileInfo) -> Page:
+        rows = [Row(state, (what, found)) for state, what, found in _found(value) if found]
+        state: State = "done" if value.loadable else "failed" if value.dangerous else "kept"
+        can = (
+            "can be loaded"
+            if value.loadable
+            else "must not be loaded"
+            if value.dangerous
+            else "can't be loaded as it is"
+        )
+        norms = [count(len(value.norms), "norm")] if value.tensors else []
+        lines = [Line("plain", row.cells[0], row.cells[1]) for row in rows if row.cells[0] != "norms"]
+        lines += [Line("plain", n.path, _norm(n.channels, n.dtype, n.affine)) for n in value.norms]
+        return Page(
+            title=value.path,
+            columns=COLUMNS,
+            rows=tuple(rows),
+            lines=tuple(lines),
+            state=state,
+            verdict=(value.title, *norms, can),
+            next=tuple(("next" if n == 0 else "", line) for n, line in enumerate(value.advice.splitlines())),
+        )
+
+
+def _found(value: FileInfo) -> list[tuple[State, str, str]]:
+    dtypes = ", ".join(f"{n:,} {dtype}" if len(value.dtypes) > 1 else dtype for dtype, n in value.dtypes.items())
+    tensors = f"{value.tensors:,} ({dtypes}), {count(value.parameters, 'number')}, {size(value.bytes)}"
+    names = [n.path for n in value.norms]
+    shown = names if len(names) <= FEW else [*names[:3], "…", names[-1]]
+    listed = ", ".join(shown).replace(", …,", " …")
+    wrapper = f"the weights lie under {value.wrapper!r}" if value.wrapper else ""
+    if value.wrapper and value.other_wrappers:
+        wrapper += f", not taken: {', '.join(map(repr, value.other_wrappers))}"
+    recipe = value.recipe or {}
+    return [
+        ("plain", "kind", f"{value.kind} ({value.container}), {size(value.size)}"),
+        ("plain", "tensors", tensors if value.tensors else ""),
+        ("plain", "norms", f"{len(names)}: {listed}" if names else ("none" if value.tensors else "")),
+        ("plain", "wrapper", wrapper),
+        ("plain", "prefix", f"{value.prefix!r} is stripped from the names" if value.prefix else ""),
+        ("plain", "class", value.root_class or ""),
+        ("kept", "runs code of", _some(value.names_code) if not value.loadable or value.root_class else ""),
+        ("failed", "DANGEROUS", _some(value.dangerous)),
+        ("plain", "folded", _recipe(recipe) if recipe else ""),
+        *(("plain", str(k).replace("_", " "), str(v)) for k, v in value.facts.items()),
+    ]
+
+
+def _norm(channels: int, dtype: str, affine: bool) -> str:
+    return f"norm of {count(channels, 'channel')}, {dtype}" + ("" if affine else ", not affine")
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
+
+
+def _recipe(recipe: object) -> str:
+    held = recipe if isinstance(recipe, dict) else {}
+    return (
+        f"by bnfix {held['bnfix']}: load it with bnfix.load" if "bnfix" in held else "by bnfix: load it with bnfix.load"
+    )

@@ -1,0 +1,153 @@
+"""The page of a repair: one row a norm, folded or kept, each with its reason."""
+
+from __future__ import annotations
+
+import itertools
+
+from bnfix.render import proof
+from bnfix.render.numbers import count, ratio, ulp, worst
+from bnfix.render.page import Column, Line, Page, Row, State
+from bnfix.render.pages import PageOf
+from bnfix.render.runs import alike, together
+from bnfix.types import Edit, Refusal, Result
+
+COLUMNS = (
+    Column("norm", "path"),
+    Column("was", "extra"),
+    Column("result"),
+    Column("ulp", "number"),
+    Column("× noise", "number"),
+)
+SOURCES = {
+    "symbolic": "read without an example input: pass --input (example= in Python) for more folds and a proof by numbers",
+    "observed": "the graph was recorded from one concrete run: it holds for the route that the run took",
+}
+
+
+class ResultPage(PageOf):
+    """What was folded into what, what was kept and why, and the proof."""
+
+    kind = Result
+
+    def page(self, value: Result) -> Page:
+        state, verdict = _verdict(value)
+        rows = [_row(run, value.dry_run) for run in together(value.edits)]
+        kept = [_kept(group) for group in alike(value.refusals)]
+        lines = [_line(e, value.dry_run) for e in value.edits] + [_refused(r) for r in value.refusals]
+        short = len(rows) < len(value.edits) or len(kept) < len(value.refusals)
+        every = ("every norm by itself: --output-format concise",) if short else ()
+        source = (SOURCES[value.source],) if value.source in SOURCES and value.norms else ()
+        return Page(
+            title="the plan" if value.dry_run else "the norms",
+            columns=COLUMNS,
+            rows=(*rows, *kept),
+            lines=tuple(lines),
+            state=state,
+            verdict=verdict,
+            details=(*(proof.details(value.parity) if value.parity else ()), *every),
+            notes=(*source, *value.notes, *(value.parity.notes if value.parity else ())),
+        )
+
+
+def _verdict(value: Result) -> tuple[State, tuple[str, ...]]:
+    if not value.norms:
+        return "kept", ("found no norm with running statistics: nothing to fold",)
+    verb = "would fold" if value.dry_run else "folded"
+    done, kept = len(value.edits), len(value.refusals)
+    parts = [f"{verb} {done} of {count(value.norms, 'norm')}" + (f", kept {kept}" if kept else "")]
+    defects = sum(r.defect for r in value.refusals)
+    if defects:
+        parts.append(
+            f"{count(defects, 'plan')} of bnfix failed the proof and {'was' if defects == 1 else 'were'} undone"
+        )
+    furthest = worst(e.ulp for e in value.edits)
+    if furthest is not None and furthest <= 0.5:
+        parts.append(f"exact up to one rounding (≤ {ulp(furthest)} ulp)")
+    elif furthest is not None:
+        parts.append(f"stored numbers up to {ulp(furthest)} ulp from exact")
+    state: State = "failed" if defects else "done" if done else "kept"
+    if value.parity is not None:
+        parts += proof.verdict(value.parity)
+        if value.parity.verdict != "passed":
+            state = proof.STATES[value.parity.verdict]
+    elif done:
+        parts.append("not run yet" if value.dry_run else "outputs NOT compared")
+    return state, tuple(parts)
+
+
+def _row(run: list[Edit], dry_run: bool) -> Row:
+    figures = ulp(worst(e.ulp for e in run)), ratio(worst(e.noise_ratio for e in run))
+    if len(run) == 1:
+        edit = run[0]
+        return Row("done", (_name(edit), _short(edit.before), _into(edit, dry_run), *figures))
+    classes = sorted({e.before.split("(")[0] for e in run})
+    was = f"{len(run)} × {' / '.join(classes)}"
+    return Row("done", (_span(run), was, _into_many(run, dry_run), *figures))
+
+
+def _kept(group: list[Refusal]) -> Row:
+    state: State = "failed" if any(r.defect for r in group) else "kept"
+    names = [_name(r) for r in group]
+    if len(names) > 6:
+        names = [*names[:3], "…", f"{names[-1]} ({len(group)} norms)"]
+    return Row(state, (", ".join(names).replace(", …,", " …"), "", f"kept: {group[0].reason}", "", ""))
+
+
+def _line(edit: Edit, dry_run: bool) -> Line:
+    figures = [f"{ulp(edit.ulp)} ulp"] if edit.ulp is not None else []
+    figures += [f"{ratio(edit.noise_ratio)} x noise"] if edit.noise_ratio is not None else []
+    measured = f" ({', '.join(figures)})" if figures else ""
+    return Line("done", _name(edit), f"{edit.before} {_into(edit, dry_run)}{measured}")
+
+
+def _refused(refusal: Refusal) -> Line:
+    return Line("failed" if refusal.defect else "kept", _name(refusal), f"kept: {refusal.reason}")
+
+
+def _name(value: Edit | Refusal) -> str:
+    calls = [c for c in value.calls if c != value.site]
+    site = value.site or "(root)"
+    if not calls:
+        return site
+    if len(value.calls) == 1:
+        return calls[0]
+    return f"{site} ({len(value.calls)} calls)"
+
+
+def _verb(dry_run: bool) -> str:
+    return "would fold into" if dry_run else "folded into"
+
+
+def _into(edit: Edit, dry_run: bool) -> str:
+    gained = sorted({key.rpartition(".")[2] for key in edit.gains})
+    gains = f", gains {' and '.join(gained)}" if gained else ""
+    if not edit.into:
+        return f"{edit.action}: {edit.after}{gains}"
+    return f"{_verb(dry_run)} {', '.join(edit.into)}{gains}"
+
+
+def _span(run: list[Edit]) -> str:
+    shared = _shared([e.site for e in run])
+    return f"{shared}.* ({len(run)} norms)" if shared else f"{run[0].site} … {run[-1].site} ({len(run)} norms)"
+
+
+def _into_many(run: list[Edit], dry_run: bool) -> str:
+    into = list(dict.fromkeys(path for e in run for path in e.into))
+    shared = _shared(into)
+    if shared and shared == _shared([e.site for e in run]):
+        under = ""
+    else:
+        under = f" under {shared}" if shared else f", {into[0]} … {into[-1]}" if len(into) > 1 else ""
+    gains = sum(bool(e.gains) for e in run)
+    gained = ", all gain a bias" if gains == len(run) else f", {gains} gain a bias" if gains else ""
+    return f"{_verb(dry_run)} {count(len(into), 'layer')}{under}{gained}"
+
+
+def _shared(paths: list[str]) -> str:
+    parts = [p.split(".")[:-1] for p in paths]
+    common = [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts))]
+    return ".".join(common)
+
+
+def _short(before: str) -> str:
+    return before.replace(", eps=1e-05)", ")")
