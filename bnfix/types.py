@@ -83,12 +83,13 @@ class TensorFact:
 class Op:
     """One operation of one traced forward.
 
-    ``kind`` is ``conv``, ``conv_transpose``, ``linear``, ``norm``, ``input``, ``output`` or ``other``.
-    ``inputs`` are the indices of the operations whose values it reads (each use counts), ``tensors``
-    the model's own tensors it reads by role (``weight``, ``bias``, ``running_mean``, ``running_var``,
-    or ``#3`` for an argument without a role), ``attrs`` its constants (``groups``, ``eps``,
-    ``training``). ``within`` names the higher-order operations around it, outermost first, and
-    ``stack`` the calls of modules around it, outermost first.
+    ``kind`` is ``conv``, ``conv_transpose``, ``linear``, ``norm``, ``input``, ``constant``, ``output``
+    or ``other``. ``inputs`` are the indices of the operations whose values it reads (each use counts),
+    ``reads`` the same by argument name where an argument is one value, ``tensors`` the model's own
+    tensors it reads by argument name (``weight``, ``bias``, ``running_mean``, ``running_var``), ``attrs``
+    its constants (``groups``, ``eps``, ``training``). ``within`` names the higher-order operations
+    around it (``cond``), outermost first, and ``stack`` the calls of modules around it, outermost
+    first. Shapes count elements per dimension.
     """
 
     index: int
@@ -96,6 +97,7 @@ class Op:
     target: str
     site: CallSite
     inputs: tuple[int, ...] = ()
+    reads: Mapping[str, int] = field(default_factory=dict)
     tensors: Mapping[str, int] = field(default_factory=dict)
     attrs: Mapping[str, Any] = field(default_factory=dict)
     shape: tuple[int, ...] | None = None
@@ -133,7 +135,9 @@ class NormFact:
 
     ``paths`` holds every name, ``calls`` the operations that use its statistics as (route, index).
     ``module`` is False where the buffers belong to a module that does other things as well
-    (``F.batch_norm`` in a forward): then no module can be taken out.
+    (``F.batch_norm`` in a forward): then no module can be taken out. ``after`` are its own submodules
+    that run on its output inside its forward (the activation of timm's BatchNormAct2d), ``extra`` says
+    what else its forward does, empty for a norm that only normalises and runs ``after``.
     """
 
     path: str
@@ -144,6 +148,8 @@ class NormFact:
     training: bool = False
     module: bool = True
     summary: str = ""
+    after: tuple[str, ...] = ()
+    extra: str = ""
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ class Skipped:
 class Facts:
     """What is known of a model, gathered once; rules and planners read this and nothing else.
 
-    ``held`` names operations (route, index) whose output something keeps beyond the forward (an
+    ``held`` holds the keys of weights whose layer's output something keeps beyond the forward (an
     attribute, a list in a closure), ``hooks`` the module paths with hooks that could read or change
     what passes, ``blockers`` reasons that concern the whole model (a global module hook).
     ``binding`` leads from keys to the original's objects; it is opaque to everyone but ``graph``.
@@ -170,7 +176,7 @@ class Facts:
     norms: tuple[NormFact, ...]
     skipped: tuple[Skipped, ...] = ()
     hooks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    held: frozenset[tuple[int, int]] = frozenset()
+    held: frozenset[int] = frozenset()
     blockers: tuple[str, ...] = ()
     binding: Any = field(default=None, repr=False, compare=False, metadata=NOT_IN_JSON)
 

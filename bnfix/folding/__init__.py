@@ -1,0 +1,19 @@
+"""Folding norms into the layers that feed them: algebra in ``folds/``, the planner, the operation, its proof by weights."""
+
+from bnfix.folding.engine import Folded, operate
+from bnfix.folding.fold import Example, Fold
+from bnfix.folding.planner import Plan, PlannedFold, plan
+from bnfix.folding.proof import isolate, structure_differs, weight_errors
+
+__all__ = [
+    "Example",
+    "Fold",
+    "Folded",
+    "Plan",
+    "PlannedFold",
+    "isolate",
+    "operate",
+    "plan",
+    "structure_differs",
+    "weight_errors",
+]

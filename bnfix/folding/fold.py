@@ -1,0 +1,49 @@
+"""What every pattern in ``folds/`` is: the algebra of one way to take a norm into a layer, and when not to."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from bnfix.stats import Affine
+from bnfix.types import Op
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model that shows the pattern, and the shape of an input for it. ``folds``: how many norms must go."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    folds: int = 1
+
+
+class Fold(ABC):
+    """One pattern. It sees weights as float64 tensors and knows nothing of graphs or modules.
+
+    ``kinds`` are the kinds of :class:`~bnfix.types.Op` it takes a norm into. ``examples`` are both its
+    documentation and its tests: ``folds=0`` shows what it must refuse.
+    """
+
+    kinds: ClassVar[frozenset[str]]
+    examples: ClassVar[tuple[Example, ...]]
+
+    @abstractmethod
+    def refuse(self, producer: Op, norm: Op, weight_shape: tuple[int, ...]) -> str | None:
+        """Why this norm can't go into this producer; None where it can.
+
+        Decided by rank and axis, never by sizes that happen to be equal.
+        """
+
+    @abstractmethod
+    def weight(self, weight: Tensor, affine: Affine, producer: Op) -> Tensor:
+        """The weight that computes scale·(W∗x): same shape as ``weight``, float64."""
+
+    def bias(self, bias: Tensor | None, affine: Affine) -> Tensor:
+        """The bias that goes with it: scale·bias + shift, shape (C,), float64."""
+        return affine.shift if bias is None else affine.scale * bias + affine.shift

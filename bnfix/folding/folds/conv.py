@@ -1,0 +1,53 @@
+"""Convolution → norm, 1d to 3d, grouped and depthwise, every padding mode.
+
+y_o = a_o·(Σ W_o∗x + bias_o) + b_o: each output channel's filter and bias are scaled, the shift joins the
+bias. Padding acts on x before W, groups only choose which x a filter sees: neither matters to the algebra.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from bnfix.folding.fold import Example, Fold
+from bnfix.stats import Affine
+from bnfix.types import Op
+
+
+def _net(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers)
+
+
+class ConvFold(Fold):
+    """Weight (O, I/groups, *kernel): scaled along its first axis."""
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"conv"})
+    examples: ClassVar[tuple[Example, ...]] = (
+        Example("conv1d", lambda: _net(nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6)), (2, 3, 9)),
+        Example("conv2d", lambda: _net(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)), (2, 3, 7, 6)),
+        Example("conv3d", lambda: _net(nn.Conv3d(2, 4, 2), nn.BatchNorm3d(4)), (1, 2, 4, 5, 4)),
+        Example("grouped", lambda: _net(nn.Conv2d(6, 9, 3, groups=3), nn.BatchNorm2d(9)), (2, 6, 5, 5)),
+        Example("depthwise", lambda: _net(nn.Conv2d(4, 8, 3, groups=4), nn.BatchNorm2d(8)), (2, 4, 5, 5)),
+        *(
+            Example(
+                f"padding {mode}",
+                lambda mode=mode: _net(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode), nn.BatchNorm2d(4)),
+                (2, 3, 6, 6),
+            )
+            for mode in ("zeros", "reflect", "replicate", "circular")
+        ),
+        Example("padding 'same'", lambda: _net(nn.Conv2d(3, 4, 3, padding="same"), nn.BatchNorm2d(4)), (2, 3, 6, 6)),
+        Example("two norms", lambda: _net(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)), (2, 3, 4, 4), 2),
+        Example("relu between", lambda: _net(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)), (2, 3, 6, 6), 0),
+    )
+
+    def refuse(self, producer: Op, norm: Op, weight_shape: tuple[int, ...]) -> str | None:
+        """A convolution's channels are axis 1 of a batched output; an unbatched one has them on axis 0."""
+        if producer.shape is None or len(producer.shape) != len(weight_shape):
+            return f"{producer.site} runs without a batch dimension: the norm's channels are not its channels"
+        return None
+
+    def weight(self, weight: Tensor, affine: Affine, producer: Op) -> Tensor:
+        """W'_o = a_o·W_o."""
+        return weight * affine.scale.reshape(-1, *(1,) * (weight.dim() - 1))

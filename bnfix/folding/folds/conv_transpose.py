@@ -1,0 +1,47 @@
+"""Transposed convolution → norm, 1d to 3d, with groups.
+
+The weight is (I, O/g, *kernel): output channel o = (group, place in the group), so the scale runs along
+axis 1 and changes from one block of I/g input channels to the next. (torch's own
+``fuse_conv_bn_weights(transpose=True)`` ignores the groups.)
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from bnfix.folding.fold import Example, Fold
+from bnfix.stats import Affine
+from bnfix.types import Op
+
+
+def _net(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers)
+
+
+class ConvTransposeFold(Fold):
+    """Weight (I, O/groups, *kernel), seen as (groups, I/groups, O/groups, *kernel)."""
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"conv_transpose"})
+    examples: ClassVar[tuple[Example, ...]] = (
+        Example("1d", lambda: _net(nn.ConvTranspose1d(4, 6, 3, stride=2), nn.BatchNorm1d(6)), (2, 4, 5)),
+        Example("2d", lambda: _net(nn.ConvTranspose2d(4, 6, 3, output_padding=1, stride=2), nn.BatchNorm2d(6)), (2, 4, 4, 5)),
+        Example("3d", lambda: _net(nn.ConvTranspose3d(2, 4, 2, bias=False), nn.BatchNorm3d(4)), (1, 2, 3, 3, 3)),
+        Example("grouped", lambda: _net(nn.ConvTranspose2d(6, 4, 3, groups=2), nn.BatchNorm2d(4)), (2, 6, 4, 4)),
+        Example("depthwise", lambda: _net(nn.ConvTranspose2d(4, 8, 3, groups=4), nn.BatchNorm2d(8)), (2, 4, 4, 4)),
+        Example("relu between", lambda: _net(nn.ConvTranspose1d(3, 4, 2), nn.ReLU(), nn.BatchNorm1d(4)), (2, 3, 4), 0),
+    )
+
+    def refuse(self, producer: Op, norm: Op, weight_shape: tuple[int, ...]) -> str | None:
+        """As for a convolution: axis 1 of a batched output."""
+        if producer.shape is None or len(producer.shape) != len(weight_shape):
+            return f"{producer.site} runs without a batch dimension: the norm's channels are not its channels"
+        return None
+
+    def weight(self, weight: Tensor, affine: Affine, producer: Op) -> Tensor:
+        """W'[g, i, o] = a[g, o]·W[g, i, o]."""
+        groups = int(producer.attrs.get("groups", 1))
+        inputs, outputs = weight.shape[:2]
+        blocks = weight.reshape(groups, inputs // groups, outputs, -1)
+        return (blocks * affine.scale.reshape(groups, 1, outputs, 1)).reshape(weight.shape)

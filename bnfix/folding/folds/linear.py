@@ -1,0 +1,45 @@
+"""Linear → norm, where the features are the axis that the norm normalises.
+
+On (N, features) they are. On (N, L, features) BatchNorm1d normalises axis 1, which is L: another
+quantity, also where L happens to equal the number of features (fx, torchao and Brevitas fold it, and are
+silently wrong).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from bnfix.folding.fold import Example, Fold
+from bnfix.stats import Affine
+from bnfix.types import Op
+
+
+def _net(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers)
+
+
+class LinearFold(Fold):
+    """Weight (O, I): scaled along its first axis."""
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    examples: ClassVar[tuple[Example, ...]] = (
+        Example("linear", lambda: _net(nn.Linear(5, 7), nn.BatchNorm1d(7)), (4, 5)),
+        Example("no bias, no affine", lambda: _net(nn.Linear(5, 7, bias=False), nn.BatchNorm1d(7, affine=False)), (4, 5)),
+        Example("L equals C", lambda: _net(nn.Linear(5, 6), nn.BatchNorm1d(6)), (4, 6, 5), 0),
+    )
+
+    def refuse(self, producer: Op, norm: Op, weight_shape: tuple[int, ...]) -> str | None:
+        """Only where the linear layer's last axis is axis 1."""
+        if producer.shape is None or len(producer.shape) != 2:
+            rank = "?" if producer.shape is None else len(producer.shape)
+            return (
+                f"{producer.site} puts its features on the last of {rank} axes, the norm normalises axis 1: "
+                "not the same channels"
+            )
+        return None
+
+    def weight(self, weight: Tensor, affine: Affine, producer: Op) -> Tensor:
+        """W'_o = a_o·W_o."""
+        return weight * affine.scale.reshape(-1, 1)

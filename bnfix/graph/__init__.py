@@ -1,0 +1,19 @@
+"""Facts about a model, and surgery on it."""
+
+from bnfix.graph.copies import copy_model, unwrap
+from bnfix.graph.facts import Binding, gather
+from bnfix.graph.owners import Slot
+from bnfix.graph.surgery import Surgeon, all_or_nothing, as_parameter, placeholder, replay
+
+__all__ = [
+    "Binding",
+    "Slot",
+    "Surgeon",
+    "all_or_nothing",
+    "as_parameter",
+    "copy_model",
+    "gather",
+    "placeholder",
+    "replay",
+    "unwrap",
+]

@@ -1,0 +1,298 @@
+"""Model and calls → :class:`~bnfix.types.Facts`: gathered once, complete, with nothing dropped in silence."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.overrides import TorchFunctionMode
+
+from bnfix.errors import PassError
+from bnfix.graph.copies import Memo, copy_model
+from bnfix.graph.frozen import STATE, name_frozen_norms
+from bnfix.graph.owners import Owners, Slot, find_owners, hooks_of, storage_key
+from bnfix.graph.sources import exported
+from bnfix.types import Facts, NormFact, Op, Route, TensorFact
+
+
+@dataclass(frozen=True)
+class Binding:
+    """From the keys and paths of facts back to the objects of the model they were gathered from."""
+
+    owners: Owners
+    keys: dict[int, int]
+    tensors: dict[int, Tensor]
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+
+    def slots(self, key: int) -> list[Slot]:
+        """Every place that holds the tensor ``key``."""
+        return self.owners.tensor_slots[id(self.tensors[key])]
+
+
+def gather(model: nn.Module, calls: Sequence[Any], *, held: bool = True) -> Facts:
+    """Everything the planner needs to know of ``model``, on each of ``calls``.
+
+    Only private copies are run and traced; ``model`` is not touched. With ``held`` the model runs once
+    more on each call to find layers whose output something keeps beyond the forward.
+
+    Raises:
+        PassError: the forward fails on a call.
+        TraceError: it can't be copied or traced.
+    """
+    owners = find_owners(model)
+    keys = {tensor_id: i for i, tensor_id in enumerate(owners.tensors)}
+    tensors = {keys[i]: t for i, t in owners.tensors.items()}
+    norms = _norm_modules(owners)
+    roles = {path: _roles(m, keys) for m in norms for path in owners.paths(m)}
+    routes: list[Route] = []
+    kept: set[int] = set()
+    for call in calls:
+        copy, memo = copy_model(model, isolate=True)
+        key_of = _KeyOf(owners, keys, memo)
+        if held:
+            kept |= _held(copy, call, key_of)
+        route, _ = exported.trace(copy, call, key_of)
+        routes.append(name_frozen_norms(route, roles, tensors.__getitem__))
+    facts_of_norms, modules = _norm_facts(owners, norms, keys, routes)
+    return Facts(
+        source="exported",
+        routes=tuple(routes),
+        tensors={
+            keys[i]: TensorFact(
+                keys[i], owners.paths(t), tuple(t.shape), str(t.dtype).removeprefix("torch.")
+            )
+            for i, t in owners.tensors.items()
+        },
+        norms=facts_of_norms,
+        hooks={p: h for m in owners.modules.values() if (h := hooks_of(m)) for p in owners.paths(m)},
+        held=frozenset(kept),
+        blockers=_global_hooks(),
+        binding=Binding(owners, keys, tensors, modules),
+    )
+
+
+class _KeyOf:
+    """The key of a tensor of one private copy: by identity, or by storage where export has wrapped it anew."""
+
+    def __init__(self, owners: Owners, keys: dict[int, int], memo: Memo) -> None:
+        self._by_id: dict[int, int] = {}
+        self._by_storage: dict[Any, int] = {}
+        for original, key in keys.items():
+            twin = memo.get(original)
+            if isinstance(twin, Tensor):
+                self._by_id[id(twin)] = key
+                stored = storage_key(twin)
+                if stored is not None:
+                    self._by_storage.setdefault(stored, key)
+
+    def __call__(self, tensor: Tensor) -> int | None:
+        key = self._by_id.get(id(tensor))
+        return key if key is not None else self._by_storage.get(storage_key(tensor))
+
+
+# --------------------------------------------------------------------------------- outputs held
+
+_PRODUCERS = {
+    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
+    torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d,
+    torch.conv_transpose3d, torch.convolution, torch._C._nn.linear,
+}  # fmt: skip
+
+
+class _Producers(TorchFunctionMode):
+    """Remembers, weakly, the storage of each output of a convolution or linear layer."""
+
+    def __init__(self, key_of: _KeyOf) -> None:
+        self.seen: list[tuple[int, StorageWeakRef]] = []
+        self._key_of = key_of
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _PRODUCERS and isinstance(out, Tensor):
+            weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
+            key = self._key_of(weight) if isinstance(weight, Tensor) else None
+            if key is not None:
+                self.seen.append((key, StorageWeakRef(out.untyped_storage())))
+        return out
+
+
+def _held(copy: nn.Module, call: Any, key_of: _KeyOf) -> set[int]:
+    """Weights of the layers whose output is still alive after the forward and its result are gone.
+
+    Whatever keeps it (an attribute written in forward, a list in a closure, a cache) could be read by
+    someone, and would hold other numbers after a fold. The graph shows none of this.
+    """
+    watch = _Producers(key_of)
+    try:
+        with torch.no_grad(), watch:
+            out = call.run(copy)
+    except Exception as error:  # noqa: BLE001  # the user's own forward may raise anything
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise PassError(
+            f"the model's forward failed on {call.signature}: {type(error).__name__}: {first}",
+            hint="give an example input that the model accepts",
+        ) from error
+    del out
+    alive = {key for key, ref in watch.seen if not ref.expired()}
+    if alive:
+        gc.collect()  # a reference cycle isn't someone who keeps it
+        alive = {key for key, ref in watch.seen if not ref.expired()}
+    return alive
+
+
+def _global_hooks() -> tuple[str, ...]:
+    module = torch.nn.modules.module
+    hooks = [*module._global_forward_hooks.values(), *module._global_forward_pre_hooks.values()]
+    return tuple(
+        f"a global module hook ({getattr(h, '__qualname__', type(h).__name__)}) could read or change any layer's output"
+        for h in hooks
+    )
+
+
+# ---------------------------------------------------------------------------------------- norms
+
+
+def _norm_modules(owners: Owners) -> list[nn.Module]:
+    """Modules that own running statistics, or are of a class that would (statistics switched off)."""
+    return [m for m in owners.modules.values() if _is_norm(m)]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    if isinstance(module, _InstanceNorm) and module.running_mean is None:
+        return False
+    if isinstance(module, _NormBase):
+        return True
+    mean, var = (getattr(module, n, None) for n in ("running_mean", "running_var"))
+    return isinstance(mean, Tensor) and isinstance(var, Tensor) and mean.dim() == var.dim() == 1
+
+
+def _roles(module: nn.Module, keys: dict[int, int]) -> dict[str, int]:
+    found = {}
+    for role in STATE:
+        tensor = getattr(module, role, None)
+        if isinstance(tensor, Tensor) and id(tensor) in keys:
+            found[role] = keys[id(tensor)]
+    return found
+
+
+def _norm_facts(
+    owners: Owners, norms: Iterable[nn.Module], keys: dict[int, int], routes: Sequence[Route]
+) -> tuple[tuple[NormFact, ...], dict[str, nn.Module]]:
+    claimed: dict[int, list[tuple[int, int]]] = {}
+    loose: dict[str, list[tuple[int, int]]] = {}
+    known = list(norms)
+    by_path = {p: m for m in known for p in owners.paths(m)}
+    by_mean: dict[int, list[nn.Module]] = {}
+    for module in known:
+        mean = _roles(module, keys).get("running_mean")
+        if mean is not None:
+            by_mean.setdefault(mean, []).append(module)
+    for r, route in enumerate(routes):
+        for op in route.ops:
+            if op.kind != "norm":
+                continue
+            owner = _owner(op, by_path, by_mean)
+            if owner is not None:
+                claimed.setdefault(id(owner), []).append((r, op.index))
+            elif _needs_name(op):
+                loose.setdefault(_loose_path(op, owners, keys), []).append((r, op.index))
+    facts = [_norm_fact(m, owners, keys, routes, tuple(claimed.get(id(m), ()))) for m in known]
+    for path, calls in loose.items():
+        op = routes[calls[0][0]].ops[calls[0][1]]
+        facts.append(
+            NormFact(path, (path,), "F.batch_norm", dict(op.tensors), tuple(calls), module=False, summary=_summary(op))
+        )
+    facts.sort(key=lambda n: min(n.calls, default=(len(routes), 0)))
+    return tuple(facts), by_path
+
+
+def _owner(op: Op, by_path: dict[str, nn.Module], by_mean: dict[int, list[nn.Module]]) -> nn.Module | None:
+    innermost = by_path.get(op.site.path) if op.stack else None
+    mean = op.tensors.get("running_mean")
+    owners = by_mean.get(mean, []) if mean is not None else []
+    if innermost is not None and (innermost in owners or not owners):
+        return innermost
+    return owners[0] if len(owners) == 1 else None
+
+
+def _needs_name(op: Op) -> bool:
+    """An instance norm without statistics is no norm of ours: it depends on its own input alone."""
+    return not (op.target.startswith("aten.instance_norm") and "running_mean" not in op.tensors)
+
+
+def _loose_path(op: Op, owners: Owners, keys: dict[int, int]) -> str:
+    mean = op.tensors.get("running_mean")
+    names = next((owners.paths(owners.tensors[i]) for i, k in keys.items() if k == mean), ()) if mean is not None else ()
+    return names[0] if names else f"{op.site.path or '(root)'}: F.batch_norm"
+
+
+def _norm_fact(
+    module: nn.Module, owners: Owners, keys: dict[int, int], routes: Sequence[Route], calls: tuple[tuple[int, int], ...]
+) -> NormFact:
+    paths = owners.paths(module)
+    after: tuple[str, ...] = ()
+    extra = ""
+    whole = True
+    for r, index in calls:
+        op = routes[r].ops[index]
+        if op.stack and op.site.path in paths:
+            found, extra = _rest_of_forward(routes[r], op)
+            if after and found != after:
+                extra = "its forward takes different ways in different calls"
+            after = found
+        elif not (isinstance(module, _NormBase) and _plain_forward(module)):
+            whole = False
+        if extra:
+            break
+    first = routes[calls[0][0]].ops[calls[0][1]] if calls else None
+    return NormFact(
+        path=paths[0],
+        paths=paths,
+        cls=type(module).__name__,
+        tensors=_roles(module, keys),
+        calls=calls,
+        training=module.training,
+        module=whole,
+        summary=_summary(first, module),
+        after=after,
+        extra=extra,
+    )
+
+
+def _plain_forward(module: nn.Module) -> bool:
+    return type(module).forward.__module__.startswith("torch.nn.modules.")
+
+
+def _rest_of_forward(route: Route, norm: Op) -> tuple[tuple[str, ...], str]:
+    """What else ran in the call of the module around ``norm``: its submodules after it, or a reason against it."""
+    call, depth = norm.stack[-1], len(norm.stack) - 1
+    after: list[str] = []
+    for op in route.ops:
+        if op.index == norm.index or len(op.stack) <= depth or op.stack[depth] != call:
+            continue
+        if len(op.stack) == depth + 1 or op.index < norm.index:
+            return (), f"its forward also does {op.target}"
+        child = op.stack[depth + 1].partition("@")[0].removeprefix(f"{norm.site.path}.")
+        if not after or after[-1] != child:
+            after.append(child)
+    if len(set(after)) != len(after) or any("." in name for name in after):
+        return (), f"its forward runs {', '.join(after)} in an order that can't be kept without it"
+    return tuple(after), ""
+
+
+def _summary(op: Op | None, module: nn.Module | None = None) -> str:
+    name = "F.batch_norm" if module is None else type(module).__name__
+    eps = op.attrs.get("eps") if op is not None else getattr(module, "eps", None)
+    channels = getattr(module, "num_features", None)
+    if channels is None:
+        mean = getattr(module, "running_mean", None)
+        channels = mean.numel() if isinstance(mean, Tensor) else op.shape[1] if op is not None and op.shape else "?"
+    return f"{name}({channels}, eps={eps:g})" if isinstance(eps, float) else f"{name}({channels})"
