@@ -103,7 +103,7 @@ def render(value: Any, format: Format = "full", console: Console | None = None, 
 def render_all(values: Sequence[Any], format: Format, console: Console, about: Sequence[About]) -> None:
     """Write several values of one kind; as JSON they are one document."""
     if format != "json":
-        for n, (value, said) in enumerate(zip(values, about)):
+        for n, (value, said) in enumerate(zip(values, about, strict=True)):
             if n and format in ("full", "markdown"):
                 console.file.write("\n")
             render(value, format, console, said)

@@ -48,12 +48,10 @@ def size(count: int) -> str:
     """Bytes in units of 1000, as ``ls -h --si`` and download pages count."""
     if count < 1000:
         return f"{count} bytes"
-    value = float(count)
-    for unit in ("kB", "MB", "GB"):
-        value /= 1000
-        if value < 999.5:
-            break
-    return f"{value:.3g} {unit}"
+    for unit, scale in (("kB", 1e3), ("MB", 1e6)):
+        if count < 999.5 * scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count / 1e9:.3g} GB"
 
 
 def count(number: int, noun: str) -> str:

@@ -42,7 +42,8 @@ class Page:
     """A value as it is read.
 
     ``rows`` may run alike rows together; ``lines`` holds every single one. ``verdict`` is one sentence in
-    parts, the result first; ``details`` belong to the proof, ``notes`` are what the reader has to know besides, ``next`` what to do now: pairs of a label and a line.
+    parts, the result first; ``details`` belong to the proof, ``notes`` are what the reader has to know
+    besides, ``next`` what to do now: pairs of a label and a line.
     """
 
     title: str

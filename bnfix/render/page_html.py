@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 
 from bnfix.render.page import About, Page, State
 from bnfix.render.terminal import MARKS
 
-# Mid tones: each has a contrast of 4:1 or more against white as well as against #1a1a1a.
+# Mid tones: each stands out against white as well as against a dark notebook.
 _COLOURS: dict[State, str] = {
     "done": "#1f9254",
     "kept": "#a8720a",
@@ -17,7 +18,13 @@ _COLOURS: dict[State, str] = {
 }
 _LINE = "1px solid rgba(128,128,128,.35)"
 _MONO = "font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.92em"
-_ROOT = "font-family:system-ui,-apple-system,'Segoe UI',sans-serif;font-size:14px;line-height:1.45;color:inherit;max-width:70em"
+_SANS = "font-family:system-ui,-apple-system,'Segoe UI',sans-serif"
+_ROOT = f"{_SANS};font-size:14px;line-height:1.45;color:inherit;max-width:70em"
+_CELL = f"padding:.25em .7em;border-bottom:{_LINE};vertical-align:baseline;text-align:left"
+_NUMBER = (
+    f"padding:.25em .7em;border-bottom:{_LINE};vertical-align:baseline;text-align:right;"
+    "white-space:nowrap;font-variant-numeric:tabular-nums"
+)
 
 
 def fragment(page: Page, about: About) -> str:
@@ -43,46 +50,49 @@ def document(page: Page, about: About) -> str:
     """A whole file, light or dark as the reader's system is."""
     title = escape(" · ".join(filter(None, (about.command or "bnfix", about.subject))))
     return (
-        f'<!doctype html>\n<html lang="en" style="color-scheme:light dark">\n<head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f'<title>{title}</title></head>\n<body style="margin:2em auto;padding:0 1em;max-width:70em">\n'
-        f"{fragment(page, about)}\n</body>\n</html>"
+        '<!doctype html>\n<html lang="en" style="color-scheme:light dark">\n<head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta name="color-scheme" content="light dark"><title>{title}</title></head>\n'
+        f'<body style="margin:2em auto;padding:0 1em;max-width:70em">\n{fragment(page, about)}\n</body>\n</html>'
     )
 
 
 def _verdict(page: Page) -> str:
-    rest = "".join(f' <span style="opacity:.6">·</span> {escape(part)}' for part in page.verdict[1:])
+    rest = "".join(f' <span style="opacity:.6">·</span> {_breakable(part)}' for part in page.verdict[1:])
     colour = _COLOURS[page.state]
     mark = f"{MARKS[page.state]} " if MARKS[page.state] else ""
-    return (
-        f'<div style="margin:0 0 .8em;padding:.5em .8em;border-left:4px solid {colour};background:rgba(128,128,128,.09)">'
-        f'<strong style="color:{colour}">{mark}{escape(page.verdict[0])}</strong>{rest}</div>'
-    )
+    box = f"margin:0 0 .8em;padding:.5em .8em;border-left:4px solid {colour};background:rgba(128,128,128,.09)"
+    return f'<div style="{box}"><strong style="color:{colour}">{mark}{escape(page.verdict[0])}</strong>{rest}</div>'
 
 
 def _table(page: Page) -> str:
     used = [i for i in range(len(page.columns)) if any(row.cells[i] not in ("", "–") for row in page.rows)]
-    heads = "".join(f'<th style="{_cell(page, i)};font-weight:600">{escape(page.columns[i].title)}</th>' for i in used)
+    heads = "".join(f'<th style="{_place(page, i)};font-weight:600">{escape(page.columns[i].title)}</th>' for i in used)
+    head = f'<thead><tr style="background:transparent"><th style="{_CELL}"></th>{heads}</tr></thead>'
     rows = []
     for row in page.rows:
-        mark = f'<td style="{_PAD};color:{_COLOURS[row.state]};text-align:center">{MARKS[row.state]}</td>'
-        cells = "".join(f'<td style="{_cell(page, i)}">{escape(row.cells[i])}</td>' for i in used)
-        rows.append(f'<tr style="background:transparent">{mark}{cells}</tr>')
+        mark = f"{_CELL};color:{_COLOURS[row.state]};text-align:center;font-weight:700"
+        cells = "".join(f'<td style="{_style(page, i)}">{_breakable(row.cells[i])}</td>' for i in used)
+        rows.append(f'<tr style="background:transparent"><td style="{mark}">{MARKS[row.state]}</td>{cells}</tr>')
     return (
         '<div style="overflow-x:auto"><table style="border-collapse:collapse;color:inherit;margin:0;width:auto">'
-        f'<thead><tr style="background:transparent"><th style="{_PAD}"></th>{heads}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f"{'' if page.columns[0].title == 'what' else head}<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
-_PAD = f"padding:.25em .7em;border-bottom:{_LINE};vertical-align:top;text-align:left"
+def _place(page: Page, column: int) -> str:
+    return _NUMBER if page.columns[column].kind == "number" else _CELL
 
 
-def _cell(page: Page, column: int) -> str:
-    kind = page.columns[column].kind
-    if kind == "number":
-        return f"{_PAD.replace('text-align:left', 'text-align:right')};white-space:nowrap;font-variant-numeric:tabular-nums"
-    return f"{_PAD};{_MONO};overflow-wrap:anywhere" if kind == "path" else _PAD
+def _style(page: Page, column: int) -> str:
+    path = page.columns[column].kind == "path" and page.columns[0].title != "what"
+    return f"{_place(page, column)};{_MONO}" if path else _place(page, column)
+
+
+def _breakable(text: str) -> str:
+    """Escaped, and free to break after the dots of a long path."""
+    words = (escape(w) if len(w) < 24 else re.sub(r"(?<=[./_:])(?=\w)", "<wbr>", escape(w)) for w in text.split(" "))
+    return " ".join(words)
 
 
 def _every(page: Page) -> str:

@@ -11,7 +11,7 @@ STATES: dict[str, State] = {"passed": "done", "warned": "unsure", "failed": "fai
 COLUMNS = (
     Column("output", "path"),
     Column("verdict"),
-    Column("noise", "number"),
+    Column("× noise", "number"),
     Column("max abs", "number"),
     Column("max rel", "number"),
     Column("rtol needed", "number"),

@@ -52,10 +52,10 @@ def draw(page: Page, about: About, width: int | None) -> list[Text]:
     if page.rows:
         lines += [*_table(page, width), Text()]
     mark = MARKS[page.state]
-    lines += _hanging(
-        f"{mark} ", " · ".join(page.verdict), STYLES[page.state] or "bold", width, bold=len(page.verdict[0])
-    )
-    for detail in page.details:
+    verdict = " · ".join(page.verdict)
+    lines += _hanging(f"{mark} ", verdict, STYLES[page.state] or "bold", width, bold=len(page.verdict[0]))
+    every = ("every one by itself: --output-format concise",) if len(page.lines) > len(page.rows) else ()
+    for detail in (*page.details, *every):
         lines += _hanging("  ", detail, "dim", width)
     for note in (*page.notes, *about.notes):
         lines += _hanging("  note: ", note, "", width)
@@ -88,33 +88,28 @@ def _table(page: Page, width: int | None) -> list[Text]:
     if width is not None:
         wraps = [page.columns[i].kind != "number" for i in filled]
         widths = shares(widths, wraps, width - lead - len(GAP) * (len(filled) - 1))
+    shown = list(zip(filled, widths, strict=True))
     lines = []
     if page.columns[0].title != "what":  # a list of facts needs no heading
-        heads = [
-            (page.columns[i].title.rjust if _right(page, i) else page.columns[i].title.ljust)(w)
-            for i, w in zip(filled, widths)
-        ]
-        lines = [
-            Text(" " * lead + GAP.join(heads).rstrip(), "dim"),
-            Text(" " * lead + GAP.join("─" * w for w in widths), "dim"),
-        ]
+        heads = [_set(page, i, page.columns[i].title, w) for i, w in shown]
+        for head in (heads, ["─" * w for w in widths]):
+            lines.append(Text((" " * lead + GAP.join(head)).rstrip(), "dim"))
     for row in page.rows:
-        cells = [wrap(row.cells[i], w) for i, w in zip(filled, widths)]
+        cells = [wrap(row.cells[i], w) for i, w in shown]
         for n in range(max(map(len, cells))):
-            mark = MARKS[row.state] if n == 0 else ""
-            line = Text.assemble((f"  {mark:<2}"[:lead], STYLES[row.state]))
-            parts = []
-            for i, w, cell in zip(filled, widths, cells):
-                part = cell[n] if n < len(cell) else ""
-                parts.append(Text(part.rjust(w) if _right(page, i) else part.ljust(w), _style(page, i, row.state)))
-            line.append_text(Text(GAP).join(parts))
+            line = Text(f"  {MARKS[row.state] if n == 0 else '':<2}"[:lead], STYLES[row.state])
+            parts = [
+                Text(_set(page, i, cell[n] if n < len(cell) else "", w), _style(page, i, row.state))
+                for (i, w), cell in zip(shown, cells, strict=True)
+            ]
+            line = Text.assemble(line, Text(GAP).join(parts))
             line.rstrip()
             lines.append(line)
     return lines
 
 
-def _right(page: Page, column: int) -> bool:
-    return page.columns[column].kind == "number"
+def _set(page: Page, column: int, text: str, width: int) -> str:
+    return text.rjust(width) if page.columns[column].kind == "number" else text.ljust(width)
 
 
 def _style(page: Page, column: int, state: State) -> str:

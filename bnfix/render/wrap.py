@@ -46,7 +46,7 @@ def shares(natural: list[int], wraps: list[bool], room: int, least: int = 14) ->
     characters each, the table becomes wider than the room rather than unreadable.
     """
     widths = list(natural)
-    free = room - sum(w for w, may in zip(natural, wraps) if not may)
+    free = room - sum(w for w, may in zip(natural, wraps, strict=True) if not may)
     open_columns = [i for i, may in enumerate(wraps) if may]
     while open_columns:
         fair = max(free // len(open_columns), least)

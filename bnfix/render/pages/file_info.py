@@ -19,13 +19,6 @@ class FileInfoPage(PageOf):
     def page(self, value: FileInfo) -> Page:
         rows = [Row(state, (what, found)) for state, what, found in _found(value) if found]
         state: State = "done" if value.loadable else "failed" if value.dangerous else "kept"
-        can = (
-            "can be loaded"
-            if value.loadable
-            else "must not be loaded"
-            if value.dangerous
-            else "can't be loaded as it is"
-        )
         norms = [count(len(value.norms), "norm")] if value.tensors else []
         lines = [Line("plain", row.cells[0], row.cells[1]) for row in rows if row.cells[0] != "norms"]
         lines += [Line("plain", n.path, _norm(n.channels, n.dtype, n.affine)) for n in value.norms]
@@ -35,7 +28,7 @@ class FileInfoPage(PageOf):
             rows=tuple(rows),
             lines=tuple(lines),
             state=state,
-            verdict=(value.title, *norms, can),
+            verdict=(value.title, *norms, _can(value)),
             next=tuple(("next" if n == 0 else "", line) for n, line in enumerate(value.advice.splitlines())),
         )
 
@@ -64,6 +57,12 @@ def _found(value: FileInfo) -> list[tuple[State, str, str]]:
     ]
 
 
+def _can(value: FileInfo) -> str:
+    if value.loadable:
+        return "can be loaded"
+    return "must not be loaded" if value.dangerous else "can't be loaded as it is"
+
+
 def _norm(channels: int, dtype: str, affine: bool) -> str:
     return f"norm of {count(channels, 'channel')}, {dtype}" + ("" if affine else ", not affine")
 
@@ -73,7 +72,5 @@ def _some(names: tuple[str, ...]) -> str:
 
 
 def _recipe(recipe: object) -> str:
-    held = recipe if isinstance(recipe, dict) else {}
-    return (
-        f"by bnfix {held['bnfix']}: load it with bnfix.load" if "bnfix" in held else "by bnfix: load it with bnfix.load"
-    )
+    version = recipe.get("bnfix") if isinstance(recipe, dict) else None
+    return " ".join(("by bnfix", str(version)) if version else ("by bnfix",)) + ": load it with bnfix.load"

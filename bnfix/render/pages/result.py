@@ -19,7 +19,7 @@ COLUMNS = (
     Column("× noise", "number"),
 )
 SOURCES = {
-    "symbolic": "read without an example input: pass --input (example= in Python) for more folds and a proof by numbers",
+    "symbolic": "read without an example input: with one (--input, example=) more can be folded, and outputs compared",
     "observed": "the graph was recorded from one concrete run: it holds for the route that the run took",
 }
 
@@ -34,8 +34,6 @@ class ResultPage(PageOf):
         rows = [_row(run, value.dry_run) for run in together(value.edits)]
         kept = [_kept(group) for group in alike(value.refusals)]
         lines = [_line(e, value.dry_run) for e in value.edits] + [_refused(r) for r in value.refusals]
-        short = len(rows) < len(value.edits) or len(kept) < len(value.refusals)
-        every = ("every norm by itself: --output-format concise",) if short else ()
         source = (SOURCES[value.source],) if value.source in SOURCES and value.norms else ()
         return Page(
             title="the plan" if value.dry_run else "the norms",
@@ -44,7 +42,7 @@ class ResultPage(PageOf):
             lines=tuple(lines),
             state=state,
             verdict=verdict,
-            details=(*(proof.details(value.parity) if value.parity else ()), *every),
+            details=proof.details(value.parity) if value.parity else (),
             notes=(*source, *value.notes, *(value.parity.notes if value.parity else ())),
         )
 
@@ -57,9 +55,7 @@ def _verdict(value: Result) -> tuple[State, tuple[str, ...]]:
     parts = [f"{verb} {done} of {count(value.norms, 'norm')}" + (f", kept {kept}" if kept else "")]
     defects = sum(r.defect for r in value.refusals)
     if defects:
-        parts.append(
-            f"{count(defects, 'plan')} of bnfix failed the proof and {'was' if defects == 1 else 'were'} undone"
-        )
+        parts.append(f"{count(defects, 'plan')} of bnfix failed the proof: undone")
     furthest = worst(e.ulp for e in value.edits)
     if furthest is not None and furthest <= 0.5:
         parts.append(f"exact up to one rounding (≤ {ulp(furthest)} ulp)")
@@ -145,7 +141,7 @@ def _into_many(run: list[Edit], dry_run: bool) -> str:
 
 def _shared(paths: list[str]) -> str:
     parts = [p.split(".")[:-1] for p in paths]
-    common = [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts))]
+    common = [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))]
     return ".".join(common)
 
 
