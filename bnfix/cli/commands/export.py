@@ -1,0 +1,80 @@
+"""``bnfix export``: an ONNX file, folded and proven."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from bnfix.cli import options as o
+from bnfix.cli.door import DONE, FAILED, INCONCLUSIVE, UsageError
+from bnfix.cli.opening import check_paths, open_model
+from bnfix.cli.screen import report, working
+from bnfix.files import check_target
+from bnfix.render import About
+
+ORDER = 20
+NEEDS_ARGUMENTS = True
+EPILOG = """**Examples**
+
+`bnfix export weights.pt --arch timm:resnet50 -o model.onnx`
+
+`bnfix export folded.pt --arch net.py:Net --input 1x3x64x64 -o model.onnx --opset 18`
+
+**Exit codes**  0 exported, ONNX Runtime computes the same · 1 it does not · 2 wrong use or an error ·
+3 inconclusive: the outputs can't be judged"""
+
+
+def export(
+    model: o.ModelArgument,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE.onnx", help="Where the ONNX file goes.")
+    ] = None,
+    no_fold: Annotated[bool, typer.Option("--no-fold", help="Export the norms as they are.")] = False,
+    opset: Annotated[int | None, typer.Option("--opset", metavar="N", help="The ONNX opset.")] = None,
+    static_batch: Annotated[bool, typer.Option("--static-batch", help="Fix the batch size to the example's.")] = False,
+    arch: o.ArchOption = None,
+    arch_kw: o.ArchKwOption = None,
+    trust: o.TrustOption = False,
+    input: o.InputOption = None,
+    data: o.DataOption = None,
+    forward: o.ForwardOption = None,
+    seed: o.SeedOption = 0,
+    output_format: o.FormatOption = o.OutputFormat.full,
+    traceback: o.TracebackOption = False,
+) -> int:
+    """Write the model as ONNX: fold first, export, and compare ONNX Runtime with the model at once.
+
+    Every norm left in the file is named with its reason. Refused by name: norms and dropout in training mode.
+    """
+    asked = o.Asked(model, arch, tuple(arch_kw or ()), trust, tuple(input or ()), data, forward, seed)
+    check_paths(asked)
+    if output is None:
+        raise UsageError("where should the ONNX file go?", hint=f"-o {o.quoted(o.sibling(_named(model), '.onnx'))}")
+    if not output.endswith(".onnx"):
+        raise UsageError(f"-o {output}: an ONNX file ends in .onnx", hint=f"-o {o.quoted(o.sibling(output, '.onnx'))}")
+    check_target(output, source_path=model)
+    with working() as steps:
+        opened = open_model(asked, steps)
+        from bnfix import api
+
+        result = api.export(
+            opened.loaded.value,
+            output,
+            opened.example,
+            fold=not no_fold,
+            opset=opset,
+            dynamic=not static_batch,
+            progress=steps,
+        )
+    verdict = result.parity.verdict if result.parity is not None else "passed"
+    written = tuple(f for f in (result.files or (result.path,)) if os.path.exists(f))
+    again = ("verify it again", asked.next("verify", model, result.path, trust=asked.trust))
+    about = About("bnfix export", model, written, opened.notes, (again,) if written else ())
+    report([result], output_format, [about])
+    return {"failed": FAILED, "inconclusive": INCONCLUSIVE}.get(verdict, DONE)
+
+
+def _named(model: str) -> str:
+    return model if os.path.exists(model) else model.rpartition(":")[2] or "model"

@@ -1,0 +1,103 @@
+"""``bnfix fold``: norms into the layers around them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bnfix.cli import options as o
+from bnfix.cli.door import DONE, FAILED, UsageError
+from bnfix.cli.opening import Opened, check_paths, open_model
+from bnfix.cli.screen import report, working
+from bnfix.files import check_target
+from bnfix.render import About
+
+if TYPE_CHECKING:
+    from bnfix.types import Result
+
+ORDER = 10
+NEEDS_ARGUMENTS = True
+EPILOG = """**Examples**
+
+`bnfix fold weights.pt --arch timm:resnet50 -o folded.pt`
+
+`bnfix fold weights.pt --arch net.py:Net --input 1x3x64x64 --dry-run`
+
+`bnfix fold model.pt --trust -o folded.pt --require-all`
+
+**Exit codes**  0 folded, also where some norms were kept · 1 --dry-run would change something, --require-all
+was not met, or the proof failed (then nothing is written) · 2 wrong use or an error"""
+
+
+def fold(
+    model: o.ModelArgument,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Where the folded model goes.")
+    ] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Write over MODEL itself.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
+    require_all: Annotated[
+        bool, typer.Option("--require-all", help="If a norm has to be kept: exit 1, write nothing.")
+    ] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Don't compare the outputs.")] = False,
+    arch: o.ArchOption = None,
+    arch_kw: o.ArchKwOption = None,
+    trust: o.TrustOption = False,
+    input: o.InputOption = None,
+    data: o.DataOption = None,
+    forward: o.ForwardOption = None,
+    seed: o.SeedOption = 0,
+    output_format: o.FormatOption = o.OutputFormat.full,
+    traceback: o.TracebackOption = False,
+) -> int:
+    """Fold every norm that can be folded into the layers around it, and prove that nothing changed.
+
+    Each norm is folded in float64 and rounded once; the outputs are compared with the model's own rounding
+    noise. A norm that can't be folded stays, with its reason. The input file is not changed.
+    """
+    asked = o.Asked(model, arch, tuple(arch_kw or ()), trust, tuple(input or ()), data, forward, seed)
+    check_paths(asked)
+    target = _target(asked, output, in_place, dry_run)
+    with working() as steps:
+        opened = open_model(asked, steps)
+        from bnfix import api
+
+        result = api.fold(opened.loaded.value, opened.example, verify=not no_verify, dry_run=dry_run, progress=steps)
+        unmet = (result.parity is not None and result.parity.verdict == "failed") or (
+            require_all and bool(result.refusals)
+        )
+        if target is not None and not unmet:
+            steps(f"writing {target}")
+            api.save(result.model, target, recipe=result.recipe, source=opened.loaded, inplace=in_place)
+    report([result], output_format, [_about(asked, opened, result, None if unmet else target, unmet)])
+    if dry_run:
+        return FAILED if result.edits or unmet else DONE
+    return FAILED if unmet else DONE
+
+
+def _target(asked: o.Asked, output: str | None, in_place: bool, dry_run: bool) -> str | None:
+    if dry_run:
+        return None
+    target = output or (asked.model if in_place else None)
+    if target is None:
+        raise UsageError("where should the folded model go?", hint="-o folded.pt\n--dry-run   shows the plan only")
+    check_target(target, source_path=asked.model, inplace=in_place)
+    return target
+
+
+def _about(asked: o.Asked, opened: Opened, result: Result, target: str | None, unmet: bool) -> About:
+    notes = [*opened.notes]
+    steps: list[tuple[str, str]] = []
+    if unmet:
+        notes.append("nothing was written")
+    if target is not None:
+        arch = opened.loaded.arch or asked.arch
+        again = o.Asked(target, arch, asked.arch_kw, input=asked.input, data=asked.data, forward=asked.forward)
+        steps.append(("load it", asked.load_line(target, arch=arch, trust=opened.trust)))
+        steps.append(
+            ("next", f"{again.next('export', target, trust=opened.trust)} -o {o.quoted(o.sibling(target, '.onnx'))}")
+        )
+    elif result.dry_run and result.edits:
+        steps.append(("next", f"{asked.next('fold', asked.model, trust=asked.trust)} -o folded.pt"))
+    return About("bnfix fold", asked.model, (target,) if target else (), tuple(notes), tuple(steps))

@@ -1,0 +1,125 @@
+"""How a command ends: every error as one line and what to do next, and the exit codes of the design.
+
+0 done · 1 a check failed, or a dry run would change something · 2 wrong use, or an error of bnfix ·
+3 inconclusive · 130 interrupted
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback as tracebacks
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import typer
+
+from bnfix.errors import BnfixError
+
+DONE, FAILED, WRONG, INCONCLUSIVE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+
+
+class Terminated(BaseException):
+    """SIGTERM came. No ``Exception``, so that nothing on the way out takes it for an error of its own."""
+
+
+class UsageError(BnfixError):
+    """The command was asked for something that does not fit together."""
+
+
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    code: int = DONE
+
+
+def command(function: Callable[..., int]) -> Callable[..., None]:
+    """A typer command out of a function that returns an exit code."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        with codes(traceback=bool(kwargs.get("traceback"))) as ended:
+            ended.code = function(*args, **kwargs)
+        raise typer.Exit(ended.code)
+
+    return run
+
+
+@contextmanager
+def codes(*, traceback: bool) -> Iterator[Ended]:
+    """Whatever happens inside becomes an exit code, and an error a line on standard error."""
+    ended = Ended()
+    shown = traceback or os.environ.get("BNFIX_TRACEBACK", "") not in ("", "0")
+    try:
+        yield ended
+    except (typer.Exit, typer.Abort) as left:
+        ended.code = getattr(left, "exit_code", INTERRUPTED)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        ended.code = INTERRUPTED
+    except Terminated:
+        _say("terminated")
+        ended.code = TERMINATED
+    except BnfixError as error:
+        _fail(error.message, (error.hint or "").splitlines(), shown)
+        ended.code = WRONG
+    except MemoryError:
+        _fail("out of memory", ["try a smaller input:  --input 1x3x64x64"], shown)
+        ended.code = WRONG
+    except Exception as error:  # noqa: BLE001 -- the last door: a traceback helps nobody who did not ask for it
+        first = (str(error).strip().splitlines() or ["(no message)"])[0]
+        hint = [] if shown else ["what happened where:  add --traceback (or set BNFIX_TRACEBACK=1)"]
+        _fail(f"{type(error).__name__}: {first}", ["this is a defect of bnfix, please report it", *hint], shown)
+        ended.code = WRONG
+
+
+@contextmanager
+def users_code(what: str) -> Iterator[None]:
+    """Around what runs code of the user: a script that ends the program must not end ours as if all were well.
+
+    Raises:
+        BnfixError: the code inside called ``sys.exit``.
+    """
+    try:
+        yield
+    except SystemExit as left:
+        raise BnfixError(
+            f"{what}: the code in it ended the program (sys.exit({left.code!r}))",
+            hint='keep what a script does under  if __name__ == "__main__":',
+        ) from left
+
+
+@contextmanager
+def users_words(option: str) -> Iterator[None]:
+    """Around what reads a string that the user typed: a ValueError there is wrong use, not a defect.
+
+    Raises:
+        UsageError: with the message of the ValueError.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}") from error
+
+
+def complain(error: BnfixError) -> None:
+    """An error as a line on standard error, where the command goes on."""
+    _fail(error.message, (error.hint or "").splitlines(), traceback=False)
+
+
+def _fail(message: str, hint: list[str], traceback: bool) -> None:
+    if traceback:
+        tracebacks.print_exc(file=sys.stderr)
+    _say("".join([f"error: {message}", *(f"\n  {line}" for line in hint)]))
+
+
+def _say(text: str) -> None:
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
+    except OSError:  # nobody listens: the exit code still speaks
+        return

@@ -1,0 +1,72 @@
+"""A model and its example calls, as every command that runs a model asks for them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bnfix.cli.door import UsageError, users_code, users_words
+from bnfix.cli.options import Asked
+from bnfix.cli.screen import Steps
+
+if TYPE_CHECKING:
+    from bnfix.formats import Loaded
+
+WEIGHTS_ONLY = ("state_dict", "safetensors", "lightning")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that was loaded, what it is called with, and what the reader has to know of both."""
+
+    loaded: Loaded
+    calls: list[Any]
+    notes: tuple[str, ...]
+
+    @property
+    def example(self) -> Any:
+        """The calls as the verbs take them: none, one, or several."""
+        return self.calls or None
+
+    @property
+    def trust(self) -> bool:
+        """Whether the file holds a pickled module, so that what is made of it does too."""
+        return self.loaded.info is not None and self.loaded.info.kind not in WEIGHTS_ONLY
+
+
+def check_paths(asked: Asked) -> None:
+    """What can be known before torch is imported: the model is there, and the options fit together.
+
+    Raises:
+        UsageError: they do not.
+    """
+    _ = asked.arch_kwargs
+    if asked.input and asked.data:
+        raise UsageError("--input and --data exclude each other", hint="--data alone: shapes are those of the batches")
+    if asked.arch_kw and not asked.arch and os.path.exists(asked.model):
+        raise UsageError("--arch-kw without --arch", hint=f"bnfix info {asked.model}")
+
+
+def open_model(asked: Asked, steps: Steps) -> Opened:
+    """Load the model and make the calls it is traced and proven with."""
+    steps(f"loading {asked.model}")
+    from bnfix import api
+
+    with users_code(asked.arch or asked.model):
+        loaded = api.open_model(asked.model, arch=asked.arch, arch_kwargs=asked.arch_kwargs, trust=asked.trust)
+    with users_code(asked.data or "--forward"), users_words(_option(asked)):
+        calls, assumed = api.examples(
+            loaded,
+            input=list(asked.input) or None,
+            data=asked.data,
+            forward=asked.forward,
+            seed=asked.seed,
+            progress=steps,
+        )
+    return Opened(loaded, list(calls), (*loaded.notes, *assumed))
+
+
+def _option(asked: Asked) -> str:
+    given = [("--input", " ".join(asked.input)), ("--data", asked.data), ("--forward", asked.forward)]
+    return " ".join(f"{name} {value}" for name, value in given if value) or "the example input"
