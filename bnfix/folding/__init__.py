@@ -1,9 +1,9 @@
 """Folding norms into the layers that feed them: algebra in ``folds/``, the planner, the operation, its proof by weights."""
 
-from bnfix.folding.engine import Folded, operate
+from bnfix.folding.engine import Folded, compute, edit, operate, recipe
 from bnfix.folding.fold import Example, Fold
 from bnfix.folding.planner import Plan, PlannedFold, plan
-from bnfix.folding.proof import isolate, structure_differs, weight_errors
+from bnfix.folding.proof import isolate, structure_differs, ulp_limit, weight_errors, worst_weight
 
 __all__ = [
     "Example",
@@ -12,8 +12,13 @@ __all__ = [
     "Plan",
     "PlannedFold",
     "isolate",
+    "compute",
+    "edit",
     "operate",
+    "recipe",
+    "ulp_limit",
     "plan",
     "structure_differs",
     "weight_errors",
+    "worst_weight",
 ]

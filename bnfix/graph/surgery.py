@@ -45,12 +45,22 @@ class Surgeon:
         self._undo.append((table, slot.key, table[slot.key] if _has(table, slot.key) else _ABSENT))
         table[slot.key] = value
 
+    def register(self, slot: Slot, parameter: nn.Parameter) -> None:
+        """Give a module the parameter it doesn't have yet, also where a plain attribute None stands in its place."""
+        holder = slot.container if self.memo is None else self.memo[id(slot.container)]
+        for table, value in ((vars(holder), _ABSENT), (holder._parameters, parameter)):
+            self._undo.append((table, slot.key, table.get(slot.key, _ABSENT)))
+            if value is _ABSENT:
+                table.pop(slot.key, None)
+            else:
+                table[slot.key] = value
+
     def undo(self) -> None:
         """Take every change back, the last one first."""
         while self._undo:
             table, key, before = self._undo.pop()
             if before is _ABSENT:
-                del table[key]
+                table.pop(key, None)
             else:
                 table[key] = before
 
@@ -85,10 +95,10 @@ def placeholder(norm: nn.Module, after: Sequence[str]) -> nn.Module:
 
 
 def as_parameter(value: Tensor, like: Tensor) -> Tensor:
-    """``value`` in the dtype, device, layout in memory and kind (parameter or plain tensor) of ``like``."""
+    """``value`` in the device, layout in memory and kind (parameter or plain tensor) of ``like``; the dtype is the value's."""
     with torch.no_grad():
-        kept = torch.empty_like(like) if like.shape == value.shape else torch.empty(value.shape, device=like.device)
-        made = kept.to(like.dtype).copy_(value)
+        made = torch.empty_like(like, dtype=value.dtype) if like.shape == value.shape else like.new_empty(value.shape, dtype=value.dtype)
+        made.copy_(value)
     return nn.Parameter(made, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else made
 
 
@@ -117,7 +127,8 @@ def replay(model: nn.Module, recipe: Mapping[str, Any]) -> None:
                 if into.get("bias") and getattr(layer, "bias", None) is None:
                     weight = layer.get_parameter(into.get("weight", "weight"))
                     zeros = torch.zeros(into["channels"], dtype=weight.dtype, device=weight.device)
-                    surgeon.put(Slot(layer, "bias", f"{into['module']}.bias"), nn.Parameter(zeros, weight.requires_grad))
+                    bias = nn.Parameter(zeros, weight.requires_grad)
+                    surgeon.register(Slot(layer, "bias", f"{into['module']}.bias"), bias)
 
 
 def _table(holder: Any, key: Any) -> Any:

@@ -208,7 +208,8 @@ def _operation(node: fx.Node, name: str, env: dict[fx.Node, Any]) -> dict[str, A
             keys = _keys_in(value)
             for i, key in enumerate(keys):
                 tensors[f"{role}[{i}]"] = key
-            if not keys and not isinstance(argument, (fx.Node, fx.GraphModule)):
+            absent = argument is None and role in _STATE  # no bias is no setting
+            if not keys and not absent and not isinstance(argument, (fx.Node, fx.GraphModule)):
                 attrs[role] = _constant(argument)
     if kind == "norm":
         attrs["training"] = bool(attrs.pop("use_input_stats", attrs.get("training", attrs.get("train", False))))

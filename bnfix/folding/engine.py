@@ -1,0 +1,218 @@
+"""A plan becomes numbers in float64, rounded once, and then a changed model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfix.errors import TraceError
+from bnfix.folding.planner import PlannedFold, Target
+from bnfix.graph import Binding, Slot, Surgeon, all_or_nothing, as_parameter, placeholder
+from bnfix.stats import Affine, affine_of, round_once
+from bnfix.types import Edit, Facts, Refusal
+
+BiasName = tuple["int | None", str]
+"""A bias by its key and holder; the key is None for one that the layer doesn't have yet."""
+
+
+@dataclass
+class Folded:
+    """The numbers of a plan: ``exact`` in float64 as computed, ``stored`` as they are put into the model.
+
+    ``folds`` are those of the plan that have good numbers, ``refusals`` the others.
+    """
+
+    folds: tuple[PlannedFold, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    weights: dict[int, Tensor] = field(default_factory=dict)
+    biases: dict[BiasName, Tensor] = field(default_factory=dict)
+
+
+def compute(facts: Facts, folds: Sequence[PlannedFold]) -> Folded:
+    """Apply the algebra of each fold in turn, in float64, and round once at the end.
+
+    A fold whose numbers don't fit the dtype of the layer (not finite, or too small to be stored) is
+    refused, together with those that build on it.
+    """
+    result = Folded()
+    kept: list[PlannedFold] = []
+    refusals: list[Refusal] = []
+    weights: dict[int, Tensor] = {}
+    biases: dict[BiasName, Tensor] = {}
+    for planned in folds:
+        missing = planned.requires - {k.norm.path for k in kept}
+        if missing:
+            refusals.append(_refusal(planned, f"it follows {', '.join(sorted(missing))}, which stays"))
+            continue
+        new_weights, new_biases = _fold_one(facts.binding, planned, weights, biases)
+        reason = _unfit(facts, planned, new_weights, new_biases)
+        if reason:
+            refusals.append(_refusal(planned, reason))
+            continue
+        weights.update(new_weights)
+        biases.update(new_biases)
+        kept.append(planned)
+    dtype_of = {n: _dtype(facts.binding, t) for f in kept for t in f.targets for n in ((t.bias, t.holder),)}
+    result.folds, result.refusals = tuple(kept), tuple(refusals)
+    result.weights = {k: round_once(v, facts.binding.tensors[k].dtype) for k, v in weights.items()}
+    result.biases = {n: round_once(v, dtype_of[n]) for n, v in biases.items()}
+    return result
+
+
+def operate(facts: Facts, folded: Folded, surgeon: Surgeon) -> tuple[Edit, ...]:
+    """Write the numbers into the surgeon's model and take the norms out. All or nothing."""
+    binding: Binding = facts.binding
+    edits = []
+    with all_or_nothing(surgeon):
+        for key, value in folded.weights.items():
+            holders = {t.holder for f in folded.folds for t in f.targets if t.weight == key}
+            _put(surgeon, binding, key, holders, value)
+        for (bias, holder), value in folded.biases.items():
+            if bias is not None:
+                _put(surgeon, binding, bias, {holder}, value)
+        for planned in folded.folds:
+            gains = [_give_bias(surgeon, binding, planned, t, folded.biases) for t in planned.targets if t.bias is None]
+            norm = binding.modules[planned.norm.path]
+            body = norm if surgeon.memo is None else surgeon.memo[id(norm)]
+            stand_in = placeholder(body, planned.norm.after)
+            for slot in binding.owners.module_slots[id(norm)]:
+                surgeon.put(slot, stand_in)
+            edits.append(edit(planned, [g for g in gains if g]))
+    return tuple(edits)
+
+
+def recipe(facts: Facts, folded: Folded) -> dict[str, Any]:
+    """What brings a freshly built model into the form that the folded state_dict fits."""
+    edits = []
+    for planned in folded.folds:
+        into = [
+            {
+                "module": t.holder,
+                "weight": facts.tensors[t.weight].owners[0].rpartition(".")[2],
+                "bias": t.bias is None,
+                "channels": int(folded.biases[t.bias, t.holder].numel()),
+            }
+            for t in planned.targets
+        ]
+        edits.append({"norm": list(planned.norm.paths), "keep": list(planned.norm.after), "into": into})
+    return {"version": 1, "edits": edits} if edits else {}
+
+
+def norm_affine(binding: Binding, planned: PlannedFold) -> Affine:
+    """The norm's map, from the model's own tensors and the eps of the call."""
+    state: Mapping[str, Tensor] = {role: binding.tensors[key] for role, key in planned.norm.tensors.items()}
+    return affine_of(
+        state["running_mean"], state["running_var"], state.get("weight"), state.get("bias"), planned.op.attrs["eps"]
+    )
+
+
+def bias_slot(binding: Binding, target: Target) -> Slot | None:
+    """Where a layer without a bias would take one: its attribute ``bias`` that is None."""
+    module = binding.owners.module_at(target.holder)
+    if module is None or not hasattr(module, "bias") or module.bias is not None:
+        return None
+    return Slot(module, "bias", f"{target.holder}.bias" if target.holder else "bias")
+
+
+def _fold_one(
+    binding: Binding, planned: PlannedFold, weights: Mapping[int, Tensor], biases: Mapping[BiasName, Tensor]
+) -> tuple[dict[int, Tensor], dict[BiasName, Tensor]]:
+    new_weights: dict[int, Tensor] = {}
+    new_biases: dict[BiasName, Tensor] = {}
+    for target in planned.targets:
+        weight = weights.get(target.weight)
+        before = binding.tensors[target.weight].detach().double() if weight is None else weight
+        device_affine = norm_affine(binding, planned)
+        affine = Affine(device_affine.scale.to(before.device), device_affine.shift.to(before.device))
+        new_weights[target.weight] = planned.fold.weight(before, affine, target.op)
+        bias = biases.get((target.bias, target.holder))
+        if bias is None and target.bias is not None:
+            bias = binding.tensors[target.bias].detach().double()
+        new_biases[target.bias, target.holder] = planned.fold.bias(bias, affine)
+    return new_weights, new_biases
+
+
+def _unfit(
+    facts: Facts, planned: PlannedFold, weights: Mapping[int, Tensor], biases: Mapping[BiasName, Tensor]
+) -> str | None:
+    """Why these numbers must not be stored: they wouldn't be themselves any more."""
+    affine = norm_affine(facts.binding, planned)
+    for target in planned.targets:
+        before, after = facts.binding.tensors[target.weight], weights[target.weight]
+        if not before.is_floating_point():
+            return f"{target.holder} has weights of {before.dtype}"
+        if target.bias is None and bias_slot(facts.binding, target) is None:
+            return f"{target.op.site} has no bias, and {target.holder or 'the model'} has no place for one"
+        info = torch.finfo(before.dtype)
+        for what, value in (("weight", after), ("bias", biases[target.bias, target.holder])):
+            if not bool(torch.isfinite(value).all()):
+                return f"its statistics or weights aren't finite: the folded {what} of {target.holder} would be NaN or Inf"
+            if bool((value.abs() > info.max).any()):
+                worst = value.abs().max().item()
+                return f"the folded {what} of {target.holder} reaches {worst:.3g}, more than {before.dtype} holds"
+        index = planned.fold.weight(
+            torch.ones_like(after), Affine(torch.arange(len(affine.scale), device=after.device).double(), affine.shift), target.op
+        )
+        largest = torch.zeros(len(affine.scale), dtype=torch.float64, device=after.device)
+        largest.scatter_reduce_(0, index.reshape(-1).long(), after.abs().reshape(-1), "amax")
+        # A dead channel may well end up below the normal numbers; one that counts beside the others must not.
+        counts = largest > largest.max() * info.eps**2
+        if bool((counts & (largest < info.smallest_normal) & (largest > 0)).any()):
+            return f"the folded weight of {target.holder} would be subnormal in {before.dtype} and lose its digits"
+    return None
+
+
+def _put(surgeon: Surgeon, binding: Binding, key: int, holders: Iterable[str], value: Tensor) -> None:
+    slots = binding.slots(key)
+    modules = {id(m) for h in holders if (m := binding.owners.module_at(h)) is not None}
+    chosen = [s for s in slots if id(s.container) in modules] or slots
+    made = as_parameter(value, binding.tensors[key])
+    for slot in _distinct(chosen):
+        surgeon.put(slot, made)
+
+
+def _distinct(slots: Iterable[Slot]) -> list[Slot]:
+    """A module under two names shows its tensors twice, in one and the same place."""
+    return list({(id(s.container), s.key): s for s in slots}.values())
+
+
+def _give_bias(
+    surgeon: Surgeon, binding: Binding, planned: PlannedFold, target: Target, biases: Mapping[BiasName, Tensor]
+) -> str | None:
+    slot = bias_slot(binding, target)
+    if slot is None:
+        raise TraceError(f"{target.holder} has no place for a bias")
+    holder = slot.container if surgeon.memo is None else surgeon.memo[id(slot.container)]
+    if isinstance(getattr(holder, "bias", None), Tensor):
+        return None  # a norm after a norm: the first one gave it
+    weight = binding.tensors[target.weight]
+    value = biases[None, target.holder]
+    made = nn.Parameter(value.clone(), requires_grad=weight.requires_grad)
+    surgeon.register(slot, made)
+    return slot.path
+
+
+def edit(planned: PlannedFold, gains: Sequence[str]) -> Edit:
+    into = tuple(dict.fromkeys(t.holder for t in planned.targets))
+    kept = f", then {', '.join(planned.norm.after)}" if planned.norm.after else ""
+    gained = " (gains a bias)" if gains else ""
+    return Edit(
+        action="fold",
+        site=planned.norm.path,
+        before=planned.norm.summary,
+        after=f"folded into {', '.join(into)}{gained}{kept}",
+        into=into,
+        gains=tuple(gains),
+    )
+
+
+def _dtype(binding: Binding, target: Target) -> torch.dtype:
+    return binding.tensors[target.weight if target.bias is None else target.bias].dtype
+
+
+def _refusal(planned: PlannedFold, reason: str) -> Refusal:
+    return Refusal(planned.norm.path, reason)

@@ -1,0 +1,180 @@
+"""Proof of a fold without data: every stored number, and the operations of the traced result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bnfix.folding.engine import Folded
+from bnfix.folding.planner import PlannedFold, Target
+from bnfix.graph import Binding
+from bnfix.stats import ulp
+from bnfix.types import Facts, Op
+
+ULP_LIMIT = 0.5
+"""Rounded once, a number is within half a unit in the last place of the exact one."""
+
+
+def weight_errors(facts: Facts, folded: Folded, after: Facts) -> dict[str, float]:
+    """For each folded norm the largest distance of a stored weight or bias from its exact value, in ulp.
+
+    The exact values come from torch's own float64 ``batch_norm`` kernel applied to the weights, not from the
+    algebra that is being checked. Its own rounding (a few units of 2⁻⁵³ of the terms that are added) is
+    taken off, so that a bias that nearly cancels is judged by what it is, not by the checker's digits.
+
+    Args:
+        facts: of the model before.
+        folded: what was planned and computed.
+        after: facts of the folded model: what it really holds, under the same names.
+    """
+    errors: dict[str, float] = {}
+    binding: Binding = facts.binding
+    chains: dict[tuple[int, int | None, str], tuple[Target, list[PlannedFold]]] = {}
+    for planned in folded.folds:
+        for target in planned.targets:
+            chains.setdefault((target.weight, target.bias, target.holder), (target, []))[1].append(planned)
+    for target, chain in chains.values():
+        weight, bias, slack = _exact(binding, target, chain)
+        found_weight = _stored(facts, after, target, target.weight)
+        found_bias = _stored(facts, after, target, target.bias)
+        limit = ulp_limit(found_weight.dtype) / ULP_LIMIT
+        worst = max(_ulps(found_weight, weight, torch.zeros_like(weight)), _ulps(found_bias, bias, slack)) / limit
+        for planned in chain:
+            errors[planned.norm.path] = max(errors.get(planned.norm.path, 0.0), worst)
+    return errors
+
+
+def ulp_limit(dtype: torch.dtype) -> float:
+    """½ for what is rounded from float64; a float64 layer is computed in its own precision, in some four roundings a norm."""
+    return 8.0 if dtype == torch.float64 else ULP_LIMIT * (1 + 1e-6)
+
+
+def worst_weight(folded: Folded, errors: Mapping[str, float]) -> str | None:
+    """The first fold whose numbers are not the exact ones, rounded; None where all are."""
+    for planned in folded.folds:
+        error = errors[planned.norm.path]
+        if not error <= 0.5 * (1 + 1e-6):
+            return f"a stored number of {planned.targets[0].holder} is {error:.3g} ulp from its exact value (limit 0.5)"
+    return None
+
+
+def structure_differs(before: Facts, after: Facts, folded: Folded) -> str | None:
+    """Where the folded model, traced again, does anything else than the original without the folded norms.
+
+    None if each route has the same operations in the same order on values of the same shape, each layer
+    reads the weights it is meant to read, and each layer that took up a norm has a bias.
+    """
+    gone = {place for f in folded.folds for place in f.norm.calls}
+    took_up = {t.holder for f in folded.folds for t in f.targets}
+    for r, (old, new) in enumerate(zip(before.routes, after.routes, strict=True)):
+        expected = [op for op in old.ops if (r, op.index) not in gone]
+        for left, right in zip(expected, new.ops, strict=False):
+            reason = _op_differs(left, right, before, after, took_up)
+            if reason:
+                return f"{right.site}: {reason}"
+        if len(expected) != len(new.ops):
+            return f"the forward on {new.signature} has {len(new.ops)} operations where {len(expected)} were expected"
+    return None
+
+
+def isolate(items: Sequence[Any], works: Callable[[Sequence[Any]], bool]) -> list[Any]:
+    """The largest part of ``items`` found by halving for which ``works`` holds; the rest is at fault.
+
+    ``works`` is called about 2·log₂(n) times for each item at fault. What it accepts was accepted as a
+    whole: parts that only fail together are dropped together.
+    """
+    if not items or works(items):
+        return list(items)
+    if len(items) == 1:
+        return []
+    middle = len(items) // 2
+    good = isolate(items[:middle], works)
+    for_rest = isolate(items[middle:], lambda part: works([*good, *part]))
+    return [*good, *for_rest]
+
+
+def _stored(before: Facts, after: Facts, target: Target, key: int | None) -> Tensor:
+    """The tensor that the folded model holds where the original held ``key`` in the target's module."""
+    attribute = "bias"
+    if key is not None:
+        names = before.tensors[key].owners
+        at_holder = [n for n in names if n.rpartition(".")[0] == target.holder]
+        attribute = (at_holder or list(names))[0].rpartition(".")[2]
+    path = f"{target.holder}.{attribute}".lstrip(".")
+    for fact in after.tensors.values():
+        if path in fact.owners:
+            return after.binding.tensors[fact.key]
+    return torch.empty(0)
+
+
+def _exact(binding: Binding, target: Target, chain: Sequence[PlannedFold]) -> tuple[Tensor, Tensor, Tensor]:
+    weight = binding.tensors[target.weight].detach().double().cpu()
+    layout = _channels_second(weight, target)
+    channels = layout.shape[1]
+    if target.bias is None:
+        bias = torch.zeros(1, channels, dtype=torch.float64)
+    else:
+        bias = binding.tensors[target.bias].detach().double().cpu().reshape(1, -1)
+    slack = torch.zeros(channels, dtype=torch.float64)
+    zero = torch.zeros(channels, dtype=torch.float64)
+    for planned in chain:
+        state = {r: binding.tensors[k].detach().double().cpu() for r, k in planned.norm.tensors.items()}
+        mean, var, eps = state["running_mean"], state["running_var"], planned.op.attrs["eps"]
+        gamma, beta = state.get("weight"), state.get("bias")
+        layout = F.batch_norm(layout, zero, var, gamma, None, False, 0.0, eps)
+        scale = F.batch_norm(torch.ones_like(bias), zero, var, gamma, None, False, 0.0, eps)[0]
+        slack = slack * scale.abs() + (scale * mean).abs() + (scale * bias[0]).abs() + (0 if beta is None else beta.abs())
+        bias = F.batch_norm(bias, mean, var, gamma, beta, False, 0.0, eps)
+    return _channels_back(layout, weight, target), bias.reshape(-1), slack * (8 * torch.finfo(torch.float64).eps / 2)
+
+
+def _channels_second(weight: Tensor, target: Target) -> Tensor:
+    """The weight as a batch of one whose axis 1 is the output channel, for the norm kernel."""
+    if target.op.kind != "conv_transpose":
+        return weight.reshape(1, weight.shape[0], -1)
+    groups = int(target.op.attrs.get("groups", 1))
+    blocks = torch.stack(weight.reshape(weight.shape[0], weight.shape[1], -1).chunk(groups))
+    return torch.cat([b.movedim(1, 0).reshape(b.shape[1], -1) for b in blocks]).unsqueeze(0)
+
+
+def _channels_back(layout: Tensor, weight: Tensor, target: Target) -> Tensor:
+    if target.op.kind != "conv_transpose":
+        return layout.reshape(weight.shape)
+    groups = int(target.op.attrs.get("groups", 1))
+    per_group = layout[0].chunk(groups)
+    inputs = weight.shape[0] // groups
+    return torch.cat([p.reshape(p.shape[0], inputs, -1).movedim(0, 1) for p in per_group]).reshape(weight.shape)
+
+
+def _ulps(stored: Tensor, exact: Tensor, slack: Tensor) -> float:
+    stored = stored.detach().cpu()
+    if stored.shape != exact.shape:
+        return float("inf")
+    distance = ((stored.double() - exact).abs() - slack).clamp(min=0) / ulp(exact, stored.dtype)
+    worst = distance.max().item() if distance.numel() else 0.0
+    return float("inf") if worst != worst else worst
+
+
+def _op_differs(left: Op, right: Op, before: Facts, after: Facts, took_up: set[str]) -> str | None:
+    if (left.kind, left.target, left.shape, left.dtype) != (right.kind, right.target, right.shape, right.dtype):
+        return f"{right.target} where {left.target} was expected"
+    if dict(left.attrs) != dict(right.attrs):
+        return f"{right.target} runs with other settings than before"
+    gained = set(right.tensors) - set(left.tensors)
+    if set(left.tensors) - set(right.tensors) or gained - {"bias"}:
+        return f"{right.target} reads other tensors than before"
+    for role in left.tensors:
+        names = set(before.tensors[left.tensors[role]].owners) & set(after.tensors[right.tensors[role]].owners)
+        if not names:
+            return f"{right.target} reads another {role} than before"
+    if "bias" in gained:
+        holders = {n.rpartition(".")[0] for n in after.tensors[right.tensors["bias"]].owners}
+        return None if holders & took_up else f"{right.target} has gained a bias"
+    names = {n.rpartition(".")[0] for k in right.tensors.values() for n in after.tensors[k].owners}
+    if right.kind in ("conv", "conv_transpose", "linear") and names & took_up and "bias" not in right.tensors:
+        return f"{right.site} does not use the bias it was given"
+    return None
