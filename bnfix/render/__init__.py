@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from bnfix.render import page_html, text
 from bnfix.render.page import About
 from bnfix.render.pages import page_of
+from bnfix.types import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -101,16 +102,16 @@ def render(value: Any, format: Format = "full", console: Console | None = None, 
 
 
 def render_all(values: Sequence[Any], format: Format, console: Console, about: Sequence[About]) -> None:
-    """Write several values of one kind; as JSON they are one document."""
-    if format != "json":
+    """Write one value or several of one kind; as JSON several are one document, a list under ``values``."""
+    if format != "json" or len(values) == 1:
         for n, (value, said) in enumerate(zip(values, about, strict=True)):
             if n and format in ("full", "markdown"):
                 console.file.write("\n")
             render(value, format, console, said)
         return
     documents = [json.loads(to_json(value)) for value in values]
-    version = values[0].to_dict()["schema_version"] if values else None
-    console.file.write(json.dumps({"schema_version": version, "type": "list", "values": documents}, indent=2) + "\n")
+    document = {"schema_version": SCHEMA_VERSION, "type": "list", "values": documents}
+    console.file.write(json.dumps(document, indent=2, sort_keys=True) + "\n")
 
 
 def _as_text(value: Any, format: Format, about: About | None, encoding: str) -> str:

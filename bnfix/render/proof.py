@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from bnfix.render.numbers import NONE, error, percent, ratio, worst
 from bnfix.render.page import Column, Line, Row, State
 from bnfix.types import OutputParity, Parity
@@ -89,6 +91,8 @@ def nearer(parity: Parity) -> str:
 def _failure(output: OutputParity, limit: str) -> str:
     if output.reason:
         return f"{output.name}: {output.reason}"
+    if output.noise_ratio is not None and not math.isfinite(output.noise_ratio):
+        return f"{output.name}: NaN or Inf where the model itself has numbers"
     if output.noise_ratio is not None:
         return f"{output.name} is {ratio(output.noise_ratio)} × the model's own rounding noise away {limit}"
     return f"{output.name}: max abs error {error(output.max_abs_err)}"

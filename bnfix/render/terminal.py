@@ -36,7 +36,8 @@ class Drawn:
         self.about = about or About()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = options.max_width if console.is_terminal or console.is_jupyter else None
+        soft = options.no_wrap and options.overflow == "ignore"  # printed with soft_wrap=True: nothing is cropped
+        width = None if soft and not console.is_terminal else options.max_width
         for line in draw(self.page, self.about, width):
             if options.encoding.lower().replace("-", "") not in ("utf8", "utf16", "utf32"):
                 line.plain = to_ascii(line.plain)

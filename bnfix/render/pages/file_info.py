@@ -20,7 +20,7 @@ class FileInfoPage(PageOf):
         rows = [Row(state, (what, found)) for state, what, found in _found(value) if found]
         state: State = "done" if value.loadable else "failed" if value.dangerous else "kept"
         norms = [count(len(value.norms), "norm")] if value.tensors else []
-        lines = [Line("plain", row.cells[0], row.cells[1]) for row in rows if row.cells[0] != "norms"]
+        lines = [Line(row.state, row.cells[0], row.cells[1]) for row in rows if row.cells[0] != "norms"]
         lines += [Line("plain", n.path, _norm(n.channels, n.dtype, n.affine)) for n in value.norms]
         return Page(
             title=value.path,
@@ -50,7 +50,7 @@ def _found(value: FileInfo) -> list[tuple[State, str, str]]:
         ("plain", "wrapper", wrapper),
         ("plain", "prefix", f"{value.prefix!r} is stripped from the names" if value.prefix else ""),
         ("plain", "class", value.root_class or ""),
-        ("kept", "runs code of", _some(value.names_code) if not value.loadable or value.root_class else ""),
+        ("kept", "runs code of", _some(tuple(n for n in value.names_code if n not in value.dangerous))),
         ("failed", "DANGEROUS", _some(value.dangerous)),
         ("plain", "folded", _recipe(recipe) if recipe else ""),
         *(("plain", str(k).replace("_", " "), str(v)) for k, v in value.facts.items()),

@@ -61,13 +61,13 @@ def _verdict(value: Result) -> tuple[State, tuple[str, ...]]:
         parts.append(f"exact up to one rounding (≤ {ulp(furthest)} ulp)")
     elif furthest is not None:
         parts.append(f"stored numbers up to {ulp(furthest)} ulp from exact")
-    state: State = "failed" if defects else "done" if done else "kept"
+    state: State = "done" if done else "kept"
     if value.parity is not None:
         parts += proof.verdict(value.parity)
         if value.parity.verdict != "passed":
             state = proof.STATES[value.parity.verdict]
     elif done:
-        parts.append("not run yet" if value.dry_run else "outputs NOT compared")
+        parts.append("nothing changed, this is the plan" if value.dry_run else "outputs NOT compared")
     return state, tuple(parts)
 
 
