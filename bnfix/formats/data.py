@@ -1,0 +1,240 @@
+"""What a model is fed with: ``--input`` as random tensors of a shape, ``--data`` as batches from code or arrays."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnfix.errors import BnfixError, LoadError
+from bnfix.formats.specs import importable_here, parse_spec, resolve
+from bnfix.running import Call
+
+MAX_BYTES = 1 << 36
+"""Of one random input: what is larger is a slip of the fingers."""
+
+_SHAPE = re.compile(r"(?:(?P<name>[^\W\d]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
+_ARRAYS = (".npy", ".npz", ".safetensors")
+
+
+def load_input(spec: str, *, seed: int = 0) -> Call:
+    """``1x3x224x224`` as a call with random tensors, the same ones for the same ``seed``.
+
+    Several inputs are separated by commas, ``:int64`` after a shape gives its type (floats are normal, integers 0 or 1,
+    uint8 from 0 to 255), ``mask=`` before it makes it a keyword argument.
+
+    Raises:
+        ValueError: not such a list.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    args: list[Tensor] = []
+    kwargs: dict[str, Tensor] = {}
+    for part in spec.split(","):
+        name, shape, dtype = _parse(part.strip(), spec)
+        tensor = _random(shape, dtype, generator)
+        if name is None and kwargs:
+            raise ValueError(f"{spec!r}: inputs with a name come last")
+        if name is None:
+            args.append(tensor)
+        else:
+            kwargs[name] = tensor
+    return Call(tuple(args), kwargs)
+
+
+def _parse(part: str, spec: str) -> tuple[str | None, tuple[int, ...], torch.dtype]:
+    match = _SHAPE.fullmatch(part)
+    if match is None:
+        raise ValueError(f"{spec!r} is no input such as 1x3x224x224, 1x16:int64 or 1x3x8x8,mask=1x8:bool")
+    dtype = getattr(torch, match["dtype"] or "float32", None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{spec!r}: torch has no type {match['dtype']}")
+    shape = tuple(int(s) for s in match["shape"].split("x"))
+    if 0 in shape:
+        raise ValueError(f"{spec!r}: a size of 0 leaves nothing to compute with")
+    if math.prod(shape) * dtype.itemsize > MAX_BYTES:
+        raise ValueError(f"{spec!r} is {math.prod(shape) * dtype.itemsize / 2**30:,.0f} GiB")
+    return match["name"], shape, dtype
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    if dtype.is_floating_point or dtype.is_complex:
+        wide = dtype if dtype in (torch.float64, torch.complex64, torch.complex128) else torch.float32
+        return torch.randn(shape, generator=generator, dtype=wide).to(dtype)
+    return torch.randint(0, 256 if dtype is torch.uint8 else 2, shape, generator=generator).to(dtype)
+
+
+# ---------------------------------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches that can be gone through again and again, each time from the start."""
+
+    start: Callable[[], Iterable[Any]]
+
+    def __iter__(self) -> Iterator[Any]:
+        with importable_here():
+            yield from self.start()
+
+
+def load_data(spec: str | os.PathLike[str], *, batch_size: int = 8, seed: int = 0, batches: int = 4) -> Iterable[Any]:
+    """The batches that ``--data`` names.
+
+    ``pkg.mod:callable`` and ``file.py:callable`` give an iterable of batches or a DataLoader, taken as it is, or a
+    Dataset or tensor, which is cut into batches of ``batch_size``; a function is called for it. ``.npy``, ``.npz`` and
+    ``.safetensors`` hold samples along the first axis: one array gives tensors, several give dicts.
+    ``random:3x224x224`` gives ``batches`` batches of random samples of that shape: for fold, export and verify only.
+
+    Raises:
+        LoadError: no such thing, or nothing that has batches.
+        ValueError: a shape or batch size that is none.
+    """
+    if batch_size < 1:
+        raise ValueError(f"a batch size of {batch_size}")
+    text = os.fspath(spec)
+    if text.startswith("random:") and not os.path.exists(text):
+        return _random_batches(text.removeprefix("random:"), batch_size, seed, batches)
+    named = parse_spec(text)
+    if named is not None:
+        return _from_object(text, resolve(named), batch_size)
+    path = Path(text)
+    if path.is_dir():
+        raise LoadError(
+            f"{text} is a folder: bnfix does not read folders of images yet",
+            hint="a function that returns your loader:  --data loader.py:make_loader",
+        )
+    if path.suffix.lower() not in _ARRAYS or not path.is_file():
+        missing = f"there is no file {text}" if not path.exists() else f"{text} is no data that bnfix reads"
+        raise LoadError(
+            missing, hint=f"a function ({'loader.py:make_loader'}), a file {', '.join(_ARRAYS)}, or random:3x224x224"
+        )
+    return _batched(_arrays(path), batch_size)
+
+
+def _random_batches(text: str, batch_size: int, seed: int, count: int) -> list[Any]:
+    parts = [_parse(p.strip(), text) for p in text.split(",")]
+    generator = torch.Generator().manual_seed(seed)
+    found: list[Any] = []
+    for _ in range(count):
+        tensors = [_random((batch_size, *shape), dtype, generator) for _, shape, dtype in parts]
+        names = [name for name, _, _ in parts]
+        if all(names):
+            found.append(dict(zip(names, tensors, strict=True)))
+        else:
+            found.append(tensors[0] if len(tensors) == 1 else tuple(tensors))
+    return found
+
+
+def _from_object(text: str, found: Any, batch_size: int) -> Iterable[Any]:
+    from torch.utils.data import DataLoader, Dataset
+
+    is_data = isinstance(found, (DataLoader, Dataset, Tensor, list, tuple)) or hasattr(found, "__next__")
+    if not callable(found) or (is_data and not isinstance(found, type)):
+        return _iterable(text, found, batch_size)
+
+    def start() -> Iterable[Any]:
+        try:
+            made = found()
+        except BnfixError:
+            raise
+        except Exception as error:  # the user's own function
+            raise LoadError(f"{text}() failed: {type(error).__name__}: {error}") from error
+        return _iterable(text, made, batch_size)
+
+    first = start()  # what is wrong with it shows now, not in the middle of the work
+    return Batches(start) if hasattr(first, "__next__") else first
+
+
+def _iterable(text: str, found: Any, batch_size: int) -> Iterable[Any]:
+    from torch.utils.data import DataLoader, Dataset
+
+    if isinstance(found, Tensor):
+        return _batched(found, batch_size)
+    if isinstance(found, Dataset):
+        return DataLoader(found, batch_size=batch_size, shuffle=False)
+    if isinstance(found, (str, bytes, Mapping)) or not hasattr(found, "__iter__"):
+        if hasattr(found, "__getitem__") and hasattr(found, "__len__") and not isinstance(found, (str, bytes, Mapping)):
+            return DataLoader(found, batch_size=batch_size, shuffle=False)
+        raise LoadError(
+            f"{text} gives a {type(found).__name__}, which has no batches",
+            hint="return an iterable of batches, a Dataset or a DataLoader",
+        )
+    iterable: Iterable[Any] = found
+    return iterable
+
+
+def _batched(samples: Tensor | Mapping[str, Tensor], batch_size: int) -> Iterable[Any]:
+    if isinstance(samples, Tensor):
+        return [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
+    count = len(next(iter(samples.values())))
+    return [{k: v[i : i + batch_size] for k, v in samples.items()} for i in range(0, count, batch_size)]
+
+
+def _arrays(path: Path) -> Tensor | dict[str, Tensor]:
+    if path.suffix.lower() == ".safetensors":
+        arrays = _safetensors(path)
+    else:
+        arrays = _numpy(path)
+    if not arrays:
+        raise LoadError(f"{path} holds no arrays")
+    lengths = {k: v.shape[0] if v.dim() else None for k, v in arrays.items()}
+    if None in lengths.values() or len(set(lengths.values())) > 1 or 0 in lengths.values():
+        shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in list(arrays.items())[:4])
+        raise LoadError(f"{path}: the first axis holds the samples, and here it does not: {shapes}")
+    return next(iter(arrays.values())) if len(arrays) == 1 else arrays
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found: dict[str, Tensor] = load_file(path, device="cpu")
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise LoadError(f"{path} can't be read: {error}") from error
+    return found
+
+
+def _numpy(path: Path) -> dict[str, Tensor]:
+    np = importlib.import_module("numpy")
+    try:
+        with np.load(path, allow_pickle=False) if path.suffix.lower() == ".npz" else _plain(np, path) as file:
+            return {name: _tensor(np, file[name], f"{path}: {name}") for name in file}
+    except LoadError:
+        raise
+    except Exception as error:  # damaged archives fail in numpy, zipfile and zlib, each with errors of its own
+        pickled = "pickle" in str(error).lower() or "Object arrays" in str(error)
+        reason = "holds Python objects, which bnfix does not unpickle" if pickled else f"can't be read: {error}"
+        raise LoadError(f"{path} {reason}") from error
+
+
+class _OneArray(dict[str, Any]):
+    def __enter__(self) -> _OneArray:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def _plain(np: Any, path: Path) -> _OneArray:
+    found = np.load(path, allow_pickle=False)
+    if not isinstance(found, np.ndarray):
+        raise LoadError(f"{path} is no NumPy array")
+    return _OneArray(array=found)
+
+
+def _tensor(np: Any, array: Any, where: str) -> Tensor:
+    native = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("="), copy=False).reshape(array.shape)
+    if native.dtype == np.float64:  # NumPy's default type, seldom meant: a model's is torch's
+        native = native.astype(np.float32)
+    try:
+        return torch.from_numpy(native.copy() if not native.flags.writeable else native)
+    except TypeError as error:
+        raise LoadError(f"{where} is of type {array.dtype}, which torch has not") from error

@@ -1,0 +1,62 @@
+"""From a model to a file: beside the target, then moved into place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bnfix.files import atomic_path, check_target
+from bnfix.formats import recipes
+from bnfix.formats.base import Format
+from bnfix.formats.recognition import formats
+from bnfix.types import FileInfo
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def known_suffixes() -> tuple[str, ...]:
+    """Endings under which a model can be saved."""
+    return tuple(s for f in formats() for s in f.suffixes)
+
+
+def writer_for(path: str | os.PathLike[str]) -> Format:
+    """The format that the ending of ``path`` asks for.
+
+    Raises:
+        ValueError: no format writes such files.
+    """
+    suffix = Path(path).suffix.lower()
+    for known in formats():
+        if suffix in known.suffixes:
+            return known
+    raise ValueError(
+        f"{os.fspath(path)}: bnfix saves models as {', '.join(known_suffixes())}, not as {suffix or 'no ending'}"
+    )
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    source: FileInfo | None = None,
+    inplace: bool = False,
+) -> Path:
+    """Write ``model`` to ``path``, whole or not at all; the ending chooses the format. ``model`` is not changed.
+
+    Weights are written (with ``recipe``, by which folded ones are loaded again); the pickled module itself only where
+    ``source``, the file it came from, was one, and the ending is torch's.
+
+    Raises:
+        ValueError: an unknown ending.
+        BnfixError: the target can't be written, or is the input and ``inplace`` was not said.
+    """
+    writer = writer_for(path)
+    check_target(path, source_path=source.path if source is not None else None, inplace=inplace)
+    whole = source is not None and source.kind == "pickled_module"
+    with atomic_path(path) as beside:
+        writer.write(beside, model, recipes.to_text(recipe), whole=whole)
+    return Path(path)
