@@ -1,0 +1,418 @@
+"""What each command asks of the api, what it prints where, and how it ends."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from cli_fakes import EDIT, REFUSAL, FakeApi, parity
+
+from bnfix.cli import run
+from bnfix.cli.door import Terminated
+from bnfix.errors import UntrustedModelError
+from bnfix.types import Result
+
+Output = pytest.CaptureFixture[str]
+W = Path("w.pt")
+
+
+# ------------------------------------------------------------------------------------------ fold
+
+
+def test_fold_writes_and_says_how_to_go_on(api: FakeApi, capsys: Output) -> None:
+    code = run(["fold", "w.pt", "--arch", "timm:net", "--arch-kw", "num_classes=10", "-o", "my folded.pt"])
+    out, err = capsys.readouterr()
+    assert code == 0
+    assert "✓ folded 1 of 1 norm" in out
+    assert 'bnfix.load("my folded.pt", arch="timm:net", arch_kwargs={\'num_classes\': 10})' in out
+    assert "bnfix export 'my folded.pt' --arch timm:net --arch-kw num_classes=10 -o 'my folded.onnx'" in out
+    assert "note: took 'ema'" in out
+    assert "note: assumed 1x3x8x8" in out
+    assert err.splitlines()[:3] == ["loading w.pt ...", "step of examples ...", "a model that prints in its forward"]
+    assert api.asked("open_model") == (
+        ("w.pt",),
+        {"arch": "timm:net", "arch_kwargs": {"num_classes": 10}, "trust": False},
+    )
+    args, kwargs = api.asked("fold")
+    assert args == ("model of w.pt", ["call"])
+    assert (kwargs["verify"], kwargs["dry_run"]) == (True, False)
+    assert api.asked("save")[1]["inplace"] is False
+
+
+def test_the_next_line_is_a_command_that_parses(api: FakeApi, capsys: Output) -> None:
+    run(
+        [
+            "fold",
+            "w.pt",
+            "--arch",
+            "net.py:Net",
+            "--input",
+            "1x3x8x8",
+            "--forward",
+            "lambda m, b: m(b['x'])",
+            "-o",
+            "f.pt",
+        ]
+    )
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.strip().startswith("next"))
+    words = shlex.split(line.replace("next", "", 1))
+    assert words[:3] == ["bnfix", "export", "f.pt"]
+    api.calls.clear()
+    assert run(words[1:]) == 0
+    kwargs = api.asked("examples")[1]
+    assert (kwargs["input"], kwargs["forward"]) == (["1x3x8x8"], "lambda m, b: m(b['x'])")
+
+
+def test_fold_with_refusals_is_done(api: FakeApi, capsys: Output) -> None:
+    api.fold_result = replace(api.fold_result, refusals=(REFUSAL,))
+    assert run(["fold", "w.pt", "--arch", "a:b", "-o", "f.pt"]) == 0
+    assert "– head.bn" in capsys.readouterr().out
+    assert Path("f.pt").exists()
+
+
+def test_require_all_writes_nothing_where_a_norm_is_kept(api: FakeApi, capsys: Output) -> None:
+    api.fold_result = replace(api.fold_result, refusals=(REFUSAL,))
+    assert run(["fold", "w.pt", "--arch", "a:b", "-o", "f.pt", "--require-all"]) == 1
+    assert "nothing was written" in capsys.readouterr().out
+    assert not Path("f.pt").exists()
+    api.fold_result = replace(api.fold_result, refusals=())
+    assert run(["fold", "w.pt", "--arch", "a:b", "-o", "f.pt", "--require-all"]) == 0
+    assert Path("f.pt").exists()
+
+
+def test_a_fold_that_fails_its_proof_is_not_written(api: FakeApi, capsys: Output) -> None:
+    api.fold_result = replace(api.fold_result, parity=parity("failed"))
+    assert run(["fold", "w.pt", "--arch", "a:b", "-o", "f.pt"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+    assert not Path("f.pt").exists()
+
+
+@pytest.mark.parametrize(("edits", "code"), [((EDIT,), 1), ((), 0)])
+def test_dry_run_exits_1_if_it_would_change_something(api: FakeApi, capsys: Output, edits: tuple, code: int) -> None:
+    api.fold_result = Result(None, edits, (REFUSAL,), dry_run=True)
+    assert run(["fold", "w.pt", "--arch", "a:b", "--dry-run"]) == code
+    assert sorted(os.listdir()) == ["w.pt"]
+    assert ("would fold 1 of 2 norms" in capsys.readouterr().out) == bool(edits)
+    assert api.asked("fold")[1]["dry_run"] is True
+
+
+def test_no_output_is_a_usage_error_that_names_both_ways(api: FakeApi, capsys: Output) -> None:
+    assert run(["fold", "w.pt", "--arch", "a:b"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "error: where should the folded model go?\n  -o folded.pt\n  --dry-run   shows the plan only\n"
+    assert api.calls == []
+
+
+@pytest.mark.parametrize("target", ["w.pt", "./w.pt", "link.pt"])
+def test_the_input_is_never_overwritten_unasked(api: FakeApi, capsys: Output, target: str) -> None:
+    os.symlink("w.pt", "link.pt")
+    assert run(["fold", "w.pt", "--arch", "a:b", "-o", target]) == 2
+    assert "--in-place" in capsys.readouterr().err
+    assert api.calls == []  # known before any work
+    assert W.read_bytes() == b"weights"
+
+
+def test_in_place(api: FakeApi) -> None:
+    assert run(["fold", "w.pt", "--arch", "a:b", "--in-place"]) == 0
+    assert W.read_bytes() == b"folded"
+    assert api.asked("save")[1]["inplace"] is True
+
+
+def test_a_pickled_module_loads_again_with_trust(api: FakeApi, capsys: Output) -> None:
+    api.kind = "pickled_module"
+    run(["fold", "w.pt", "--trust", "-o", "f.pt"])
+    out = capsys.readouterr().out
+    assert 'bnfix.load("f.pt", trust=True)' in out
+    assert "bnfix export f.pt --trust -o f.onnx" in out
+
+
+def test_weights_need_no_trust_though_it_was_given(api: FakeApi, capsys: Output) -> None:
+    run(["fold", "w.pt", "--arch", "a:b", "--trust", "-o", "f.pt"])
+    out = capsys.readouterr().out
+    assert "trust" not in out.split("wrote")[1]
+
+
+@pytest.mark.parametrize("entry", ["classes", "=3", "1a=3"])
+def test_a_malformed_arch_kw(api: FakeApi, capsys: Output, entry: str) -> None:
+    assert run(["fold", "w.pt", "--arch", "a:b", "--arch-kw", entry, "-o", "f.pt"]) == 2
+    assert "key=value" in capsys.readouterr().err
+    assert api.calls == []
+
+
+def test_arch_kw_values(api: FakeApi) -> None:
+    kw = ["n=10", "p=0.5", "flag=true", "off=None", "name=resnet", "sizes=(3, 4)", "x=a=b"]
+    run(["fold", "w.pt", "--arch", "a:b", *(w for e in kw for w in ("--arch-kw", e)), "-o", "f.pt"])
+    expected = {"n": 10, "p": 0.5, "flag": True, "off": None, "name": "resnet", "sizes": (3, 4), "x": "a=b"}
+    assert api.asked("open_model")[1]["arch_kwargs"] == expected
+
+
+# -------------------------------------------------------------------------------- export, verify
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("passed", 0), ("warned", 0), ("failed", 1), ("inconclusive", 3)])
+def test_export_and_verify_end_with_the_verdict(api: FakeApi, capsys: Output, verdict: str, code: int) -> None:
+    api.parity = parity(verdict)
+    assert run(["export", "w.pt", "--arch", "a:b", "-o", "m.onnx"]) == code
+    assert run(["verify", "w.pt", "m.onnx", "--arch", "a:b"]) == code
+    out = capsys.readouterr().out
+    assert ("FAILED" in out) == (verdict == "failed")
+    assert ("INCONCLUSIVE" in out) == (verdict == "inconclusive")
+
+
+def test_export_options(api: FakeApi, capsys: Output) -> None:
+    run(
+        [
+            "export",
+            "w.pt",
+            "--arch",
+            "a:b",
+            "-o",
+            "m.onnx",
+            "--no-fold",
+            "--opset",
+            "17",
+            "--static-batch",
+            "--seed",
+            "4",
+        ]
+    )
+    args, kwargs = api.asked("export")
+    assert args == ("model of w.pt", "m.onnx", ["call"])
+    assert (kwargs["fold"], kwargs["opset"], kwargs["dynamic"]) == (False, 17, False)
+    assert api.asked("examples")[1]["seed"] == 4
+    out = capsys.readouterr().out
+    assert "wrote" in out
+    assert "bnfix verify w.pt m.onnx --arch a:b" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["export", "timm:resnet50"], "-o resnet50.onnx"),
+        (["export", "w.pt"], "-o w.onnx"),
+        (["export", "w.pt", "-o", "m.pt"], "-o m.onnx"),
+        (["export", "w.pt", "-o", "no/such/m.onnx"], "mkdir -p"),
+    ],
+)
+def test_export_targets_are_checked_before_any_work(api: FakeApi, capsys: Output, argv: list[str], hint: str) -> None:
+    assert run(argv) == 2
+    assert hint in capsys.readouterr().err
+    assert api.calls == []
+
+
+def test_verify_takes_onnx_by_path_and_weights_by_architecture(api: FakeApi) -> None:
+    Path("m.onnx").write_bytes(b"onnx")
+    run(["verify", "w.pt", "m.onnx", "--arch", "a:b"])
+    assert api.asked("verify")[0] == ("model of w.pt", "m.onnx", ["call"])
+    api.calls.clear()
+    Path("f.pt").write_bytes(b"other")
+    run(["verify", "w.pt", "f.pt", "--arch", "a:b", "--arch-kw", "n=1"])
+    assert api.asked("verify")[0][1] == "model of f.pt"
+    opened = [(args, kw["arch"], kw["arch_kwargs"]) for name, args, kw in api.calls if name == "open_model"]
+    assert opened == [(("w.pt",), "a:b", {"n": 1}), (("f.pt",), "a:b", {"n": 1})]
+    api.calls.clear()
+    run(["verify", "w.pt", "f.pt", "--arch", "a:b", "--arch-kw", "n=1", "--other-arch", "c:d"])
+    assert [kw["arch_kwargs"] for name, _, kw in api.calls if name == "open_model"] == [{"n": 1}, {}]
+
+
+def test_verify_that_failed_says_how_to_make_the_file_anew(api: FakeApi, capsys: Output) -> None:
+    Path("m.onnx").write_bytes(b"onnx")
+    api.parity = parity("failed")
+    run(["verify", "w.pt", "m.onnx", "--arch", "a:b"])
+    assert "bnfix export w.pt --arch a:b -o m.onnx" in capsys.readouterr().out
+
+
+def test_input_and_data_exclude_each_other(api: FakeApi, capsys: Output) -> None:
+    assert run(["verify", "w.pt", "m.onnx", "--input", "1x3", "--data", "x.npy"]) == 2
+    assert "exclude" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ info
+
+
+def test_info_of_several_files_goes_on_after_an_error(api: FakeApi, capsys: Output) -> None:
+    assert run(["info", "w.pt", "gone.pt", "w.pt"]) == 2
+    out, err = capsys.readouterr()
+    assert out.count("a state_dict") == 2
+    assert err == "error: gone.pt: no such file\n  ls\n"
+
+
+def test_info_json_is_one_document(api: FakeApi, capsys: Output) -> None:
+    assert run(["info", "w.pt", "--output-format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "state_dict"
+    assert run(["info", "w.pt", "w.pt", "--output-format", "json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["values"]) == 2
+
+
+# --------------------------------------------------------------------------------- formats, ends
+
+
+def test_json_is_all_there_is_on_stdout(api: FakeApi, capsys: Output) -> None:
+    """Although the model prints in its forward."""
+    assert run(["fold", "w.pt", "--arch", "a:b", "-o", "f.pt", "--output-format", "json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["type"] == "Result"
+    assert document["run"]["written"] == ["f.pt"]
+
+
+def test_an_error_is_a_line_and_its_hint_and_stdout_is_empty(api: FakeApi, capsys: Output) -> None:
+    api.fails["open_model"] = UntrustedModelError(
+        "model.pt is a pickled nn.Module (shop.net.Net): loading it can run any code inside.",
+        hint="if you trust it   bnfix fold model.pt --trust\nsafer             save model.state_dict()",
+    )
+    assert run(["fold", "w.pt", "-o", "f.pt", "--output-format", "json"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith(
+        "error: model.pt is a pickled nn.Module (shop.net.Net): loading it can run any code inside.\n"
+        "  if you trust it   bnfix fold model.pt --trust\n"
+        "  safer             save model.state_dict()\n"
+    )
+
+
+def test_a_defect_is_one_line_and_a_traceback_on_demand(
+    api: FakeApi, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.fails["fold"] = ZeroDivisionError("division by zero\nsecond line")
+    argv = ["fold", "w.pt", "--arch", "a:b", "-o", "f.pt"]
+    assert run(argv) == 2
+    err = capsys.readouterr().err
+    assert "error: ZeroDivisionError: division by zero\n  this is a defect of bnfix" in err
+    assert "Traceback" not in err
+    assert run([*argv, "--traceback"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("BNFIX_TRACEBACK", "1")
+    assert run(argv) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_value_error_about_what_was_typed_is_no_defect(api: FakeApi, capsys: Output) -> None:
+    api.fails["examples"] = ValueError("'3xx8' is no shape")
+    assert run(["fold", "w.pt", "--arch", "a:b", "--input", "3xx8", "-o", "f.pt"]) == 2
+    err = capsys.readouterr().err
+    assert "error: --input 3xx8: '3xx8' is no shape" in err
+    assert "defect" not in err
+
+
+@pytest.mark.parametrize("step", ["open_model", "examples", "fold", "save"])
+@pytest.mark.parametrize(
+    ("end", "code", "word"), [(KeyboardInterrupt(), 130, "interrupted"), (Terminated(), 143, "terminated")]
+)
+def test_an_interrupt_is_one_line(
+    api: FakeApi, capsys: Output, step: str, end: BaseException, code: int, word: str
+) -> None:
+    api.fails[step] = end
+    assert run(["fold", "w.pt", "--arch", "a:b", "-o", "f.pt"]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[-1] == word
+    assert "Traceback" not in err
+    assert sorted(os.listdir()) == ["w.pt"]
+
+
+@pytest.mark.parametrize("step", ["open_model", "examples"])
+def test_a_script_that_ends_the_program_does_not_end_ours_with_0(api: FakeApi, capsys: Output, step: str) -> None:
+    api.fails[step] = SystemExit(0)
+    assert run(["fold", "w.pt", "--arch", "train.py:Net", "-o", "f.pt"]) == 2
+    assert "__main__" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["fold"], ["fold", "w.pt", "--nonsense"], ["nonsense"], ["fold", "w.pt", "--output-format", "xml"], ["info"]],
+)
+def test_wrong_use_is_2(api: FakeApi, argv: list[str]) -> None:
+    assert run(argv) == 2
+
+
+def test_help_and_version_are_0(api: FakeApi, capsys: Output) -> None:
+    import bnfix
+
+    for argv in (["--help"], ["-h"], ["fold", "--help"], ["demo", "-h"]):
+        assert run(argv) == 0
+    capsys.readouterr()
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"bnfix {bnfix.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["fold", "export", "verify", "info", "demo"])
+def test_help_teaches(api: FakeApi, capsys: Output, command: str) -> None:
+    assert run([command, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Examples" in text
+    assert "Exit codes" in text
+    assert text.count(f"bnfix {command}") >= 2
+
+
+def test_examples_in_help_parse(api: FakeApi) -> None:
+    """Every line that the help offers for pasting is one that the command takes."""
+    from bnfix.cli.commands import export, fold, info, verify
+
+    for name in ("weights.pt", "model.pt", "folded.pt", "model.onnx"):
+        Path(name).write_bytes(b"x")
+    lines = [x.strip("`") for m in (fold, export, verify, info) for x in m.EPILOG.splitlines() if x.startswith("`")]
+    assert len(lines) >= 8
+    for line in lines:
+        words = shlex.split(line.split(" | ")[0].replace("*.pt", "weights.pt"))
+        assert run(words[1:]) in (0, 1), line
+
+
+# ------------------------------------------------------------------------- when stdout can't take it
+
+
+class Closed:
+    """A standard output whose reader has left, or whose disk is full."""
+
+    encoding = "utf-8"
+
+    def __init__(self, error: OSError) -> None:
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+    def flush(self) -> None:
+        raise self.error
+
+    def isatty(self) -> bool:
+        return False
+
+    def fileno(self) -> int:
+        raise ValueError("none")
+
+
+@pytest.mark.parametrize("format", ["full", "json", "concise"])
+def test_a_reader_that_left_changes_nothing(
+    api: FakeApi, capsys: Output, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.stdout", Closed(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+        code = run(["fold", "w.pt", "--arch", "a:b", "-o", "f.pt", "--output-format", format])
+    assert code == 0
+    assert Path("f.pt").exists()
+    assert "rror" not in capsys.readouterr().err
+
+
+def test_a_full_disk_under_the_report_is_an_error(
+    api: FakeApi, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.stdout", Closed(OSError(errno.ENOSPC, "No space left on device")))
+        code = run(["info", "w.pt"])
+    assert code == 2
+    assert "the report can't be written: No space left on device" in capsys.readouterr().err
+
+
+def test_a_model_named_by_its_architecture_needs_no_file(api: FakeApi, capsys: Output) -> None:
+    api.open_model = lambda path, **kw: SimpleNamespace(value="m", info=None, arch=path, notes=())  # type: ignore[method-assign]
+    assert run(["fold", "timm:resnet18", "-o", "f.pt"]) == 0
+    out = capsys.readouterr().out
+    assert 'bnfix.load("f.pt", arch="timm:resnet18")' in out
+    assert "bnfix export f.pt --arch timm:resnet18 -o f.onnx" in out

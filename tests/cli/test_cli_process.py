@@ -1,0 +1,54 @@
+"""The command as a process: what it imports, and how it meets pipes and signals."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = "[m for m in ('torch', 'numpy', 'onnx', 'onnxruntime', 'sklearn', 'safetensors') if m in sys.modules]"
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["fold", "--help"], ["demo", "--help"], ["--version"], ["info", "w.bin"], ["fold", "w.bin"]]
+)
+def test_help_and_info_import_nothing_heavy(argv: list[str], tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    code = f"import sys; from bnfix.cli import run; run({argv!r}); print({HEAVY}, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_python_m_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "bnfix", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("bnfix ")
+
+
+def test_a_pipe_that_closes_is_quiet(tmp_path: Path) -> None:
+    files = " ".join(["w.bin"] * 400)
+    (tmp_path / "w.bin").write_bytes(b"<!DOCTYPE html><html></html>")
+    shell = f"{sys.executable} -m bnfix info {files} --output-format concise | head -1"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(b"<!DOCTYPE html><html></html>")
+    shell = f"{sys.executable} -m bnfix info w.bin > /dev/full"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: the report can't be written: No space left on device"]
+
+
+def test_every_public_name_resolves() -> None:
+    import bnfix
+
+    assert sorted(bnfix.__all__) == bnfix.__all__
+    for name in bnfix.__all__:
+        assert getattr(bnfix, name) is not None
+    assert set(bnfix.__all__) <= set(dir(bnfix))
