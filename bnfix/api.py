@@ -152,7 +152,7 @@ class _FoldProof:
         except BnfixError as error:  # the changed copy can't be operated on or traced: this choice of folds is wrong
             return _Attempt(copy, folded, (), None, error.message)
         errors = folding.weight_errors(self.facts, folded, after)
-        failure = folding.worst_weight(folded, errors) or (
+        failure = folding.worst_weight(self.facts, folded, errors) or (
             folding.structure_differs(self.facts, after, folded) if folded.folds else None
         )
         edits = tuple(replace(e, ulp=errors.get(e.site)) for e in edits)

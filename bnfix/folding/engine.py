@@ -140,29 +140,32 @@ def _unfit(
     facts: Facts, planned: PlannedFold, weights: Mapping[int, Tensor], biases: Mapping[BiasName, Tensor]
 ) -> str | None:
     """Why these numbers must not be stored: they wouldn't be themselves any more."""
-    affine = norm_affine(facts.binding, planned)
     for target in planned.targets:
         before, after = facts.binding.tensors[target.weight], weights[target.weight]
         if not before.is_floating_point():
             return f"{target.holder} has weights of {before.dtype}"
         if target.bias is None and bias_slot(facts.binding, target) is None:
             return f"{target.op.site} has no bias, and {target.holder or 'the model'} has no place for one"
-        info = torch.finfo(before.dtype)
-        for what, value in (("weight", after), ("bias", biases[target.bias, target.holder])):
-            if not bool(torch.isfinite(value).all()):
-                return f"its statistics or weights aren't finite: the folded {what} of {target.holder} would be NaN or Inf"
-            if bool((value.abs() > info.max).any()):
-                worst = value.abs().max().item()
-                return f"the folded {what} of {target.holder} reaches {worst:.3g}, more than {before.dtype} holds"
-        index = planned.fold.weight(
-            torch.ones_like(after), Affine(torch.arange(len(affine.scale), device=after.device).double(), affine.shift), target.op
-        )
-        largest = torch.zeros(len(affine.scale), dtype=torch.float64, device=after.device)
-        largest.scatter_reduce_(0, index.reshape(-1).long(), after.abs().reshape(-1), "amax")
-        # A dead channel may well end up below the normal numbers; one that counts beside the others must not.
-        counts = largest > largest.max() * info.eps**2
-        if bool((counts & (largest < info.smallest_normal) & (largest > 0)).any()):
-            return f"the folded weight of {target.holder} would be subnormal in {before.dtype} and lose its digits"
+        reason = _unfit_numbers(planned, target, after, biases[target.bias, target.holder], before.dtype)
+        if reason:
+            return reason
+    return None
+
+
+def _unfit_numbers(planned: PlannedFold, target: Target, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> str | None:
+    info = torch.finfo(dtype)
+    seen = planned.fold.channels(weight, target.op)
+    largest = torch.linalg.vector_norm(seen, ord=torch.inf, dim=tuple(range(2, seen.dim())))
+    for what, values in (("weight", largest), ("bias", bias)):
+        if not bool(torch.isfinite(values).all()):
+            return f"its statistics or weights aren't finite: the folded {what} of {target.holder} would be NaN or Inf"
+        worst = values.abs().max().item() if values.numel() else 0.0
+        if worst > info.max:
+            return f"the folded {what} of {target.holder} reaches {worst:.3g}, more than {dtype} holds"
+    # A dead channel may well end up below the normal numbers; one that counts beside the others must not.
+    counts = largest > largest.max() * info.eps**2
+    if bool((counts & (largest < info.smallest_normal)).any()):
+        return f"the folded weight of {target.holder} would be subnormal in {dtype} and lose its digits"
     return None
 
 

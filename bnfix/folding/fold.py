@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from bnfix.stats import Affine
@@ -41,8 +42,18 @@ class Fold(ABC):
         """
 
     @abstractmethod
+    def channels(self, weight: Tensor, producer: Op) -> Tensor:
+        """A view of ``weight`` with the channels that the norm scales in front: shape (groups, C/groups, …).
+
+        The channels lie in the order in which the norm counts them.
+        """
+
     def weight(self, weight: Tensor, affine: Affine, producer: Op) -> Tensor:
-        """The weight that computes scale·(W∗x): same shape as ``weight``, float64."""
+        """The weight that computes scale·(W∗x): same shape and layout as ``weight``, float64."""
+        scaled = weight.clone(memory_format=torch.preserve_format)
+        seen = self.channels(scaled, producer)
+        seen.mul_(affine.scale.reshape(*seen.shape[:2], *(1,) * (seen.dim() - 2)))
+        return scaled
 
     def bias(self, bias: Tensor | None, affine: Affine) -> Tensor:
         """The bias that goes with it: scale·bias + shift, shape (C,), float64."""

@@ -11,7 +11,6 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from bnfix.folding.fold import Example, Fold
-from bnfix.stats import Affine
 from bnfix.types import Op
 
 
@@ -48,6 +47,6 @@ class ConvFold(Fold):
             return f"{producer.site} runs without a batch dimension: the norm's channels are not its channels"
         return None
 
-    def weight(self, weight: Tensor, affine: Affine, producer: Op) -> Tensor:
-        """W'_o = a_o·W_o."""
-        return weight * affine.scale.reshape(-1, *(1,) * (weight.dim() - 1))
+    def channels(self, weight: Tensor, producer: Op) -> Tensor:
+        """(O, I/groups, *kernel) in one group, whatever the groups of the input."""
+        return weight.unsqueeze(0)

@@ -12,7 +12,6 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from bnfix.folding.fold import Example, Fold
-from bnfix.stats import Affine
 from bnfix.types import Op
 
 
@@ -39,9 +38,7 @@ class ConvTransposeFold(Fold):
             return f"{producer.site} runs without a batch dimension: the norm's channels are not its channels"
         return None
 
-    def weight(self, weight: Tensor, affine: Affine, producer: Op) -> Tensor:
-        """W'[g, i, o] = a[g, o]·W[g, i, o]."""
+    def channels(self, weight: Tensor, producer: Op) -> Tensor:
+        """(I, O/g, *kernel) → (g, O/g, I/g, *kernel): output channel o is (group, place in the group)."""
         groups = int(producer.attrs.get("groups", 1))
-        inputs, outputs = weight.shape[:2]
-        blocks = weight.reshape(groups, inputs // groups, outputs, -1)
-        return (blocks * affine.scale.reshape(groups, 1, outputs, 1)).reshape(weight.shape)
+        return weight.unflatten(0, (groups, -1)).transpose(1, 2)

@@ -12,7 +12,6 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from bnfix.folding.fold import Example, Fold
-from bnfix.stats import Affine
 from bnfix.types import Op
 
 
@@ -40,6 +39,6 @@ class LinearFold(Fold):
             )
         return None
 
-    def weight(self, weight: Tensor, affine: Affine, producer: Op) -> Tensor:
-        """W'_o = a_o·W_o."""
-        return weight * affine.scale.reshape(-1, 1)
+    def channels(self, weight: Tensor, producer: Op) -> Tensor:
+        """(O, I) in one group."""
+        return weight.unsqueeze(0)

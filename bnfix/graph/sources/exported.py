@@ -41,6 +41,7 @@ _KINDS: dict[str, str] = {
     "instance_norm": "norm",
 }
 _INLINED = {"wrap_with_autocast": 4, "wrap_with_set_grad_enabled": 1}  # arguments before the subgraph
+_FX_CONFIG, _LINES = getattr(fx, "config", None), "do_not_emit_stack_traces"
 _STATE = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -330,7 +331,7 @@ def _reason(error: BaseException) -> str:
 
 
 class _quiet:  # noqa: N801  # reads as the context that it is
-    """torch.export reports its refusals through loggers as well; the error says it once."""
+    """No refusals through loggers as well (the error says it once), no source lines at each node (a third of the time)."""
 
     _names = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch._dynamo", "torch._subclasses.fake_tensor")
 
@@ -338,7 +339,12 @@ class _quiet:  # noqa: N801  # reads as the context that it is
         self._before = [(logging.getLogger(n), logging.getLogger(n).level) for n in self._names]
         for logger, _ in self._before:
             logger.setLevel(logging.CRITICAL)
+        self._lines = getattr(_FX_CONFIG, _LINES, None)  # newer versions of torch have it
+        if self._lines is not None:
+            setattr(_FX_CONFIG, _LINES, True)
 
     def __exit__(self, *_: object) -> None:
         for logger, level in self._before:
             logger.setLevel(level)
+        if self._lines is not None:
+            setattr(_FX_CONFIG, _LINES, self._lines)
