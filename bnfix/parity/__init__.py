@@ -3,6 +3,22 @@
 from __future__ import annotations
 
 from bnfix.parity.compare import compare, compare_sites, judge
+from bnfix.parity.export import export_onnx
 from bnfix.parity.oracle import Recorded, Reference, record, references
+from bnfix.parity.probes import accepted, probe_calls
+from bnfix.parity.verify import verify, verify_file
 
-__all__ = ["Recorded", "Reference", "compare", "compare_sites", "judge", "record", "references"]
+__all__ = [
+    "Recorded",
+    "Reference",
+    "accepted",
+    "compare",
+    "compare_sites",
+    "export_onnx",
+    "judge",
+    "probe_calls",
+    "record",
+    "references",
+    "verify",
+    "verify_file",
+]

@@ -80,7 +80,7 @@ def compare_sites(
     *,
     k: float = K_FAILS,
 ) -> tuple[OutputParity, ...]:
-    """Judge what was recorded at sites; ``pairs`` leads from the reference's site to the candidate's (None: the same)."""
+    """Judge what was recorded at sites; ``pairs`` leads from the reference's site to the candidate's (None: same)."""
     sites = list(references[0].oracle.sites) if references else []
     named = {site: (pairs or {}).get(site, site) for site in sites if pairs is None or site in pairs}
 

@@ -84,7 +84,7 @@ def record(model: nn.Module, call: Call, sites: Sequence[str] = ()) -> Recorded:
 
     Of each call of each site at most 65,536 elements are kept, taken at a fixed stride that has no
     factor in common with the tensor's size, so that no channel is passed over. They are cloned: an
-    in-place activation behind the site would change them.
+    in-place activation behind the site would change them. Sites come in the order of their first call.
 
     Raises:
         PassError: the model's own forward failed.
@@ -94,11 +94,11 @@ def record(model: nn.Module, call: Call, sites: Sequence[str] = ()) -> Recorded:
     unknown = [s for s in sites if s not in modules]
     if unknown:
         raise ValueError(f"{unknown[0]}: no module of this {type(model).__name__}")
-    kept: dict[str, list[Tensor]] = {site: [] for site in sites}
+    kept: dict[str, list[Tensor]] = {}
 
     def keep(site: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            kept[site] += [subsample(t) for t in named_tensors(output).values()]
+            kept.setdefault(site, []).extend([subsample(t) for t in named_tensors(output).values()])
 
         return hook
 
@@ -107,7 +107,7 @@ def record(model: nn.Module, call: Call, sites: Sequence[str] = ()) -> Recorded:
             stack.callback(modules[site].register_forward_hook(keep(site)).remove)
         outputs = named_tensors(_run(model, call))
         outputs = {name: t.detach().clone() for name, t in outputs.items()}
-    return Recorded(outputs, kept)
+    return Recorded(outputs, kept | {site: [] for site in sites if site not in kept})
 
 
 def subsample(tensor: Tensor) -> Tensor:
