@@ -13,8 +13,6 @@ from bnfix.cli.screen import Steps
 if TYPE_CHECKING:
     from bnfix.formats import Loaded
 
-WEIGHTS_ONLY = ("state_dict", "safetensors", "lightning")
-
 
 @dataclass(frozen=True)
 class Opened:
@@ -30,9 +28,18 @@ class Opened:
         return self.calls or None
 
     @property
-    def trust(self) -> bool:
-        """Whether the file holds a pickled module, so that what is made of it does too."""
-        return self.loaded.info is not None and self.loaded.info.kind not in WEIGHTS_ONLY
+    def pickled(self) -> bool:
+        """Whether the file holds a pickled module."""
+        return self.loaded.info is not None and self.loaded.info.kind == "pickled_module"
+
+    def arch(self, target: str) -> str | None:
+        """What ``target`` has to be loaded into; None where it will hold the module itself."""
+        if not self.pickled:
+            return self.loaded.arch
+        if not target.endswith(".safetensors"):
+            return None
+        module, _, name = (self.loaded.info.root_class or "").rpartition(".") if self.loaded.info else ("", "", "")
+        return f"{module}:{name}" if module else None
 
 
 def check_paths(asked: Asked) -> None:

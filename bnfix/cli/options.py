@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import shlex
@@ -58,7 +57,7 @@ InputOption = Annotated[
     typer.Option(
         "--input",
         metavar="SHAPE",
-        help="Shape of an input, such as 1x3x224x224; repeat it for a forward with several arguments.",
+        help="An input, such as 1x3x224x224; several arguments: 1x16:int64,mask=1x16:bool. Repeat it for more shapes.",
         rich_help_panel=_INPUT,
     ),
 ]
@@ -110,13 +109,12 @@ class Asked:
         Raises:
             UsageError: an entry is not of the form ``key=value``.
         """
-        found: dict[str, Any] = {}
-        for entry in self.arch_kw:
-            key, equals, value = entry.partition("=")
-            if not equals or not key.isidentifier():
-                raise UsageError(f"--arch-kw {entry}: not of the form key=value", hint="--arch-kw num_classes=10")
-            found[key] = _literal(value)
-        return found
+        from bnfix.formats import parse_kwargs
+
+        try:
+            return parse_kwargs(self.arch_kw)
+        except ValueError as error:
+            raise UsageError(f"--arch-kw: {error}", hint="--arch-kw num_classes=10") from error
 
     def next(self, verb: str, *paths: str, trust: bool = False, arch: bool = True) -> str:
         """A command line to paste: ``verb`` on ``paths`` with the same model options, quoted for the shell."""
@@ -146,13 +144,3 @@ def sibling(path: str, suffix: str) -> str:
 def quoted(word: str) -> str:
     """``word`` as a shell takes it for one."""
     return shlex.quote(word)
-
-
-def _literal(value: str) -> Any:
-    known = {"true": True, "false": False, "none": None}
-    if value.lower() in known:
-        return known[value.lower()]
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value

@@ -119,6 +119,13 @@ def test_the_input_is_never_overwritten_unasked(api: FakeApi, capsys: Output, ta
     assert W.read_bytes() == b"weights"
 
 
+@pytest.mark.parametrize("target", ["folded.h5", "folded", "folded.onnx"])
+def test_an_ending_that_nothing_writes_is_known_before_any_work(api: FakeApi, capsys: Output, target: str) -> None:
+    assert run(["fold", "w.pt", "--arch", "a:b", "-o", target]) == 2
+    assert f"error: -o: {target}: bnfix saves models as" in capsys.readouterr().err
+    assert api.calls == []
+
+
 def test_in_place(api: FakeApi) -> None:
     assert run(["fold", "w.pt", "--arch", "a:b", "--in-place"]) == 0
     assert W.read_bytes() == b"folded"
@@ -142,7 +149,7 @@ def test_weights_need_no_trust_though_it_was_given(api: FakeApi, capsys: Output)
 @pytest.mark.parametrize("entry", ["classes", "=3", "1a=3"])
 def test_a_malformed_arch_kw(api: FakeApi, capsys: Output, entry: str) -> None:
     assert run(["fold", "w.pt", "--arch", "a:b", "--arch-kw", entry, "-o", "f.pt"]) == 2
-    assert "key=value" in capsys.readouterr().err
+    assert "--arch-kw: " in capsys.readouterr().err
     assert api.calls == []
 
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bnfix.cli import options as o
-from bnfix.cli.door import DONE, FAILED, UsageError
+from bnfix.cli.door import DONE, FAILED, UsageError, users_words
 from bnfix.cli.opening import Opened, check_paths, open_model
 from bnfix.cli.screen import report, working
 from bnfix.files import check_target
+from bnfix.formats.saving import writer_for
 from bnfix.render import About
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def fold(
         )
         if target is not None and not unmet:
             steps(f"writing {target}")
-            api.save(result.model, target, recipe=result.recipe, source=opened.loaded, inplace=in_place)
+            api.save(result.model, target, recipe=result.recipe, source=opened.loaded.info, inplace=in_place)
     report([result], output_format, [_about(asked, opened, result, None if unmet else target, unmet)])
     if dry_run:
         return FAILED if result.edits or unmet else DONE
@@ -82,6 +83,8 @@ def _target(asked: o.Asked, output: str | None, in_place: bool, dry_run: bool) -
     target = output or (asked.model if in_place else None)
     if target is None:
         raise UsageError("where should the folded model go?", hint="-o folded.pt\n--dry-run   shows the plan only")
+    with users_words("-o"):
+        writer_for(target)
     check_target(target, source_path=asked.model, inplace=in_place)
     return target
 
@@ -92,12 +95,11 @@ def _about(asked: o.Asked, opened: Opened, result: Result, target: str | None, u
     if unmet:
         notes.append("nothing was written")
     if target is not None:
-        arch = opened.loaded.arch or asked.arch
+        arch = opened.arch(target)
+        trust = opened.pickled and arch is None
         again = o.Asked(target, arch, asked.arch_kw, input=asked.input, data=asked.data, forward=asked.forward)
-        steps.append(("load it", asked.load_line(target, arch=arch, trust=opened.trust)))
-        steps.append(
-            ("next", f"{again.next('export', target, trust=opened.trust)} -o {o.quoted(o.sibling(target, '.onnx'))}")
-        )
+        steps.append(("load it", asked.load_line(target, arch=arch, trust=trust)))
+        steps.append(("next", f"{again.next('export', target, trust=trust)} -o {o.quoted(o.sibling(target, '.onnx'))}"))
     elif result.dry_run and result.edits:
         steps.append(("next", f"{asked.next('fold', asked.model, trust=asked.trust)} -o folded.pt"))
     return About("bnfix fold", asked.model, (target,) if target else (), tuple(notes), tuple(steps))
