@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
-    from bnfix.folding import Folded, PlannedFold
+    from bnfix.formats import Loaded
     from bnfix.running import Call
     from bnfix.running.call import Forward
-    from bnfix.types import Edit, Facts, FileInfo, Parity, Refusal, Result
+    from bnfix.types import Export, Facts, FileInfo, Parity, Refusal, Result
 
 Progress = Callable[[str], None]
 
@@ -56,6 +57,7 @@ def fold(
     """
     from bnfix import folding
     from bnfix.graph import Surgeon, gather, unwrap
+    from bnfix.proving import FoldProof
     from bnfix.types import Result
 
     say = progress or _silent
@@ -69,9 +71,11 @@ def fold(
     if dry_run:
         folded = folding.compute(facts, plan.folds)
         edits = tuple(folding.edit(f, ()) for f in folded.folds)
-        return Result(None, edits, (*plan.refusals, *folded.refusals), None, facts.source, signatures, notes, dry_run=True)
-    proof = _FoldProof(model, calls, facts, verify, k, say)
-    folds = folding.isolate(plan.folds, proof.holds)
+        return Result(
+            None, edits, (*plan.refusals, *folded.refusals), None, facts.source, signatures, notes, dry_run=True
+        )
+    proof = FoldProof(model, calls, facts, verify, k, say)
+    folds = proof.narrowed(plan.folds)
     best = proof.of(folds)
     undone = proof.undone(plan.folds, folds, best.folded)
     result_model = best.model
@@ -90,104 +94,230 @@ def fold(
     )
 
 
-@dataclass(frozen=True)
-class _Attempt:
-    """One choice of folds, carried out on a copy and judged. ``failure`` is empty where all of the proof holds."""
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example: Any = None,
+    *,
+    fold: bool = True,
+    opset: int | None = None,
+    dynamic: bool = True,
+    verify: bool = True,
+    k: float = 8.0,
+    forward: Forward | None = None,
+    progress: Progress | None = None,
+) -> Export:
+    """Write ``model`` as an ONNX file at ``path``; ``model`` itself is not changed.
 
-    model: nn.Module
-    folded: Folded
-    edits: tuple[Edit, ...]
-    parity: Parity | None
-    failure: str
+    A copy is folded first (unless ``fold=False``), exported by torch's dynamo exporter, checked, and run in ONNX
+    Runtime beside the unfolded model on several batch sizes and seeds. A file that fails is not put in
+    place: then ``files`` is empty and ``parity.passed`` False.
+
+    Args:
+        example: as for :func:`fold`; of several, the first is exported and all are compared.
+        opset: version of the ONNX operators; None leaves the choice to torch.
+        dynamic: keep the batch size variable, where the model allows it.
+        verify: compare with ONNX Runtime; False leaves ``parity`` None.
+        k: as for :func:`fold`.
+
+    Raises:
+        ExportError: a norm or dropout is in training mode, or the file is not what was asked for. Nothing was written.
+        PassError, TraceError: as for :func:`fold`.
+        MissingDependencyError: the extra ``onnx`` is not installed.
+    """
+    from bnfix import parity
+    from bnfix.files import check_target
+    from bnfix.graph import unwrap
+
+    say = progress or _silent
+    check_target(path)
+    model, notes = unwrap(model)
+    calls, assumed = _calls(model, example, None, forward)
+    folded, edits = model, 0
+    refusals: tuple[Refusal, ...] = ()
+    if fold:
+        result = _fold(model, calls, verify=verify, k=k, progress=progress)
+        folded, edits, refusals = result.model or model, len(result.edits), result.refusals
+    say(f"exporting to {os.fspath(path)}")
+    exported = parity.export_onnx(
+        folded,
+        path,
+        calls[0],
+        opset=opset,
+        dynamic=dynamic,
+        verify=verify,
+        k=k,
+        inputs=calls[1:],
+        reference=model,
+        refusals=refusals,
+        folded=edits,
+    )
+    return replace(exported, notes=(*notes, *assumed, *exported.notes))
 
 
-class _FoldProof:
-    """Carries out folds on copies and judges them: weights, trace, and outputs at each site and at the end."""
+def verify(
+    model: nn.Module,
+    other: Any,
+    inputs: Any,
+    *,
+    forward: Forward | None = None,
+    k: float = 8.0,
+    progress: Progress | None = None,
+) -> Parity:
+    """Whether ``other`` computes what ``model`` does, judged by the model's own rounding noise; changes nothing.
 
-    def __init__(
-        self, model: nn.Module, calls: Sequence[Call], facts: Facts, verify: bool, k: float, say: Progress
-    ) -> None:
-        self.model, self.calls, self.facts, self.verify, self.k, self.say = model, calls, facts, verify, k, say
-        self._references: list[Any] | None = None
-        self._attempts: dict[tuple[str, ...], _Attempt] = {}
+    Args:
+        model: right by definition, in evaluation mode.
+        other: a module, an exported program, or the path of an ONNX file (of the dynamo or the legacy exporter, or of
+            another tool).
+        inputs: examples, each as for :func:`fold`; a single tensor is one example.
+        k: more than ``k`` times the noise fails, more than half of that warns.
 
-    def holds(self, folds: Sequence[PlannedFold]) -> bool:
-        """Whether these folds together pass."""
-        return not self.of(folds).failure
+    Raises:
+        ValueError: no inputs, or a model in training mode.
+        PassError: a model fails on an input.
+        LoadError: ``other`` is a file that is no ONNX model.
+    """
+    from bnfix import parity
+    from bnfix.graph import unwrap
 
-    def of(self, folds: Sequence[PlannedFold]) -> _Attempt:
-        """The attempt at these folds; made once."""
-        key = tuple(f.norm.path for f in folds)
-        if key not in self._attempts:
-            self._attempts = {k: a for k, a in self._attempts.items() if not a.failure}  # drop failed copies
-            self._attempts[key] = self._attempt(folds)
-        return self._attempts[key]
+    model, _ = unwrap(model)
+    calls = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
+    (progress or _silent)(f"comparing on {len(calls)} inputs")
+    return parity.verify(model, other, calls, forward=forward, k=k)
 
-    def undone(
-        self, planned: Sequence[PlannedFold], kept: Sequence[PlannedFold], folded: Folded
-    ) -> tuple[Refusal, ...]:
-        """The folds that the proof threw out, each with what was found when it was tried alone with the good ones."""
-        from bnfix.types import Refusal
 
-        settled = {f.norm.path for f in kept} | {r.site for r in folded.refusals}
-        refusals = []
-        for fold_ in planned:
-            if fold_.norm.path not in settled:
-                found = self.of([f for f in planned if f in kept or f is fold_]).failure
-                reason = f"planned, but thrown out by its proof and undone: {found}"
-                refusals.append(Refusal(fold_.norm.path, reason, defect=True))
-        return tuple(refusals)
+def info(path: str | os.PathLike[str]) -> FileInfo:
+    """What a file is, by its content: nothing is unpickled, nothing in it is run, torch is not imported.
 
-    def _attempt(self, folds: Sequence[PlannedFold]) -> _Attempt:
-        from bnfix import folding
-        from bnfix.errors import BnfixError
-        from bnfix.graph import Surgeon, copy_model, gather
+    Raises:
+        LoadError: the file can't be read.
+    """
+    from bnfix.formats import sniff
 
-        self.say(f"folding {len(folds)} norms")
-        copy, memo = copy_model(self.model)
-        folded = folding.compute(self.facts, folds)
-        try:
-            edits = folding.operate(self.facts, folded, Surgeon(memo))
-            after = gather(copy, self.calls, held=False) if folded.folds else self.facts
-        except BnfixError as error:  # the changed copy can't be operated on or traced: this choice of folds is wrong
-            return _Attempt(copy, folded, (), None, error.message)
-        errors = folding.weight_errors(self.facts, folded, after)
-        failure = folding.worst_weight(self.facts, folded, errors) or (
-            folding.structure_differs(self.facts, after, folded) if folded.folds else None
-        )
-        edits = tuple(replace(e, ulp=errors.get(e.site)) for e in edits)
-        if failure or not self.verify:
-            return _Attempt(copy, folded, edits, None, failure or "")
-        return self._compare(copy, folded, edits)
+    return sniff(path)
 
-    def _compare(self, copy: nn.Module, folded: Folded, edits: tuple[Edit, ...]) -> _Attempt:
-        from bnfix import parity
 
-        named = dict(copy.named_modules())
-        sites = [e.site for e in edits if e.site in named]
-        if self._references is None:
-            from bnfix.graph import copy_model
+def load(
+    path: str | os.PathLike[str],
+    *,
+    arch: Any = None,
+    arch_kwargs: Mapping[str, Any] | None = None,
+    trust: bool = False,
+) -> Any:
+    """The model in a file, or one that ``timm:resnet50``, ``torchvision:resnet18`` or ``pkg.mod:callable`` names.
 
-            self.say("measuring the model's own rounding noise against float64")
-            original, _ = copy_model(self.model, isolate=True)
-            self._references = parity.references(original, self.calls, sites=sites)
-        self.say("proving the folds")
-        runs = [parity.record(copy, call, sites) for call in self.calls]
-        compared = parity.compare(self._references, runs, k=self.k, candidate="the folded model")
-        at_sites = {o.name: o for o in parity.compare_sites(self._references, runs, dict(zip(sites, sites)), k=self.k)}
-        ratios: dict[str, float] = {}
-        failure = ""
-        for name, output in at_sites.items():
-            site = name.partition("@")[0]
-            if output.noise_ratio is not None:
-                ratios[site] = max(ratios.get(site, 0.0), output.noise_ratio)
-            if output.verdict == "failed" and not failure:
-                failure = f"at {name}: {output.reason}"
-        if compared.verdict == "failed" and not failure:
-            worst = next(o for o in compared.outputs if o.verdict == "failed")
-            failure = f"output {worst.name}: {worst.reason}"
-        edits = tuple(replace(e, noise_ratio=ratios.get(e.site)) for e in edits)
-        return _Attempt(copy, folded, edits, compared, failure)
+    Args:
+        arch: for a file of weights, the architecture they go into: a spec, a class, a factory or a module.
+        arch_kwargs: what the architecture is built with.
+        trust: load a pickled module, which runs its own code. One that names system functions is refused all the same.
+
+    Returns:
+        The module, in evaluation mode where bnfix built it (a pickled one as it was saved); for an ONNX file its path.
+
+    Raises:
+        LoadError: the file isn't what was asked for, or does not fit; the message says what to do.
+    """
+    return open_model(path, arch=arch, arch_kwargs=arch_kwargs, trust=trust).value
+
+
+def open_model(
+    path: str | os.PathLike[str],
+    *,
+    arch: Any = None,
+    arch_kwargs: Mapping[str, Any] | None = None,
+    trust: bool = False,
+) -> Loaded:
+    """As :func:`load`, with what a person should know of it: wrappers opened, prefixes stripped, known shapes."""
+    from bnfix import formats
+
+    return formats.load(path, arch=arch, arch_kwargs=arch_kwargs, trust=trust)
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    source: FileInfo | None = None,
+    inplace: bool = False,
+) -> Path:
+    """Write ``model`` to ``path``, whole or not at all; with the ``recipe`` of a Result, ``load`` reads it again.
+
+    The suffix chooses the format: ``.pt``, ``.pth``, ``.bin``, ``.ckpt`` or ``.safetensors``.
+
+    Raises:
+        BnfixError: the target can't be written, or is the input ``source`` and ``inplace`` was not given.
+        ValueError: an unknown suffix.
+    """
+    from bnfix import formats
+
+    return formats.save(model, path, recipe=recipe, source=source, inplace=inplace)
+
+
+def examples(
+    loaded: Loaded,
+    *,
+    input: Sequence[str] | None = None,
+    data: str | None = None,
+    forward: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[list[Call], tuple[str, ...]]:
+    """What the command line runs a model on: the calls, and the lines that say what was assumed.
+
+    ``input`` holds shapes, ``data`` names batches, ``forward`` is a Python expression; without any, the shape that
+    the architecture states, or one deduced from its layers. Where one input came out, a second
+    batch size and a second spatial size join it if the model accepts them.
+    """
+    from bnfix import formats
+    from bnfix.graph import unwrap
+    from bnfix.running import Call, as_call, batch_call, guess_call, variations
+    from bnfix.running.call import fit_call
+
+    model, _ = unwrap(loaded.value)  # type: ignore[arg-type]
+    way = _forward(forward)
+    notes: list[str] = []
+    if input:
+        calls = [as_call(formats.load_input(text, seed=seed + i), way) for i, text in enumerate(input)]
+    elif data:
+        batch = next(iter(formats.load_data(data, seed=seed)), None)
+        if batch is None:
+            raise ValueError(f"--data {data} holds no batch")
+        calls = [batch_call(batch, model, way)]
+    elif loaded.input_hint is not None:
+        shape, source = loaded.input_hint
+        calls = [as_call(formats.load_input("x".join(map(str, (1, *shape))), seed=seed), way)]
+        notes.append(f"input {calls[0].signature}, by {source}; another one: --input")
+    else:
+        (progress or _silent)("looking for an input that the model accepts")
+        calls = [guess_call(model, seed=seed)]
+        notes.append(f"no --input given: a random {calls[0].signature}, as the first layers take it")
+    calls = [fit_call(call, model) for call in calls]
+    if len(calls) == 1 and isinstance(calls[0], Call) and way is None:
+        more, refused = variations(model, calls[0])
+        calls += more
+        notes += refused
+    return calls, tuple(notes)
+
+
+_fold = fold  # under a name that the argument `fold` of export does not hide
+
+
+def _forward(text: str | None) -> Forward | None:
+    """The user's own ``lambda m, b: …``, evaluated with torch at hand: it is their command line."""
+    if text is None:
+        return None
+    import torch
+
+    try:
+        value = eval(text, {"torch": torch})  # the user's own command line, nothing from a file
+    except SyntaxError as error:
+        raise ValueError(f"--forward {text!r} is no Python expression: {error.msg}") from error
+    if not callable(value):
+        raise ValueError(f"--forward {text!r} is no function; write 'lambda m, b: m(b)'")
+    found: Forward = value
+    return found
 
 
 def _calls(

@@ -1,4 +1,4 @@
-"""Folding norms into the layers that feed them: algebra in ``folds/``, the planner, the operation, its proof by weights."""
+"""Folding norms into the layers that feed them: algebra, planner, operation, proof by weights."""
 
 from bnfix.folding.engine import Folded, compute, edit, operate, recipe
 from bnfix.folding.fold import Example, Fold
@@ -11,14 +11,14 @@ __all__ = [
     "Folded",
     "Plan",
     "PlannedFold",
-    "isolate",
     "compute",
     "edit",
+    "isolate",
     "operate",
-    "recipe",
-    "ulp_limit",
     "plan",
+    "recipe",
     "structure_differs",
+    "ulp_limit",
     "weight_errors",
     "worst_weight",
 ]

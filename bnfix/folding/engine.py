@@ -152,7 +152,9 @@ def _unfit(
     return None
 
 
-def _unfit_numbers(planned: PlannedFold, target: Target, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> str | None:
+def _unfit_numbers(
+    planned: PlannedFold, target: Target, weight: Tensor, bias: Tensor, dtype: torch.dtype
+) -> str | None:
     info = torch.finfo(dtype)
     seen = planned.fold.channels(weight, target.op)
     largest = torch.linalg.vector_norm(seen, ord=torch.inf, dim=tuple(range(2, seen.dim())))

@@ -48,7 +48,7 @@ class _Refused(Exception):  # noqa: N818  # not an error: the reason that a plan
 
 
 def plan(facts: Facts) -> Plan:
-    """Decide for each norm. It is folded only if every use of its statistics and of every weight concerned allows it."""
+    """Decide for each norm: it is folded only if every use of its statistics and of the weights concerned allows it."""
     planner = _Planner(facts)
     folds: list[PlannedFold] = []
     refusals: list[Refusal] = []
@@ -186,7 +186,7 @@ class _Planner:
         site = producer.site
         if "weight" in producer.attrs.get("computed", ()):
             raise _Refused(
-                f"the weight of {site} is computed in its forward (a parametrization, weight_norm or a standardised layer)"
+                f"the weight of {site} is computed in its forward (parametrization, weight_norm, standardised layer)"
             )
         weight = producer.tensors.get("weight")
         if weight is None:
@@ -200,9 +200,7 @@ class _Planner:
                 owner = name
         return Target(weight, producer.tensors.get("bias"), producer, owner.rpartition(".")[0])
 
-    def _every_use(
-        self, target: Target, producers: Mapping[Place, Place], places: set[Place], norm: NormFact
-    ) -> None:
+    def _every_use(self, target: Target, producers: Mapping[Place, Place], places: set[Place], norm: NormFact) -> None:
         """Each use of the layer's weight and bias feeds this norm; else the fold would change other outputs."""
         sources = set(producers.values())
         for key, role in ((target.weight, "weight"), (target.bias, "bias")):

@@ -13,7 +13,7 @@ from bnfix.folding.engine import Folded
 from bnfix.folding.planner import PlannedFold, Target
 from bnfix.graph import Binding
 from bnfix.stats import round_once, ulp
-from bnfix.types import Facts, Op
+from bnfix.types import Facts, Op, Route
 
 ULP_LIMIT = 0.5
 """Rounded once, a number is within half a unit in the last place of the exact one."""
@@ -48,7 +48,7 @@ def weight_errors(facts: Facts, folded: Folded, after: Facts) -> dict[str, float
 
 
 def ulp_limit(dtype: torch.dtype) -> float:
-    """½ for what is rounded from float64; a float64 layer is computed in its own precision, in some four roundings a norm."""
+    """½ for what is rounded from float64; a float64 layer is computed in its own precision, four roundings a norm."""
     return 8.0 if dtype == torch.float64 else ULP_LIMIT + 1e-6  # the two ways to the exact value differ by 2⁻²⁸ ulp
 
 
@@ -72,21 +72,27 @@ def structure_differs(before: Facts, after: Facts, folded: Folded) -> str | None
     gone = {place for f in folded.folds for place in f.norm.calls}
     took_up = {t.holder for f in folded.folds for t in f.targets}
     for r, (old, new) in enumerate(zip(before.routes, after.routes, strict=True)):
-        expected = [op for op in old.ops if (r, op.index) not in gone]
-        for left, right in zip(expected, new.ops, strict=False):
+        expected = [op for op in _computed(old) if (r, op.index) not in gone]
+        found = _computed(new)
+        for left, right in zip(expected, found, strict=False):
             reason = _op_differs(left, right, before, after, took_up)
             if reason:
                 return f"{right.site}: {reason}"
-        if len(expected) != len(new.ops):
-            return f"the forward on {new.signature} has {len(new.ops)} operations where {len(expected)} were expected"
+        if len(expected) != len(found):
+            return f"the forward on {new.signature} has {len(found)} operations where {len(expected)} were expected"
     return None
+
+
+def _computed(route: Route) -> list[Op]:
+    """The operations without inputs and constants, which export lists in an order of its own."""
+    return [op for op in route.ops if op.kind not in ("input", "constant")]
 
 
 def isolate(items: Sequence[Any], works: Callable[[Sequence[Any]], bool]) -> list[Any]:
     """The largest part of ``items`` found by halving for which ``works`` holds; the rest is at fault.
 
-    ``works`` is called about 2·log₂(n) times for each item at fault. What it accepts was accepted as a
-    whole: parts that only fail together are dropped together.
+    ``works`` holds for no items at all, and is called about 2·log₂(n) times for each item at fault. What it
+    accepts was accepted as a whole.
     """
     if not items or works(items):
         return list(items)
@@ -108,7 +114,8 @@ def _stored(before: Facts, after: Facts, target: Target, key: int | None) -> Ten
     path = f"{target.holder}.{attribute}".lstrip(".")
     for fact in after.tensors.values():
         if path in fact.owners:
-            return after.binding.tensors[fact.key]
+            tensor: Tensor = after.binding.tensors[fact.key]
+            return tensor
     return torch.empty(0)
 
 
@@ -128,7 +135,9 @@ def _exact(binding: Binding, target: Target, chain: Sequence[PlannedFold]) -> tu
         gamma, beta = state.get("weight"), state.get("bias")
         layout = F.batch_norm(layout, zero, var, gamma, None, False, 0.0, eps)
         scale = F.batch_norm(torch.ones_like(bias), zero, var, gamma, None, False, 0.0, eps)[0]
-        slack = slack * scale.abs() + (scale * mean).abs() + (scale * bias[0]).abs() + (0 if beta is None else beta.abs())
+        slack = (
+            slack * scale.abs() + (scale * mean).abs() + (scale * bias[0]).abs() + (0 if beta is None else beta.abs())
+        )
         bias = F.batch_norm(bias, mean, var, gamma, beta, False, 0.0, eps)
     return _channels_back(layout, weight, target), bias.reshape(-1), slack * (8 * torch.finfo(torch.float64).eps / 2)
 
@@ -152,7 +161,7 @@ def _channels_back(layout: Tensor, weight: Tensor, target: Target) -> Tensor:
 
 
 def _ulps(stored: Tensor, exact: Tensor, slack: Tensor) -> float:
-    """The largest distance in ulp; ½ where each number is the exact one correctly rounded, without measuring further."""
+    """The largest distance in ulp; ½, unmeasured, where each number is the exact one correctly rounded."""
     stored = stored.detach().cpu()
     if stored.shape != exact.shape:
         return float("inf")

@@ -21,11 +21,13 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     notes: list[str] = []
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module) and type(model).__name__ == "OptimizedModule":
-            model, name = model._orig_mod, "torch.compile"
+            inner, name = model._orig_mod, "torch.compile"
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model, name = model.module, type(model).__name__
+            inner, name = model.module, type(model).__name__
         else:
             return model, tuple(notes)
+        assert isinstance(inner, nn.Module)
+        model = inner
         notes.append(f"unwrapped {name}: the result is the plain module inside")
 
 
@@ -47,7 +49,7 @@ def copy_model(model: nn.Module, *, isolate: bool = False) -> tuple[nn.Module, M
             memo[key] = tensor.detach().clone()
     try:
         duplicate = copy.deepcopy(model, memo)
-    except Exception as error:  # noqa: BLE001  # whatever a user's __deepcopy__ or __reduce__ raises
+    except Exception as error:  # whatever a user's __deepcopy__ or __reduce__ raises
         raise TraceError(
             f"the model can't be copied: {_culprit(owners, error)}",
             hint="make that attribute copyable, or set it to None before calling bnfix",
@@ -76,7 +78,8 @@ def _refuse_impossible(owners: Owners) -> None:
                 f"{name} is compiled by torch.compile inside the model",
                 hint="pass the model as it was before that submodule was compiled",
             )
-        if "forward" in vars(module):
+        forward = vars(module).get("forward")
+        if forward is not None and not _own_method(forward, owners):
             raise TraceError(
                 f"{name} has its own forward set on the instance: a copy of it would still run the original's layers",
                 hint=f"define forward in the class, or undo the patch first: del {name}.forward",
@@ -86,10 +89,15 @@ def _refuse_impossible(owners: Owners) -> None:
         reached = _reaches(function, inside, set())
         if reached:
             raise TraceError(
-                f"{path} holds the function {function.__qualname__}, whose closure reaches the model itself ({reached}): "
-                "a copy of the model would run or write the original through it",
+                f"{path} holds the function {function.__qualname__}, whose closure reaches the model itself "
+                f"({reached}): a copy of the model would run or write the original through it",
                 hint="remove that hook or function first, or let it use the module that it is given",
             )
+
+
+def _own_method(value: Any, owners: Owners) -> bool:
+    """A method of one of the model's modules (`self.forward = self.forward_train`): a deep copy binds it to the copy."""
+    return isinstance(value, types.MethodType) and id(value.__self__) in owners.modules
 
 
 def _reaches(value: Any, inside: set[int], seen: set[int]) -> str | None:
@@ -121,7 +129,7 @@ def _culprit(owners: Owners, error: Exception) -> str:
             if name in ("_modules", "_parameters", "_buffers") or isinstance(value, (nn.Module, Tensor)):
                 continue
             try:
-                copy.deepcopy(value, {k: v for k, v in owners.modules.items()} | dict(owners.tensors))
+                copy.deepcopy(value, dict(owners.modules) | dict(owners.tensors))
             except Exception as inner:  # noqa: BLE001  # as in copy_model
                 path = (owners.paths(module) or ("",))[0]
                 return f"{f'{path}.' if path else ''}{name} ({type(value).__name__}): {_first_line(inner)}"

@@ -37,11 +37,11 @@ class Binding:
         return self.owners.tensor_slots[id(self.tensors[key])]
 
 
-def gather(model: nn.Module, calls: Sequence[Any], *, held: bool = True) -> Facts:
+def gather(model: nn.Module, calls: Sequence[Any]) -> Facts:
     """Everything the planner needs to know of ``model``, on each of ``calls``.
 
-    Only private copies are run and traced; ``model`` is not touched. With ``held`` the model runs once
-    more on each call to find layers whose output something keeps beyond the forward.
+    Only private copies are run and traced; ``model`` is not touched. Each runs once before it is traced: to
+    see whose output something keeps beyond the forward, and because many fill caches in their first one.
 
     Raises:
         PassError: the forward fails on a call.
@@ -57,8 +57,7 @@ def gather(model: nn.Module, calls: Sequence[Any], *, held: bool = True) -> Fact
     for call in calls:
         copy, memo = copy_model(model, isolate=True)
         key_of = _KeyOf(owners, keys, memo)
-        if held:
-            kept |= _held(copy, call, key_of)
+        kept |= _held(copy, call, key_of)
         route, _ = exported.trace(copy, call, key_of)
         routes.append(name_frozen_norms(route, roles, tensors.__getitem__))
     facts_of_norms, modules = _norm_facts(owners, norms, keys, routes)
@@ -66,9 +65,7 @@ def gather(model: nn.Module, calls: Sequence[Any], *, held: bool = True) -> Fact
         source="exported",
         routes=tuple(routes),
         tensors={
-            keys[i]: TensorFact(
-                keys[i], owners.paths(t), tuple(t.shape), str(t.dtype).removeprefix("torch.")
-            )
+            keys[i]: TensorFact(keys[i], owners.paths(t), tuple(t.shape), str(t.dtype).removeprefix("torch."))
             for i, t in owners.tensors.items()
         },
         norms=facts_of_norms,
@@ -120,7 +117,7 @@ class _Producers(TorchFunctionMode):
             weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
             key = self._key_of(weight) if isinstance(weight, Tensor) else None
             if key is not None:
-                self.seen.append((key, StorageWeakRef(out.untyped_storage())))
+                self.seen.append((key, StorageWeakRef(out.untyped_storage())))  # type: ignore[no-untyped-call]
         return out
 
 
@@ -134,17 +131,17 @@ def _held(copy: nn.Module, call: Any, key_of: _KeyOf) -> set[int]:
     try:
         with torch.no_grad(), watch:
             out = call.run(copy)
-    except Exception as error:  # noqa: BLE001  # the user's own forward may raise anything
+    except Exception as error:  # the user's own forward may raise anything
         first = next(iter(str(error).strip().splitlines()), "")
         raise PassError(
             f"the model's forward failed on {call.signature}: {type(error).__name__}: {first}",
             hint="give an example input that the model accepts",
         ) from error
     del out
-    alive = {key for key, ref in watch.seen if not ref.expired()}
+    alive = {key for key, ref in watch.seen if not ref.expired()}  # type: ignore[no-untyped-call]
     if alive:
         gc.collect()  # a reference cycle isn't someone who keeps it
-        alive = {key for key, ref in watch.seen if not ref.expired()}
+        alive = {key for key, ref in watch.seen if not ref.expired()}  # type: ignore[no-untyped-call]
     return alive
 
 
@@ -230,7 +227,9 @@ def _needs_name(op: Op) -> bool:
 
 def _loose_path(op: Op, owners: Owners, keys: dict[int, int]) -> str:
     mean = op.tensors.get("running_mean")
-    names = next((owners.paths(owners.tensors[i]) for i, k in keys.items() if k == mean), ()) if mean is not None else ()
+    names = (
+        next((owners.paths(owners.tensors[i]) for i, k in keys.items() if k == mean), ()) if mean is not None else ()
+    )
     return names[0] if names else f"{op.site.path or '(root)'}: F.batch_norm"
 
 

@@ -18,7 +18,19 @@ from bnfix.types import Op, Route
 
 TensorOf = Callable[[int], Tensor]
 STATE = ("weight", "bias", "running_mean", "running_var")
-_ON_CONSTANTS = {"reshape", "view", "unsqueeze", "expand", "rsqrt", "sqrt", "pow", "neg", "reciprocal", "detach", "alias"}
+_ON_CONSTANTS = {
+    "reshape",
+    "view",
+    "unsqueeze",
+    "expand",
+    "rsqrt",
+    "sqrt",
+    "pow",
+    "neg",
+    "reciprocal",
+    "detach",
+    "alias",
+}
 _CASTS = {"to", "_to_copy", "type_as", "contiguous", "clone"}
 _MATCH = 1e-9  # relative, float64 against float64 in another order of operations: some 1e-15
 

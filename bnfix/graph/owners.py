@@ -128,11 +128,14 @@ def _visit(owners: Owners, value: Any, slot: Slot, seen: set[int], above: frozen
     elif isinstance(value, (list, tuple, set, frozenset)):
         for i, v in enumerate(value):
             _visit(owners, v, Slot(value, i, f"{slot.path}[{i}]"), seen, above, depth - 1)
-    elif hasattr(value, "__dict__") and not type(value).__module__.startswith(("torch.", "numpy")):
-        if id(value) not in seen:
-            seen.add(id(value))
-            for k, v in list(vars(value).items()):
-                _visit(owners, v, Slot(value, k, f"{slot.path}.{k}"), seen, above, depth - 1)
+    elif _is_plain_object(value) and id(value) not in seen:
+        seen.add(id(value))
+        for k, v in list(vars(value).items()):
+            _visit(owners, v, Slot(value, k, f"{slot.path}.{k}"), seen, above, depth - 1)
+
+
+def _is_plain_object(value: Any) -> bool:
+    return hasattr(value, "__dict__") and not type(value).__module__.startswith(("torch.", "numpy"))
 
 
 def _add_tensor(owners: Owners, tensor: Tensor, slot: Slot) -> None:
@@ -149,7 +152,7 @@ def _add_module(owners: Owners, module: nn.Module, slot: Slot, seen: set[int], a
 
 
 def closure_values(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """What a function carries with it: closure cells, default values, attributes set on it."""
+    """What a function carries with it: closure cells, default values, the globals that it names."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield name, cell.cell_contents
@@ -159,6 +162,9 @@ def closure_values(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
         yield f"default {i}", value
     for name, value in (function.__kwdefaults__ or {}).items():
         yield name, value
+    for name in function.__code__.co_names:
+        if name in function.__globals__:
+            yield name, function.__globals__[name]
     wrapped = getattr(function, "__wrapped__", None)
     if wrapped is not None:
         yield "__wrapped__", wrapped

@@ -95,15 +95,19 @@ def placeholder(norm: nn.Module, after: Sequence[str]) -> nn.Module:
 
 
 def as_parameter(value: Tensor, like: Tensor) -> Tensor:
-    """``value`` in the device, layout in memory and kind (parameter or plain tensor) of ``like``; the dtype is the value's."""
+    """``value`` as what ``like`` is: parameter or plain tensor, its device and layout in memory. The dtype stays."""
     with torch.no_grad():
-        made = torch.empty_like(like, dtype=value.dtype) if like.shape == value.shape else like.new_empty(value.shape, dtype=value.dtype)
+        made = (
+            torch.empty_like(like, dtype=value.dtype)
+            if like.shape == value.shape
+            else like.new_empty(value.shape, dtype=value.dtype)
+        )
         made.copy_(value)
     return nn.Parameter(made, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else made
 
 
 def replay(model: nn.Module, recipe: Mapping[str, Any]) -> None:
-    """Bring ``model`` (freshly built, its norms still there) into the form a folded state_dict fits. In place, all or nothing.
+    """Bring ``model``, freshly built, into the form that a folded state_dict fits. In place, all or nothing.
 
     Norms become placeholders, layers that gained a bias get one of zeros; the numbers come from the
     state_dict that is loaded afterwards.

@@ -35,9 +35,7 @@ class Call:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Call:
         """The same call with every tensor in it replaced by ``change(tensor)``."""
-        return replace(
-            self, args=map_tensors(self.args, change), kwargs=map_tensors(dict(self.kwargs), change)
-        )
+        return replace(self, args=map_tensors(self.args, change), kwargs=map_tensors(dict(self.kwargs), change))
 
     def tensors(self) -> list[Tensor]:
         """Every tensor among the inputs, in order."""
@@ -54,7 +52,7 @@ class Call:
 
 
 def as_call(example: Any, forward: Forward | None = None) -> Call:
-    """``example`` as a :class:`Call`: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a Call.
+    """``example`` as a Call: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a Call.
 
     With ``forward`` the whole example is the one batch that ``forward(model, batch)`` receives.
     """
@@ -121,13 +119,22 @@ def batch_call(batch: Any, model: nn.Module, forward: Forward | None = None) -> 
         if nested or twins:
             raise PassError(
                 "the batch holds several inputs that the model could be called with, one by one or together",
-                hint="separate:  forward=lambda m, b: [m(v) for v in b[0]]\njoint:     forward=lambda m, b: m(torch.cat(b[0]))",
+                hint="separate:  forward=lambda m, b: [m(v) for v in b[0]]\n"
+                "joint:     forward=lambda m, b: m(torch.cat(b[0]))",
             )
         return Call(tuple(taken))
     raise PassError(
         f"a batch of type {type(batch).__name__} can't be bound to the forward",
         hint="say how a batch is fed:  forward=lambda m, b: m(b.pixels)",
     )
+
+
+def fit_call(call: Call, model: nn.Module) -> Call:
+    """``call`` on the device of the model, floating tensors in float32 in the dtype of its parameters."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if like is None:
+        return call
+    return call.map(lambda t: t.to(like.device, like.dtype if t.dtype == torch.float32 else t.dtype))
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -53,7 +53,7 @@ def random_call(shapes: tuple[tuple[int, ...], ...], model: nn.Module, *, seed: 
 
 
 def variations(model: nn.Module, call: Call) -> tuple[list[Call], list[str]]:
-    """``call`` with another batch size and with another spatial size, where ``model`` accepts them, and what it did not.
+    """``call`` with another batch size and another spatial size, where ``model`` accepts them, and what it refused.
 
     Facts hold for the signatures they were gathered on; these make more of them.
     """
@@ -118,4 +118,3 @@ def _candidates(model: nn.Module) -> list[tuple[int, ...]]:
         if len(found) >= 4:
             break
     return found
-

@@ -6,16 +6,20 @@ bias. Padding acts on x before W, groups only choose which x a filter sees: neit
 
 from __future__ import annotations
 
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor, nn
+from torch.nn import Sequential as net  # noqa: N813  # read as what it makes
 
 from bnfix.folding.fold import Example, Fold
 from bnfix.types import Op
 
+_Mode = Literal["zeros", "reflect", "replicate", "circular"]
 
-def _net(*layers: nn.Module) -> nn.Module:
-    return nn.Sequential(*layers)
+
+def _padded(mode: _Mode) -> nn.Module:
+    return net(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode), nn.BatchNorm2d(4))
 
 
 class ConvFold(Fold):
@@ -23,22 +27,20 @@ class ConvFold(Fold):
 
     kinds: ClassVar[frozenset[str]] = frozenset({"conv"})
     examples: ClassVar[tuple[Example, ...]] = (
-        Example("conv1d", lambda: _net(nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6)), (2, 3, 9)),
-        Example("conv2d", lambda: _net(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)), (2, 3, 7, 6)),
-        Example("conv3d", lambda: _net(nn.Conv3d(2, 4, 2), nn.BatchNorm3d(4)), (1, 2, 4, 5, 4)),
-        Example("grouped", lambda: _net(nn.Conv2d(6, 9, 3, groups=3), nn.BatchNorm2d(9)), (2, 6, 5, 5)),
-        Example("depthwise", lambda: _net(nn.Conv2d(4, 8, 3, groups=4), nn.BatchNorm2d(8)), (2, 4, 5, 5)),
-        *(
-            Example(
-                f"padding {mode}",
-                lambda mode=mode: _net(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode), nn.BatchNorm2d(4)),
-                (2, 3, 6, 6),
-            )
-            for mode in ("zeros", "reflect", "replicate", "circular")
+        Example("conv1d", lambda: net(nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6)), (2, 3, 9)),
+        Example("conv2d", lambda: net(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)), (2, 3, 7, 6)),
+        Example("conv3d", lambda: net(nn.Conv3d(2, 4, 2), nn.BatchNorm3d(4)), (1, 2, 4, 5, 4)),
+        Example("grouped", lambda: net(nn.Conv2d(6, 9, 3, groups=3), nn.BatchNorm2d(9)), (2, 6, 5, 5)),
+        Example("depthwise", lambda: net(nn.Conv2d(4, 8, 3, groups=4), nn.BatchNorm2d(8)), (2, 4, 5, 5)),
+        *(Example(f"padding {mode}", partial(_padded, mode), (2, 3, 6, 6)) for mode in get_args(_Mode)),
+        Example("padding 'same'", lambda: net(nn.Conv2d(3, 4, 3, padding="same"), nn.BatchNorm2d(4)), (2, 3, 6, 6)),
+        Example(
+            "two norms",
+            lambda: net(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)),
+            (2, 3, 4, 4),
+            2,
         ),
-        Example("padding 'same'", lambda: _net(nn.Conv2d(3, 4, 3, padding="same"), nn.BatchNorm2d(4)), (2, 3, 6, 6)),
-        Example("two norms", lambda: _net(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)), (2, 3, 4, 4), 2),
-        Example("relu between", lambda: _net(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)), (2, 3, 6, 6), 0),
+        Example("relu between", lambda: net(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)), (2, 3, 6, 6), 0),
     )
 
     def refuse(self, producer: Op, norm: Op, weight_shape: tuple[int, ...]) -> str | None:

@@ -10,13 +10,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from torch import Tensor, nn
+from torch.nn import Sequential as net  # noqa: N813  # read as what it makes
 
 from bnfix.folding.fold import Example, Fold
 from bnfix.types import Op
-
-
-def _net(*layers: nn.Module) -> nn.Module:
-    return nn.Sequential(*layers)
 
 
 class ConvTransposeFold(Fold):
@@ -24,12 +21,21 @@ class ConvTransposeFold(Fold):
 
     kinds: ClassVar[frozenset[str]] = frozenset({"conv_transpose"})
     examples: ClassVar[tuple[Example, ...]] = (
-        Example("1d", lambda: _net(nn.ConvTranspose1d(4, 6, 3, stride=2), nn.BatchNorm1d(6)), (2, 4, 5)),
-        Example("2d", lambda: _net(nn.ConvTranspose2d(4, 6, 3, output_padding=1, stride=2), nn.BatchNorm2d(6)), (2, 4, 4, 5)),
-        Example("3d", lambda: _net(nn.ConvTranspose3d(2, 4, 2, bias=False), nn.BatchNorm3d(4)), (1, 2, 3, 3, 3)),
-        Example("grouped", lambda: _net(nn.ConvTranspose2d(6, 4, 3, groups=2), nn.BatchNorm2d(4)), (2, 6, 4, 4)),
-        Example("depthwise", lambda: _net(nn.ConvTranspose2d(4, 8, 3, groups=4), nn.BatchNorm2d(8)), (2, 4, 4, 4)),
-        Example("relu between", lambda: _net(nn.ConvTranspose1d(3, 4, 2), nn.ReLU(), nn.BatchNorm1d(4)), (2, 3, 4), 0),
+        Example("1d", lambda: net(nn.ConvTranspose1d(4, 6, 3, stride=2), nn.BatchNorm1d(6)), (2, 4, 5)),
+        Example(
+            "2d",
+            lambda: net(nn.ConvTranspose2d(4, 6, 3, output_padding=1, stride=2), nn.BatchNorm2d(6)),
+            (2, 4, 4, 5),
+        ),
+        Example("3d", lambda: net(nn.ConvTranspose3d(2, 4, 2, bias=False), nn.BatchNorm3d(4)), (1, 2, 3, 3, 3)),
+        Example("grouped", lambda: net(nn.ConvTranspose2d(6, 4, 3, groups=2), nn.BatchNorm2d(4)), (2, 6, 4, 4)),
+        Example("depthwise", lambda: net(nn.ConvTranspose2d(4, 8, 3, groups=4), nn.BatchNorm2d(8)), (2, 4, 4, 4)),
+        Example(
+            "relu between",
+            lambda: net(nn.ConvTranspose1d(3, 4, 2), nn.ReLU(), nn.BatchNorm1d(4)),
+            (2, 3, 4),
+            0,
+        ),
     )
 
     def refuse(self, producer: Op, norm: Op, weight_shape: tuple[int, ...]) -> str | None:
@@ -41,4 +47,4 @@ class ConvTransposeFold(Fold):
     def channels(self, weight: Tensor, producer: Op) -> Tensor:
         """(I, O/g, *kernel) → (g, O/g, I/g, *kernel): output channel o is (group, place in the group)."""
         groups = int(producer.attrs.get("groups", 1))
-        return weight.unflatten(0, (groups, -1)).transpose(1, 2)
+        return weight.view(groups, -1, *weight.shape[1:]).transpose(1, 2)

@@ -10,13 +10,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from torch import Tensor, nn
+from torch.nn import Sequential as net  # noqa: N813  # read as what it makes
 
 from bnfix.folding.fold import Example, Fold
 from bnfix.types import Op
-
-
-def _net(*layers: nn.Module) -> nn.Module:
-    return nn.Sequential(*layers)
 
 
 class LinearFold(Fold):
@@ -24,9 +21,13 @@ class LinearFold(Fold):
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     examples: ClassVar[tuple[Example, ...]] = (
-        Example("linear", lambda: _net(nn.Linear(5, 7), nn.BatchNorm1d(7)), (4, 5)),
-        Example("no bias, no affine", lambda: _net(nn.Linear(5, 7, bias=False), nn.BatchNorm1d(7, affine=False)), (4, 5)),
-        Example("L equals C", lambda: _net(nn.Linear(5, 6), nn.BatchNorm1d(6)), (4, 6, 5), 0),
+        Example("linear", lambda: net(nn.Linear(5, 7), nn.BatchNorm1d(7)), (4, 5)),
+        Example(
+            "no bias, no affine",
+            lambda: net(nn.Linear(5, 7, bias=False), nn.BatchNorm1d(7, affine=False)),
+            (4, 5),
+        ),
+        Example("L equals C", lambda: net(nn.Linear(5, 6), nn.BatchNorm1d(6)), (4, 6, 5), 0),
     )
 
     def refuse(self, producer: Op, norm: Op, weight_shape: tuple[int, ...]) -> str | None:

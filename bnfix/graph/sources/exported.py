@@ -1,4 +1,4 @@
-"""Facts from ``torch.export``: whatever the user wrote, a convolution is ``aten.conv*`` here and a norm ``aten.batch_norm``.
+"""Facts from ``torch.export``: however it was written, a convolution is ``aten.conv*`` and a norm ``aten.batch_norm``.
 
 The graph of a forward and of every subgraph in it (``autocast`` and ``no_grad`` inside a forward put
 theirs in one of their own) is laid out as one flat list of operations.
@@ -64,7 +64,8 @@ class _Root(nn.Module):
         self.training = model.training
 
     def forward(self, args: Any, kwargs: Any) -> Any:
-        return replace(self._call, args=tuple(args), kwargs=kwargs).run(self.model)
+        call: Any = self.__dict__["_call"]
+        return replace(call, args=tuple(args), kwargs=kwargs).run(self.model)
 
 
 @dataclass
@@ -93,7 +94,7 @@ def trace(copy: nn.Module, call: Any, key_of: KeyOf) -> tuple[Route, torch.expor
         with torch.no_grad(), warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
             program = torch.export.export(root, (call.args, dict(call.kwargs)), strict=False)
-    except Exception as error:  # noqa: BLE001  # export raises whatever torch or the user's forward raises
+    except Exception as error:  # export raises whatever torch or the user's forward raises
         raise TraceError(
             f"torch.export can't trace this model on {call.signature}: {_reason(error)}",
             hint="the forward depends on the data it is given (`if y.sum() > 0`, `.item()`, numpy); "
@@ -178,7 +179,9 @@ def _inline(inner: fx.GraphModule, values: list[Any], layout: _Layout, within: t
     places = [n for n in inner.graph.nodes if n.op == "placeholder"]
     for i, place in enumerate(places):
         env[place] = (
-            values[i] if i < len(values) else layout.add(kind="input", target=place.name, site=CallSite(""), **_meta(place))
+            values[i]
+            if i < len(values)
+            else layout.add(kind="input", target=place.name, site=CallSite(""), **_meta(place))
         )
     return _lay_out(inner, env, layout, within)
 
@@ -331,7 +334,7 @@ def _reason(error: BaseException) -> str:
 
 
 class _quiet:  # noqa: N801  # reads as the context that it is
-    """No refusals through loggers as well (the error says it once), no source lines at each node (a third of the time)."""
+    """No refusals through loggers (the error says it once), no source lines at nodes (a third of the time)."""
 
     _names = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch._dynamo", "torch._subclasses.fake_tensor")
 

@@ -1,0 +1,123 @@
+"""The proof of a fold, where folding and parity meet: folds carried out on copies, judged, and narrowed down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from bnfix import folding, parity
+from bnfix.errors import BnfixError, TraceError
+from bnfix.folding import Folded, PlannedFold
+from bnfix.graph import Surgeon, copy_model, gather
+from bnfix.running import Call
+from bnfix.types import Edit, Facts, Parity, Refusal
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One choice of folds, carried out on a copy and judged. ``failure`` is empty where all of the proof holds."""
+
+    model: nn.Module
+    folded: Folded
+    edits: tuple[Edit, ...]
+    parity: Parity | None
+    failure: str
+
+
+class FoldProof:
+    """Carries out folds on copies and judges them: weights, trace, and outputs at each site and at the end."""
+
+    def __init__(
+        self, model: nn.Module, calls: Sequence[Call], facts: Facts, verify: bool, k: float, say: Progress
+    ) -> None:
+        self.model, self.calls, self.facts, self.verify, self.k, self.say = model, calls, facts, verify, k, say
+        self._references: list[Any] | None = None
+        self._attempts: dict[tuple[str, ...], Attempt] = {}
+
+    def holds(self, folds: Sequence[PlannedFold]) -> bool:
+        """Whether these folds together pass."""
+        return not self.of(folds).failure
+
+    def narrowed(self, folds: Sequence[PlannedFold]) -> list[PlannedFold]:
+        """Those of ``folds`` that pass together, found by halving.
+
+        Raises:
+            TraceError: even the copy in which nothing is folded doesn't pass: nothing can be proven of this model.
+        """
+        if self.holds(folds):
+            return list(folds)
+        if not self.holds(()):
+            raise TraceError(
+                f"the model does not do the same twice: {self.of(()).failure}",
+                hint="its forward depends on state that changes from run to run: nothing was folded",
+            )
+        return folding.isolate(folds, self.holds)
+
+    def of(self, folds: Sequence[PlannedFold]) -> Attempt:
+        """The attempt at these folds; made once."""
+        key = tuple(f.norm.path for f in folds)
+        if key not in self._attempts:
+            self._attempts = {k: a for k, a in self._attempts.items() if not a.failure}  # drop failed copies
+            self._attempts[key] = self._attempt(folds)
+        return self._attempts[key]
+
+    def undone(
+        self, planned: Sequence[PlannedFold], kept: Sequence[PlannedFold], folded: Folded
+    ) -> tuple[Refusal, ...]:
+        """The folds that the proof threw out, each with what was found when it was tried alone with the good ones."""
+        settled = {f.norm.path for f in kept} | {r.site for r in folded.refusals}
+        refusals = []
+        for planned_fold in planned:
+            if planned_fold.norm.path not in settled:
+                found = self.of([f for f in planned if f in kept or f is planned_fold]).failure
+                reason = f"planned, but thrown out by its proof and undone: {found}"
+                refusals.append(Refusal(planned_fold.norm.path, reason, defect=True))
+        return tuple(refusals)
+
+    def _attempt(self, folds: Sequence[PlannedFold]) -> Attempt:
+        self.say(f"folding {len(folds)} norms")
+        copy, memo = copy_model(self.model)
+        folded = folding.compute(self.facts, folds)
+        try:
+            edits = folding.operate(self.facts, folded, Surgeon(memo))
+            after = gather(copy, self.calls)
+        except BnfixError as error:  # the changed copy can't be operated on or traced: this choice of folds is wrong
+            return Attempt(copy, folded, (), None, error.message)
+        errors = folding.weight_errors(self.facts, folded, after)
+        failure = folding.worst_weight(self.facts, folded, errors) or folding.structure_differs(
+            self.facts, after, folded
+        )
+        edits = tuple(replace(e, ulp=errors.get(e.site)) for e in edits)
+        if failure or not self.verify:
+            return Attempt(copy, folded, edits, None, failure or "")
+        return self._compare(copy, folded, edits)
+
+    def _compare(self, copy: nn.Module, folded: Folded, edits: tuple[Edit, ...]) -> Attempt:
+        named = dict(copy.named_modules())
+        sites = [e.site for e in edits if e.site in named]
+        if self._references is None:
+            self.say("measuring the model's own rounding noise against float64")
+            original, _ = copy_model(self.model, isolate=True)
+            self._references = parity.references(original, self.calls, sites=sites)
+        self.say("proving the folds")
+        runs = [parity.record(copy, call, sites) for call in self.calls]
+        compared = parity.compare(self._references, runs, k=self.k, candidate="the folded model")
+        at_sites = {o.name: o for o in parity.compare_sites(self._references, runs, {s: s for s in sites}, k=self.k)}
+        ratios: dict[str, float] = {}
+        failure = ""
+        for name, output in at_sites.items():
+            site = name.partition("@")[0]
+            if output.noise_ratio is not None:
+                ratios[site] = max(ratios.get(site, 0.0), output.noise_ratio)
+            if output.verdict == "failed" and not failure:
+                failure = f"at {name}: {output.reason}"
+        if compared.verdict == "failed" and not failure:
+            worst = next(o for o in compared.outputs if o.verdict == "failed")
+            failure = f"output {worst.name}: {worst.reason}"
+        edits = tuple(replace(e, noise_ratio=ratios.get(e.site)) for e in edits)
+        return Attempt(copy, folded, edits, compared, failure)
