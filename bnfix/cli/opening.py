@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 from bnfix.cli.door import UsageError, users_code, users_words
 from bnfix.cli.options import Asked
 from bnfix.cli.screen import Steps
+from bnfix.errors import LoadError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from bnfix.formats import Loaded
 
 
@@ -21,6 +24,11 @@ class Opened:
     loaded: Loaded
     calls: list[Any]
     notes: tuple[str, ...]
+
+    @property
+    def model(self) -> nn.Module:
+        """The module itself."""
+        return _module(self.loaded)
 
     @property
     def example(self) -> Any:
@@ -62,6 +70,7 @@ def open_model(asked: Asked, steps: Steps) -> Opened:
 
     with users_code(asked.arch or asked.model):
         loaded = api.open_model(asked.model, arch=asked.arch, arch_kwargs=asked.arch_kwargs, trust=asked.trust)
+    _module(loaded)
     with users_code(asked.data or "--forward"), users_words(_option(asked)):
         calls, assumed = api.examples(
             loaded,
@@ -72,6 +81,18 @@ def open_model(asked: Asked, steps: Steps) -> Opened:
             progress=steps,
         )
     return Opened(loaded, list(calls), (*loaded.notes, *assumed))
+
+
+def _module(loaded: Loaded) -> nn.Module:
+    from torch import nn
+
+    if isinstance(loaded.value, nn.Module):
+        return loaded.value
+    shown = f"{loaded.info.path} is {loaded.info.title}" if loaded.info else f"{loaded.value}"
+    raise LoadError(
+        f"{shown}: bnfix folds, exports and compares from a PyTorch module",
+        hint="bnfix fold weights.pt --arch SPEC   from the weights it was made of",
+    )
 
 
 def _option(asked: Asked) -> str:

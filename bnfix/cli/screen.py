@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from bnfix.cli.options import OutputFormat
@@ -16,37 +15,39 @@ from bnfix.render import About, render_all
 
 
 class Steps:
-    """Names of steps on standard error: a spinner in a terminal, else one line a step."""
+    """Names of steps on standard error: with a spinner and a clock in a terminal, else one line a step."""
 
     def __init__(self) -> None:
-        self._status: Any = None
+        self._show: Callable[[str], None] = _print
         self._last = ""
-        self._began = time.monotonic()
 
     def __call__(self, step: str) -> None:
         """A new step begins."""
-        if step == self._last:
-            return
-        self._last = step
-        if self._status is not None:
-            seconds = time.monotonic() - self._began
-            self._status.update(f"{_literally(step)} [dim]{seconds:.0f} s[/dim]" if seconds >= 1 else _literally(step))
-        elif sys.stderr is not None:
-            with contextlib.suppress(OSError):
-                print(f"{step} ...", file=sys.stderr, flush=True)
+        if step != self._last:
+            self._last = step
+            self._show(step)
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[Steps]:
-        """With the spinner turning, where there is a terminal."""
+        """With the spinner turning, where there is a terminal; nothing of it stays on the screen."""
         from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         console = Console(stderr=True)
         if not console.is_terminal or console.is_dumb_terminal:
             yield self
             return
-        with console.status("starting") as self._status:
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("starting", total=None)
+            self._show = lambda step: progress.update(task, description=step)
             yield self
-        self._status = None
+        self._show = _print
+
+
+def _print(step: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"{step} ...", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -88,9 +89,3 @@ def leave_quietly() -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
-
-
-def _literally(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

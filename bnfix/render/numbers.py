@@ -9,16 +9,18 @@ NONE = "–"
 
 
 def ratio(value: float | None) -> str:
-    """A dimensionless figure in two significant digits: ``0.021``, ``1.3``, ``42``, ``3.1e+05``."""
+    """A dimensionless figure, to about two digits: ``0.021``, ``0.8``, ``1.3``, ``42``, ``3.1e+05``."""
     if value is None:
         return NONE
     if not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf"
     if value == 0:
         return "0"
-    if 0.01 <= abs(value) < 10:
-        return f"{value:.2g}" if abs(value) < 1 else f"{value:.1f}"
-    return f"{value:.0f}" if 10 <= abs(value) < 10_000 else f"{value:.1e}"
+    if 0.095 <= abs(value) < 9.95:
+        return f"{value:.1f}"
+    if 0.01 <= abs(value) < 0.095:
+        return f"{value:.2g}"
+    return f"{value:.0f}" if 9.95 <= abs(value) < 10_000 else f"{value:.1e}"
 
 
 def ulp(value: float | None) -> str:

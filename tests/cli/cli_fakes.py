@@ -1,10 +1,12 @@
-"""A stand-in for ``bnfix.api``: it records what it was asked and returns constructed values, without torch."""
+"""A stand-in for ``bnfix.api``: it records what it was asked and returns constructed values."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+
+from torch import nn
 
 from bnfix.errors import LoadError
 from bnfix.types import Edit, Export, FileInfo, OutputParity, Parity, Refusal, Result
@@ -20,6 +22,20 @@ def parity(verdict: str = "passed") -> Parity:
 
 def info(path: str, kind: str = "state_dict") -> FileInfo:
     return FileInfo(str(path), kind, "zip", 1000, f"a {kind}", True, 4, 100, 400, {"float32": 4})
+
+
+class Named(nn.Module):
+    """A module that is equal to its name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def __eq__(self, other: object) -> bool:
+        return other == self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
 
 class FakeApi(ModuleType):
@@ -48,7 +64,9 @@ class FakeApi(ModuleType):
     def open_model(self, path: str, **kwargs: Any) -> Any:
         self._record("open_model", path, **kwargs)
         arch = kwargs.get("arch")
-        return SimpleNamespace(value=f"model of {path}", info=info(path, self.kind), arch=arch, notes=("took 'ema'",))
+        return SimpleNamespace(
+            value=Named(f"model of {path}"), info=info(path, self.kind), arch=arch, notes=("took 'ema'",)
+        )
 
     def examples(self, loaded: Any, **kwargs: Any) -> Any:
         self._record("examples", loaded, **kwargs)
@@ -66,8 +84,10 @@ class FakeApi(ModuleType):
 
     def export(self, model: Any, path: str, example: Any = None, **kwargs: Any) -> Export:
         self._record("export", model, path, example, **kwargs)
-        Path(path).write_bytes(b"onnx")
-        return Export(str(path), 18, (), self.parity, 1, files=(str(path),))
+        files = (str(path),) if self.parity.verdict != "failed" else ()
+        for file in files:
+            Path(file).write_bytes(b"onnx")
+        return Export(str(path), 18, (), self.parity, 1, files=files)
 
     def verify(self, model: Any, other: Any, inputs: Any, **kwargs: Any) -> Parity:
         self._record("verify", model, other, inputs, **kwargs)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from cli_fakes import EDIT, REFUSAL, FakeApi, parity
+from cli_fakes import EDIT, REFUSAL, FakeApi, Named, parity
 
 from bnfix.cli import run
 from bnfix.cli.door import Terminated
@@ -167,10 +167,23 @@ def test_arch_kw_values(api: FakeApi) -> None:
 def test_export_and_verify_end_with_the_verdict(api: FakeApi, capsys: Output, verdict: str, code: int) -> None:
     api.parity = parity(verdict)
     assert run(["export", "w.pt", "--arch", "a:b", "-o", "m.onnx"]) == code
+    Path("m.onnx").write_bytes(b"onnx")
     assert run(["verify", "w.pt", "m.onnx", "--arch", "a:b"]) == code
     out = capsys.readouterr().out
     assert ("FAILED" in out) == (verdict == "failed")
     assert ("INCONCLUSIVE" in out) == (verdict == "inconclusive")
+
+
+def test_an_export_that_failed_is_not_said_to_be_written(api: FakeApi, capsys: Output) -> None:
+    """Though a file of that name was there before, it is not this export's."""
+    Path("m.onnx").write_bytes(b"older")
+    api.parity = parity("failed")
+    assert run(["export", "w.pt", "--arch", "a:b", "-o", "m.onnx"]) == 1
+    out = capsys.readouterr().out
+    assert "✗ did not write m.onnx" in out
+    assert "wrote" not in out
+    assert "bnfix export w.pt --arch a:b --no-fold -o m.onnx" in out
+    assert Path("m.onnx").read_bytes() == b"older"
 
 
 def test_export_options(api: FakeApi, capsys: Output) -> None:
@@ -418,7 +431,7 @@ def test_a_full_disk_under_the_report_is_an_error(
 
 
 def test_a_model_named_by_its_architecture_needs_no_file(api: FakeApi, capsys: Output) -> None:
-    api.open_model = lambda path, **kw: SimpleNamespace(value="m", info=None, arch=path, notes=())  # type: ignore[method-assign]
+    api.open_model = lambda path, **kw: SimpleNamespace(value=Named("m"), info=None, arch=path, notes=())  # type: ignore[method-assign]
     assert run(["fold", "timm:resnet18", "-o", "f.pt"]) == 0
     out = capsys.readouterr().out
     assert 'bnfix.load("f.pt", arch="timm:resnet18")' in out

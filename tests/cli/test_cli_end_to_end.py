@@ -135,6 +135,16 @@ def test_what_is_no_model_is_one_error_and_writes_nothing(shop: Path, capsys: Ou
     assert not Path("f.onnx").exists()
 
 
+def test_an_onnx_file_is_no_model_to_fold(shop: Path, capsys: Output) -> None:
+    assert run(["export", "shop.pt", *ARCH, *INPUT, "-o", "m.onnx"]) == 0
+    capsys.readouterr()
+    assert run(["fold", "m.onnx", "-o", "f.pt"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "error: m.onnx" in err
+    assert "defect" not in err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_fold_leaves_nothing(shop: Path, number: signal.Signals) -> None:
     """The network sleeps in its forward; the signal comes while it is traced."""
@@ -162,10 +172,10 @@ def test_an_interrupted_fold_leaves_nothing(shop: Path, number: signal.Signals) 
 @pytest.mark.parametrize("script", sorted(p.name for p in EXAMPLES.glob("0*")))
 def test_examples_run(script: str, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
-    command = tmp_path / "bin" / "bnfix"
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m bnfix "$@"\n')
-    command.chmod(0o755)
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    for name, arguments in (("bnfix", "-m bnfix"), ("python", "")):
+        command = tmp_path / "bin" / name
+        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
+        command.chmod(0o755)
     env = {**ENV, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     runner = [sys.executable] if script.endswith(".py") else ["bash"]
     argv = [*runner, str(EXAMPLES / script)]

@@ -74,6 +74,8 @@ def test_columns_fit_and_no_narrow_one_wraps(columns: list[tuple[int, bool]], ro
         (None, "–"),
         (0.0, "0"),
         (0.0123, "0.012"),
+        (0.76, "0.8"),
+        (9.96, "10"),
         (1.3249, "1.3"),
         (42.4, "42"),
         (314159.0, "3.1e+05"),

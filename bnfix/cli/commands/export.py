@@ -60,7 +60,7 @@ def export(
         from bnfix import api
 
         result = api.export(
-            opened.loaded.value,
+            opened.model,
             output,
             opened.example,
             fold=not no_fold,
@@ -69,9 +69,12 @@ def export(
             progress=steps,
         )
     verdict = result.parity.verdict if result.parity is not None else "passed"
-    written = tuple(f for f in (result.files or (result.path,)) if os.path.exists(f))
-    again = ("verify it again", asked.next("verify", model, result.path, trust=asked.trust))
-    about = About("bnfix export", model, written, opened.notes, (again,) if written else ())
+    if result.files:
+        step = ("verify it again", asked.next("verify", model, result.path, trust=asked.trust))
+    else:
+        plain = asked.next("export", model, trust=asked.trust)
+        step = ("without folding", f"{plain} --no-fold -o {o.quoted(output)}")
+    about = About("bnfix export", model, result.files, opened.notes, (step,))
     report([result], output_format, [about])
     return {"failed": FAILED, "inconclusive": INCONCLUSIVE}.get(verdict, DONE)
 

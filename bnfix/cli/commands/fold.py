@@ -64,11 +64,11 @@ def fold(
         opened = open_model(asked, steps)
         from bnfix import api
 
-        result = api.fold(opened.loaded.value, opened.example, verify=not no_verify, dry_run=dry_run, progress=steps)
+        result = api.fold(opened.model, opened.example, verify=not no_verify, dry_run=dry_run, progress=steps)
         unmet = (result.parity is not None and result.parity.verdict == "failed") or (
             require_all and bool(result.refusals)
         )
-        if target is not None and not unmet:
+        if target is not None and result.model is not None and not unmet:
             steps(f"writing {target}")
             api.save(result.model, target, recipe=result.recipe, source=opened.loaded.info, inplace=in_place)
     report([result], output_format, [_about(asked, opened, result, None if unmet else target, unmet)])

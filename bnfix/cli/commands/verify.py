@@ -57,7 +57,7 @@ def verify(
         from bnfix import api
 
         candidate = _candidate(asked, other, other_arch, steps)
-        parity = api.verify(opened.loaded.value, candidate, opened.calls, progress=steps)
+        parity = api.verify(opened.model, candidate, opened.calls, progress=steps)
     next_steps = _next(asked, other, parity.verdict)
     report([parity], output_format, [About("bnfix verify", f"{model} · {other}", (), opened.notes, next_steps)])
     return {"failed": FAILED, "inconclusive": INCONCLUSIVE}.get(parity.verdict, DONE)

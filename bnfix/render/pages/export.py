@@ -27,7 +27,7 @@ class ExportPage(PageOf):
             Row("plain", ("opset", str(value.opset))),
             *([Row("plain", ("inputs", ", ".join(value.inputs)))] if value.inputs else []),
             *([Row("plain", ("outputs", ", ".join(value.outputs)))] if value.outputs else []),
-            Row("plain", ("folded", count(value.folded, "norm"))),
+            *([Row("plain", ("folded", f"{count(value.folded, 'norm')} before the export"))] if value.folded else []),
         ]
         rows += [Row("kept", (r.site, f"left in the graph: {r.reason}")) for r in value.norms_left]
         for output in parity.outputs if parity else ():
@@ -43,10 +43,16 @@ class ExportPage(PageOf):
             rows=tuple(rows),
             lines=tuple(lines),
             state=state,
-            verdict=(f"exported {os.path.basename(value.path)}", left, *judged),
+            verdict=(_done(value), left, *judged),
             details=(tuple(filter(None, (proof.nearer(parity), *proof.details(parity)))) if parity else ()),
             notes=(*value.notes, *(parity.notes if parity else ())),
         )
+
+
+def _done(value: Export) -> str:
+    name = os.path.basename(value.path)
+    failed = value.parity is not None and value.parity.verdict == "failed"
+    return f"did not write {name}" if failed and not value.files else f"exported {name}"
 
 
 def _judged(value: Export) -> tuple[State, tuple[str, ...]]:
