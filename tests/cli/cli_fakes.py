@@ -44,7 +44,7 @@ class FakeApi(ModuleType):
     def __init__(self) -> None:
         super().__init__("bnfix.api")
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-        self.fold_result = Result(None, (EDIT,), (), parity())
+        self.fold_result = Result(Named("folded"), (EDIT,), (), parity())
         self.parity = parity()
         self.kind = "state_dict"
         self.fails: dict[str, BaseException] = {}

@@ -53,9 +53,24 @@ def test_runs_follow_the_parts_of_the_model() -> None:
 def test_alike_refusals_share_one_reason_and_none_is_lost(found: list[tuple[str, str, bool]]) -> None:
     refusals = [Refusal(site, reason, defect=defect) for site, reason, defect in found]
     groups = alike(refusals)
-    assert sorted(map(id, (r for group in groups for r in group))) == sorted(map(id, refusals))
-    assert all(len({r.reason for r in group}) == 1 for group in groups)
-    assert all(len(group) == 1 for group in groups if any(r.defect for r in group))
+    assert sorted(map(id, (r for _, group in groups for r in group))) == sorted(map(id, refusals))
+    assert all({r.reason for r in group} == {reason} for reason, group in groups)
+    assert all(len(group) == 1 for _, group in groups if any(r.defect for r in group))
+
+
+def test_reasons_that_differ_in_a_path_are_one_only_where_there_are_many() -> None:
+    def refusals(count: int) -> list[Refusal]:
+        return [
+            Refusal(f"features.{n}.norm", f"its input comes from aten.cat in features.{n}.cat@{n}, which has 2 users")
+            for n in range(count)
+        ]
+
+    assert len(alike(refusals(ROWS))) == ROWS
+    ((reason, group),) = alike(refusals(ROWS + 1))
+    assert reason == "its input comes from aten.cat in features.*, which has 2 users"
+    assert len(group) == ROWS + 1
+    other = [*refusals(ROWS + 1), Refusal("x", "conv has 3 users")]
+    assert [len(group) for _, group in alike(other)] == [ROWS + 1, 1]
 
 
 @given(st.lists(st.tuples(st.integers(1, 100), st.booleans()), min_size=1, max_size=6), st.integers(100, 200))

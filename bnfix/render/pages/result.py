@@ -32,7 +32,7 @@ class ResultPage(PageOf):
     def page(self, value: Result) -> Page:
         state, verdict = _verdict(value)
         rows = [_row(run, value.dry_run) for run in together(value.edits)]
-        kept = [_kept(group) for group in alike(value.refusals)]
+        kept = [_kept(reason, group) for reason, group in alike(value.refusals)]
         lines = [_line(e, value.dry_run) for e in value.edits] + [_refused(r) for r in value.refusals]
         source = (SOURCES[value.source],) if value.source in SOURCES and value.norms else ()
         return Page(
@@ -81,12 +81,12 @@ def _row(run: list[Edit], dry_run: bool) -> Row:
     return Row("done", (_span(run), was, _into_many(run, dry_run), *figures))
 
 
-def _kept(group: list[Refusal]) -> Row:
+def _kept(reason: str, group: list[Refusal]) -> Row:
     state: State = "failed" if any(r.defect for r in group) else "kept"
     names = [_name(r) for r in group]
     if len(names) > 6:
         names = [*names[:3], "…", f"{names[-1]} ({len(group)} norms)"]
-    return Row(state, (", ".join(names).replace(", …,", " …"), "", f"kept: {group[0].reason}", "", ""))
+    return Row(state, (", ".join(names).replace(", …,", " …"), "", f"kept: {reason}", "", ""))
 
 
 def _line(edit: Edit, dry_run: bool) -> Line:
