@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bnfix.parity.oracle import Recorded, Reference
+from bnfix.parity.oracle import Recorded, Reference, site_call
 from bnfix.parity.rule import K_FAILS, Case, Judged, judge_case, pooled_noise, roundoff
 from bnfix.types import OutputParity, Parity, Verdict
 
@@ -80,21 +80,24 @@ def compare_sites(
     *,
     k: float = K_FAILS,
 ) -> tuple[OutputParity, ...]:
-    """Judge what was recorded at sites; ``pairs`` leads from the reference's site to the candidate's (None: same)."""
+    """Judge what was recorded at sites, in the order they ran.
+
+    ``pairs`` leads from a site of the reference to that of the candidate; None: the same.
+    """
     sites = list(references[0].oracle.sites) if references else []
     named = {site: (pairs or {}).get(site, site) for site in sites if pairs is None or site in pairs}
 
     def flat(run: Recorded, names: Mapping[str, str]) -> dict[str, Tensor]:
-        return {
-            f"{shown}@{i}" if i else shown: t for shown, site in names.items() for i, t in enumerate(run.sites[site])
-        }
+        return {site_call(shown, i): t for shown, site in names.items() for i, t in enumerate(run.sites[site])}
 
     own = {site: site for site in named}
     judged = _judge_all(
         references, [flat(r.oracle, own) for r in references], [[flat(d, own) for d in r.draws] for r in references],
         [flat(c, named) for c in candidates], k, "the candidate",
     )  # fmt: skip
-    return tuple(replace(o, worst_sample="") for o in judged)  # subsampled: there are no samples to point at
+    ran = {name: i for i, name in enumerate(references[0].draws[0].order if references else ())}
+    ordered = sorted(judged, key=lambda o: ran.get(o.name, len(ran)))
+    return tuple(replace(o, worst_sample="") for o in ordered)  # subsampled: there are no samples to point at
 
 
 def overall(outputs: Sequence[OutputParity]) -> Verdict:

@@ -8,7 +8,6 @@ model's own noise, the yardstick of everything that :mod:`bnfix.parity.compare` 
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +18,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bnfix.errors import PassError, TraceError
+from bnfix.errors import PassError
+from bnfix.graph import copy_model
 from bnfix.parity.outputs import named_tensors
 from bnfix.running import Call, preserved
 from bnfix.running.call import map_tensors
+from bnfix.types import CallSite
 
 SITE_SAMPLE = 65_536
 """At most so many elements are kept of each output of a site."""
@@ -42,10 +43,14 @@ PRODUCTS = ("convolution", "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product
 
 @dataclass(frozen=True)
 class Recorded:
-    """One run: its outputs by name, and per site (a module path) the outputs of its calls, subsampled."""
+    """One run: its outputs by name, and per site (a module path) the outputs of its calls, subsampled.
+
+    ``order`` holds what ran at the sites, call after call: ``bn``, ``relu``, ``bn@1`` (the second of ``bn``).
+    """
 
     outputs: Mapping[str, Tensor]
     sites: Mapping[str, list[Tensor]] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,15 +73,12 @@ class Reference:
 
 
 def _private_copy(model: nn.Module) -> nn.Module:
-    """A copy that shares nothing with ``model``.
+    """A copy that shares nothing with ``model``, and whose hooks write nothing into the user's objects.
 
     Raises:
         TraceError: the model can't be copied.
     """
-    try:
-        return copy.deepcopy(model)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise TraceError(f"the model can't be copied: {_line(error)}") from error
+    return copy_model(model, isolate=True)[0]
 
 
 def record(model: nn.Module, call: Call, sites: Sequence[str] = ()) -> Recorded:
@@ -84,7 +86,7 @@ def record(model: nn.Module, call: Call, sites: Sequence[str] = ()) -> Recorded:
 
     Of each call of each site at most 65,536 elements are kept, taken at a fixed stride that has no
     factor in common with the tensor's size, so that no channel is passed over. They are cloned: an
-    in-place activation behind the site would change them. Sites come in the order of their first call.
+    in-place activation behind the site would change them.
 
     Raises:
         PassError: the model's own forward failed.
@@ -95,10 +97,14 @@ def record(model: nn.Module, call: Call, sites: Sequence[str] = ()) -> Recorded:
     if unknown:
         raise ValueError(f"{unknown[0]}: no module of this {type(model).__name__}")
     kept: dict[str, list[Tensor]] = {}
+    order: list[str] = []
 
     def keep(site: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            kept.setdefault(site, []).extend([subsample(t) for t in named_tensors(output).values()])
+            for tensor in named_tensors(output).values():
+                values = kept.setdefault(site, [])
+                order.append(site_call(site, len(values)))
+                values.append(subsample(tensor))
 
         return hook
 
@@ -107,7 +113,12 @@ def record(model: nn.Module, call: Call, sites: Sequence[str] = ()) -> Recorded:
             stack.callback(modules[site].register_forward_hook(keep(site)).remove)
         outputs = named_tensors(_run(model, call))
         outputs = {name: t.detach().clone() for name, t in outputs.items()}
-    return Recorded(outputs, kept | {site: [] for site in sites if site not in kept})
+    return Recorded(outputs, kept | {site: [] for site in sites if site not in kept}, tuple(order))
+
+
+def site_call(site: str, call: int) -> str:
+    """One of the calls of a site by the name that reports give it: ``bn``, ``bn@1``."""
+    return str(CallSite(site, call))
 
 
 def subsample(tensor: Tensor) -> Tensor:

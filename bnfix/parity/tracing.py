@@ -115,7 +115,8 @@ def reason(error: BaseException) -> str:
         seen = seen.__cause__
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(seen)).strip()
     lines = [part.strip() for part in text.splitlines() if part.strip()] or [type(seen).__name__]
-    return next((line for line in lines if "inferred to be a constant" in line), lines[0]).removeprefix("- ")[:300]
+    fixed = re.search(r"constant \((\d+)\)", text)
+    return f"its forward makes the batch a constant ({fixed[1]})" if fixed else lines[0][:300]
 
 
 def _dynamic_shapes(model: nn.Module, call: Call, batch: int) -> dict[str, Any]:
