@@ -271,11 +271,11 @@ def examples(
     batch size and a second spatial size join it if the model accepts them.
     """
     from bnfix import formats
-    from bnfix.graph import unwrap
+    from bnfix.graph import copy_model, unwrap
     from bnfix.running import Call, as_call, batch_call, guess_call, variations
     from bnfix.running.call import fit_call
 
-    model, _ = unwrap(loaded.value)  # type: ignore[arg-type]
+    model, _ = copy_model(unwrap(loaded.value)[0], isolate=True)  # type: ignore[arg-type]
     way = _forward(forward)
     notes: list[str] = []
     if input:
@@ -324,6 +324,7 @@ def _calls(
     model: nn.Module, example: Any, data: Iterable[Any] | None, forward: Forward | None
 ) -> tuple[list[Call], tuple[str, ...]]:
     """The examples as calls, and what was assumed where none was given."""
+    from bnfix.graph import copy_model
     from bnfix.running import as_call, batch_call, guess_call
 
     if isinstance(example, list):
@@ -337,7 +338,7 @@ def _calls(
         if batch is None:
             raise ValueError("data holds no batch")
         return [batch_call(batch, model, forward)], ()
-    call = guess_call(model)
+    call = guess_call(copy_model(model, isolate=True)[0])
     return [call], (f"no example was given: traced on a random {call.signature}, as its first layers take it",)
 
 

@@ -3,6 +3,7 @@
 from bnfix.graph.copies import copy_model, unwrap
 from bnfix.graph.facts import Binding, gather
 from bnfix.graph.owners import Slot
+from bnfix.graph.sources.exported import quiet_export
 from bnfix.graph.surgery import Surgeon, all_or_nothing, as_parameter, placeholder, replay
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "copy_model",
     "gather",
     "placeholder",
+    "quiet_export",
     "replay",
     "unwrap",
 ]

@@ -96,7 +96,7 @@ def _refuse_impossible(owners: Owners) -> None:
 
 
 def _own_method(value: Any, owners: Owners) -> bool:
-    """A method of one of the model's modules (`self.forward = self.forward_train`): a deep copy binds it to the copy."""
+    """A method of the model's own (`self.forward = self.forward_train`): a deep copy binds it to the copy."""
     return isinstance(value, types.MethodType) and id(value.__self__) in owners.modules
 
 

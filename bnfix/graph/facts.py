@@ -250,6 +250,7 @@ def _norm_fact(
         elif not (isinstance(module, _NormBase) and _plain_forward(module)):
             whole = False
         if extra:
+            whole = whole and isinstance(module, _NormBase)  # else its forward is the user's, and calls F.batch_norm
             break
     first = routes[calls[0][0]].ops[calls[0][1]] if calls else None
     return NormFact(

@@ -1,0 +1,609 @@
+"""Must be right or refused, never silently wrong: what other tools get wrong, one test each (design: folding.md)."""
+
+from __future__ import annotations
+
+import nets
+import pytest
+import torch
+import torch.nn.utils.parametrize as P
+import torch.nn.utils.prune as prune
+from nets import bits, lived_in, relative_error, same_bits
+from torch import Tensor, nn
+
+import bnfix
+from bnfix import Result
+from bnfix.errors import PassError, TraceError
+
+IMAGE = (2, 3, 8, 8)
+FLOAT32 = 1e-6  # as in the laws: ten times what two roundings of weights of order one amount to
+
+
+def fold(model: nn.Module, shape: tuple[int, ...] = IMAGE, **options: object) -> tuple[nn.Module, Result]:
+    """Fold, and hold the result against the original on another input than the one that was traced."""
+    model = lived_in(model)
+    before = bits(model)
+    result = bnfix.fold(model, torch.randn(shape), **options)  # type: ignore[arg-type]
+    assert same_bits(model, before)
+    assert result.model is not None
+    x = torch.randn(shape) * 1.5
+    found, expected = result.model(x), model(x)
+    for a, b in zip(_flat(found), _flat(expected), strict=True):
+        assert relative_error(a, b) < FLOAT32
+    assert not any(r.defect for r in result.refusals)
+    return model, result
+
+
+def _flat(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value
+    return [t for v in values for t in _flat(v)]  # type: ignore[attr-defined]
+
+
+def reasons(result: Result) -> str:
+    return " | ".join(f"{r.site}: {r.reason}" for r in result.refusals)
+
+
+def test_conv_with_two_consumers() -> None:
+    _, result = fold(nets.TwoConsumers())
+    assert not result.edits
+    assert "also used by aten.add" in reasons(result)
+
+
+def test_conv_output_that_is_also_the_models_output() -> None:
+    _, result = fold(nets.ConvIsOutput())
+    assert not result.edits
+    assert "also used by the model's output" in reasons(result)
+
+
+def test_conv_shared_by_two_norms() -> None:
+    _, result = fold(nets.SharedConv())
+    assert not result.edits
+    assert reasons(result).count("is shared") == 2
+
+
+def test_tied_weights() -> None:
+    _, result = fold(nets.TiedWeights())
+    assert not result.edits
+    assert "a.weight is shared" in reasons(result)
+
+
+def test_weight_read_elsewhere() -> None:
+    _, result = fold(nets.WeightReadElsewhere())
+    assert not result.edits
+    assert "conv.weight is also read by" in reasons(result)
+
+
+def test_same_conv_and_norm_called_twice() -> None:
+    _, result = fold(nets.CalledTwice(), (2, 4, 6, 6))
+    assert [e.site for e in result.edits] == ["bn"]
+
+
+def test_one_norm_on_a_conv_and_on_a_relu() -> None:
+    _, result = fold(nets.NormOnConvAndRelu(), (2, 4, 6, 6))
+    assert not result.edits
+    assert "comes from aten.relu" in reasons(result)
+
+
+def test_one_norm_on_two_convs() -> None:
+    _, result = fold(nets.NormOnTwoConvs())
+    assert result.edits[0].into == ("a", "b")
+    assert result.edits[0].gains == ("b.bias",)
+
+
+def test_linear_then_norm_on_n_l_c_with_l_equal_to_c() -> None:
+    _, result = fold(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)), (3, 6, 5))
+    assert not result.edits
+    assert "last of 3 axes" in reasons(result)
+
+
+@pytest.mark.parametrize("groups", [2, 4], ids=["grouped", "depthwise"])
+def test_conv_transpose_with_groups(groups: int) -> None:
+    _, result = fold(nn.Sequential(nn.ConvTranspose2d(4, 8, 3, groups=groups), nn.BatchNorm2d(8)), (2, 4, 5, 5))
+    assert len(result.edits) == 1
+
+
+@pytest.mark.parametrize("where", ["conv", "bn"])
+@pytest.mark.parametrize("kind", ["hook", "pre-hook"])
+def test_hook_on_conv_or_norm(where: str, kind: str) -> None:
+    model = nn.Sequential()
+    model.conv, model.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    module = model.get_submodule(where)
+    if kind == "hook":
+        module.register_forward_hook(lambda m, i, o: o * 2)
+    else:
+        module.register_forward_pre_hook(lambda m, i: (i[0] * 2,))
+    _, result = fold(model)
+    assert not result.edits
+    assert "hook" in reasons(result) or "aten.mul" in reasons(result)
+
+
+def test_hook_on_an_ancestor_whose_output_is_the_convs() -> None:
+    stem = nn.Sequential(nn.Conv2d(3, 4, 3))
+    stem.register_forward_hook(lambda m, i, o: None)  # a hook that may do anything when nobody looks
+    _, result = fold(nn.Sequential(stem, nn.BatchNorm2d(4)))
+    assert not result.edits
+    assert "0 has a hook" in reasons(result)
+
+
+def test_hook_elsewhere_stays_and_does_not_matter() -> None:
+    model = nn.Sequential(*nets.conv_bn(), nn.ReLU())
+    model[2].register_forward_hook(lambda m, i, o: o + 1)
+    _, result = fold(model)
+    assert len(result.edits) == 1
+    assert result.model is not None
+    assert len(result.model[2]._forward_hooks) == 1
+
+
+def test_global_module_hook() -> None:
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: None)
+    try:
+        result = bnfix.fold(lived_in(nets.conv_bn()), torch.randn(IMAGE))
+    finally:
+        handle.remove()
+    assert not result.edits
+    assert "global module hook" in reasons(result)
+
+
+def test_attribute_written_in_forward() -> None:
+    _, result = fold(nets.Stashing())
+    assert not result.edits
+    assert "keeps the output of conv" in reasons(result)
+
+
+def test_output_kept_in_a_closure() -> None:
+    kept: list[Tensor] = []
+
+    class Keeps(nets.TwoConsumers):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            kept.append(y[0].detach())  # a view: its storage is the convolution's
+            return self.bn(y)
+
+    result = bnfix.fold(lived_in(Keeps()), torch.randn(IMAGE))
+    assert not result.edits
+
+
+def test_norm_subclass_with_an_activation() -> None:
+    _, result = fold(nn.Sequential(nn.Conv2d(3, 4, 3), nets.NormWithActivation(4)))
+    assert not result.edits
+    assert "its forward also does aten.relu" in reasons(result)
+
+
+def test_timm_batch_norm_act_keeps_its_activation() -> None:
+    layers = pytest.importorskip("timm.layers")
+    _, result = fold(nn.Sequential(nn.Conv2d(3, 4, 3), layers.BatchNormAct2d(4, act_layer=nn.SiLU)))
+    assert len(result.edits) == 1
+    assert "then act" in result.edits[0].after
+
+
+@pytest.mark.parametrize("source", ["torchvision", "timm"])
+def test_frozen_batch_norm(source: str) -> None:
+    if source == "torchvision":
+        cls = pytest.importorskip("torchvision.ops").FrozenBatchNorm2d
+    else:
+        cls = pytest.importorskip("timm.layers").FrozenBatchNormAct2d
+    _, result = fold(nn.Sequential(nn.Conv2d(3, 4, 3), cls(4)))
+    assert len(result.edits) == 1
+
+
+def test_sync_batch_norm() -> None:
+    _, result = fold(nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4)))
+    assert len(result.edits) == 1
+
+
+def test_instance_norm_with_running_statistics() -> None:
+    _, result = fold(nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)))
+    assert len(result.edits) == 1
+
+
+def test_registration_order_is_not_call_order() -> None:
+    _, result = fold(nets.RegisteredBackwards())
+    assert {e.site: e.into for e in result.edits} == {"bn1": ("conv1",), "bn2": ("conv2",)}
+
+
+def test_conv_norm_norm() -> None:
+    _, result = fold(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4, eps=0.1)))
+    assert len(result.edits) == 2
+
+
+def test_affine_false() -> None:
+    _, result = fold(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)))
+    assert len(result.edits) == 1
+
+
+def test_track_running_stats_false() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
+    result = bnfix.fold(model, torch.randn(IMAGE))
+    assert not result.edits
+    assert "no running statistics" in reasons(result)
+
+
+@pytest.mark.parametrize("part", ["weight", "bias", "running_mean", "running_var"])
+def test_each_part_can_be_none_on_its_own(part: str) -> None:
+    norm = nn.BatchNorm2d(4)
+    model = lived_in(nn.Sequential(nn.Conv2d(3, 4, 3), norm))
+    setattr(norm, part, None)
+    x = torch.randn(IMAGE)
+    if part in ("weight", "bias"):
+        result = bnfix.fold(model, x)
+        assert len(result.edits) == 1
+        assert result.model is not None
+        assert relative_error(result.model(x), model(x)) < FLOAT32
+    else:  # torch itself refuses such a norm
+        with pytest.raises(PassError):
+            bnfix.fold(model, x)
+
+
+def test_functional_batch_norm_in_training() -> None:
+    _, result = fold(nets.Functional(training=True))
+    assert not result.edits
+    assert "training" in reasons(result)
+
+
+def test_functional_batch_norm() -> None:
+    _, result = fold(nets.Functional())
+    assert not result.edits
+    assert "functional call" in reasons(result)
+
+
+def test_model_in_training_mode() -> None:
+    model = lived_in(nets.conv_bn()).train()
+    result = bnfix.fold(model, torch.randn(IMAGE))
+    assert "call model.eval() first" in reasons(result)
+    assert model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_layer_with_float32_norm(dtype: torch.dtype) -> None:
+    model = lived_in(nets.conv_bn())
+    model[0].to(dtype)
+    result = bnfix.fold(model, torch.randn(IMAGE).to(dtype))
+    assert len(result.edits) == 1
+    assert result.edits[0].ulp == 0.5
+    assert result.model is not None
+    assert result.model[0].bias.dtype == dtype
+    assert result.parity is not None
+    assert result.parity.verdict != "failed"
+
+
+def test_bfloat16_model() -> None:
+    result = bnfix.fold(lived_in(nets.conv_bn()).to(torch.bfloat16), torch.randn(IMAGE).bfloat16())
+    assert len(result.edits) == 1
+    assert result.edits[0].ulp == 0.5
+
+
+@pytest.mark.parametrize("eps", [0.1, 1e-8, 0.0])
+def test_eps(eps: float) -> None:
+    _, result = fold(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=eps)))
+    assert len(result.edits) == 1
+
+
+def test_eps_changed_after_construction_is_read_from_the_call() -> None:
+    model = lived_in(nets.conv_bn())
+    model[1].eps = 0.5
+    x = torch.randn(IMAGE)
+    result = bnfix.fold(model, x)
+    assert result.model is not None
+    assert relative_error(result.model(x), model(x)) < FLOAT32
+
+
+def test_variance_zero() -> None:
+    model = lived_in(nets.conv_bn())
+    model[1].running_var[1] = 0.0
+    x = torch.randn(IMAGE)
+    result = bnfix.fold(model, x)
+    assert len(result.edits) == 1
+    assert result.model is not None
+    assert relative_error(result.model(x), model(x)) < FLOAT32
+
+
+def test_gamma_zero_and_negative() -> None:
+    model = lived_in(nets.conv_bn())
+    with torch.no_grad():
+        model[1].weight[0], model[1].weight[1] = 0.0, -2.0
+    x = torch.randn(IMAGE)
+    result = bnfix.fold(model, x)
+    assert len(result.edits) == 1
+    assert result.model is not None
+    assert relative_error(result.model(x), model(x)) < FLOAT32
+
+
+@pytest.mark.parametrize(("value", "said"), [(float("nan"), "finite"), (float("inf"), "finite")])
+def test_statistics_that_are_not_finite(value: float, said: str) -> None:
+    model = lived_in(nets.conv_bn())
+    model[1].running_mean[2] = value
+    result = bnfix.fold(model, torch.randn(IMAGE))
+    assert not result.edits
+    assert said in reasons(result)
+
+
+def test_folded_weight_that_overflows() -> None:
+    model = lived_in(nets.conv_bn()).half()
+    model[1].float()
+    with torch.no_grad():
+        model[1].weight.fill_(6e4)
+        model[1].running_var.fill_(1e-4)
+    result = bnfix.fold(model, torch.randn(IMAGE).half() * 1e-3)
+    assert not result.edits
+    assert "more than torch.float16 holds" in reasons(result)
+
+
+def test_folded_weight_that_turns_subnormal() -> None:
+    model = lived_in(nets.conv_bn()).half()
+    model[1].float()
+    with torch.no_grad():
+        model[1].running_var.fill_(1e12)
+    result = bnfix.fold(model, torch.randn(IMAGE).half())
+    assert not result.edits
+    assert "subnormal" in reasons(result)
+
+
+def test_dead_channel_does_not_keep_the_norm() -> None:
+    model = lived_in(nets.conv_bn())
+    with torch.no_grad():
+        model[0].weight[1] *= 1e-40
+        model[1].weight[2] = 1e-42
+    result = bnfix.fold(model, torch.randn(IMAGE))
+    assert len(result.edits) == 1
+
+
+def test_control_flow_on_shapes_one_signature_is_not_all() -> None:
+    model = lived_in(nets.ShapeRoute())
+    small, large = torch.randn(1, 3, 8, 8), torch.randn(1, 3, 16, 16)
+    assert len(bnfix.fold(model, small).edits) == 1  # exact where it was traced, and only there
+    result = bnfix.fold(model, [small, large])
+    assert not result.edits
+    assert result.signatures == ("1x3x8x8", "1x3x16x16")
+    assert result.model is not None
+    for x in (small, large):
+        assert torch.equal(result.model(x), model(x))
+
+
+def test_control_flow_on_data_is_one_clear_error() -> None:
+    with pytest.raises(TraceError, match=r"torch\.export can't trace this model on 2x3x8x8"):
+        bnfix.fold(lived_in(nets.DataDependent()), torch.randn(IMAGE))
+
+
+def test_dict_outputs() -> None:
+    _, result = fold(nets.DictOutput())
+    assert len(result.edits) == 1
+    assert result.parity is not None
+    assert len(result.parity.outputs) == 2
+
+
+def test_weight_computed_by_a_parametrization() -> None:
+    model = nets.conv_bn()
+    P.register_parametrization(model[0], "weight", _Twice())
+    _, result = fold(model)
+    assert not result.edits
+    assert "computed in its forward" in reasons(result)
+
+
+class _Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrap", ["weight_norm", "spectral_norm", "prune"])
+def test_old_reparametrizations_that_break_deepcopy(wrap: str) -> None:
+    model = nets.conv_bn()
+    if wrap == "prune":
+        prune.l1_unstructured(model[0], "weight", 0.5)
+    else:
+        getattr(nn.utils, wrap)(model[0])
+    model(torch.randn(IMAGE))  # leaves a non-leaf tensor behind
+    _, result = fold(model)
+    assert not result.edits
+    assert reasons(result)
+
+
+def test_standardised_convolution() -> None:
+    layers = pytest.importorskip("timm.layers")
+    _, result = fold(nn.Sequential(layers.StdConv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    assert not result.edits
+    assert "computed in its forward" in reasons(result)
+
+
+def test_inside_autocast_and_no_grad() -> None:
+    model = lived_in(nets.InAutocast())
+    result = bnfix.fold(model, torch.randn(IMAGE))
+    assert len(result.edits) == 1
+    assert result.parity is not None
+    assert result.parity.verdict != "failed"
+
+
+def test_layers_in_a_plain_list() -> None:
+    _, result = fold(nets.InPlainList())
+    assert [e.into for e in result.edits] == [("layers[0]",)]
+
+
+def test_norm_under_two_names() -> None:
+    model = nets.conv_bn()
+    model.alias = model[1]
+
+    class Uses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner.alias(self.inner[0](x))
+
+    _, result = fold(Uses())
+    assert len(result.edits) == 1
+    assert result.model is not None
+    assert result.model.inner.alias is result.model.inner[1]
+
+
+def test_two_norms_with_tied_buffers() -> None:
+    a, b = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    b.running_mean, b.running_var = a.running_mean, a.running_var
+    _, result = fold(nn.Sequential(nn.Conv2d(3, 4, 1), a, nn.ReLU(), nn.Conv2d(4, 4, 1), b))
+    assert [e.site for e in result.edits] == ["1", "4"]
+
+
+def test_norm_parameter_read_elsewhere() -> None:
+    class Penalty(nets.TwoConsumers):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(x)) * self.bn.weight.abs().sum()
+
+    _, result = fold(Penalty())
+    assert not result.edits
+    assert "weight is also read by aten.abs" in reasons(result)
+
+
+def test_norm_that_no_forward_reaches_is_named() -> None:
+    model = nets.conv_bn()
+    model.spare = nn.BatchNorm2d(7)
+
+    class Only(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner[1](self.inner[0](x))
+
+    _, result = fold(Only())
+    assert len(result.edits) == 1
+    assert "inner.spare: no forward reached it" in reasons(result)
+
+
+def test_class_check_in_forward_is_undone_not_wrong() -> None:
+    class Asks(nets.TwoConsumers):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.bn(y) if isinstance(self.bn, nn.BatchNorm2d) else y * 0
+
+    model = lived_in(Asks())
+    x = torch.randn(IMAGE)
+    result = bnfix.fold(model, x)
+    assert not result.edits
+    assert result.refusals[0].defect
+    assert result.model is not None
+    assert torch.equal(result.model(x), model(x))
+
+
+def test_attributes_of_the_norm_stay_readable() -> None:
+    class Asks(nets.TwoConsumers):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(x)) * self.bn.num_features + self.bn.eps
+
+    _, result = fold(Asks())
+    assert len(result.edits) == 1
+
+
+def test_subclassed_convolution_that_drops_its_bias_is_undone() -> None:
+    class Biasless(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.conv2d(x, self.weight, None)
+
+    model = lived_in(nn.Sequential(Biasless(3, 4, 3, bias=False), nn.BatchNorm2d(4)))
+    x = torch.randn(IMAGE)
+    result = bnfix.fold(model, x)
+    assert not result.edits
+    assert result.model is not None
+    assert torch.equal(result.model(x), model(x))
+
+
+def test_unbatched_input() -> None:
+    _, result = fold(nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(6)), (3, 8))
+    assert not result.edits
+    assert "without a batch dimension" in reasons(result)
+
+
+def test_instance_forward_that_runs_the_original() -> None:
+    model = lived_in(nets.conv_bn())
+    inner = model[1].forward
+    model[1].forward = lambda x: inner(x)
+    with pytest.raises(TraceError, match="set on the instance"):
+        bnfix.fold(model, torch.randn(IMAGE))
+
+
+def test_method_as_instance_forward_is_the_copys_own() -> None:
+    class Chooses(nets.TwoConsumers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.forward = self.plain  # type: ignore[method-assign]
+
+        def plain(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(x))
+
+    _, result = fold(Chooses())
+    assert len(result.edits) == 1
+
+
+def test_closure_in_a_hook_that_reaches_the_model() -> None:
+    model = lived_in(nn.Sequential(*nets.conv_bn(), nn.ReLU()))
+    norm = model[1]
+    model[2].register_forward_hook(lambda m, i, o: o + norm.eps)
+    with pytest.raises(TraceError, match="closure reaches the model"):
+        bnfix.fold(model, torch.randn(IMAGE))
+
+
+def test_hook_that_collects_leaves_the_users_list_alone() -> None:
+    model = lived_in(nn.Sequential(*nets.conv_bn(), nn.ReLU()))
+    seen: list[Tensor] = []
+    model[2].register_forward_hook(lambda m, i, o: seen.append(o))
+    bnfix.fold(model, torch.randn(IMAGE))
+    assert seen == []
+
+
+def test_script_module_is_refused_by_name() -> None:
+    model = nn.Sequential(lived_in(nets.conv_bn()), torch.jit.script(nn.ReLU()))
+    with pytest.raises(TraceError, match="1 is a ScriptModule"):
+        bnfix.fold(model, torch.randn(IMAGE))
+
+
+def test_compiled_and_data_parallel_are_unwrapped() -> None:
+    model = lived_in(nets.conv_bn())
+    x = torch.randn(IMAGE)
+    for wrapped in (torch.compile(model), nn.DataParallel(model)):
+        result = bnfix.fold(wrapped, x)
+        assert len(result.edits) == 1
+        assert "unwrapped" in result.notes[0]
+
+
+def test_model_that_is_a_norm_itself() -> None:
+    result = bnfix.fold(lived_in(nn.BatchNorm2d(3)), torch.randn(IMAGE))
+    assert "the model's own input" in reasons(result)
+
+
+def test_uncopyable_attribute_is_named() -> None:
+    model = lived_in(nets.conv_bn())
+    model[0].lock = (i for i in range(3))
+    with pytest.raises(TraceError, match=r"0\.lock"):
+        bnfix.fold(model, torch.randn(IMAGE))
+
+
+def test_forward_that_fails_is_said_to_be_the_users() -> None:
+    with pytest.raises(PassError, match="failed on 2x5x8x8"):
+        bnfix.fold(lived_in(nets.conv_bn()), torch.randn(2, 5, 8, 8))
+
+
+def test_channels_last_is_kept() -> None:
+    model = lived_in(nets.conv_bn()).to(memory_format=torch.channels_last)
+    result = bnfix.fold(model, torch.randn(IMAGE).to(memory_format=torch.channels_last))
+    assert result.model is not None
+    assert result.model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_frozen_parameters_stay_frozen_and_untouched_keys_stay() -> None:
+    model = nn.Sequential(*nets.conv_bn(bias=False), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    model.requires_grad_(False)
+    before, result = fold(model)
+    assert result.model is not None
+    assert not any(p.requires_grad for p in result.model.parameters())
+    assert set(result.model.state_dict()) - set(before.state_dict()) == {"0.bias"}
+    assert set(before.state_dict()) - set(result.model.state_dict()) == {k for k in before.state_dict() if k[0] == "1"}
+    assert torch.equal(result.model[3].weight, before[3].weight)
+
+
+def test_everything_untouched_keeps_class_code_and_hooks() -> None:
+    model = nets.RegisteredBackwards()
+    model.note = {"kept": [1, 2]}  # type: ignore[assignment]
+    _, result = fold(model)
+    assert type(result.model) is nets.RegisteredBackwards
+    assert result.model.note == {"kept": [1, 2]}
