@@ -77,7 +77,11 @@ def _attempts(weights: Weights) -> list[_Attempt]:
     stripped = tensors
     if renaming:
         stripped = {renaming(k): v for k, v in tensors.items() if k not in renaming.dropped}
-        attempts.append(_Attempt(stripped, renaming, (f"prefix {str(renaming)!r} stripped from the names",)))
+        attempts.append(
+            _Attempt(
+                stripped, renaming, (f"prefix {str(renaming)!r} stripped from the names{_left_out(renaming.dropped)}",)
+            )
+        )
     prefix = common_prefix(stripped)
     if prefix:
         note = f"prefix {str(renaming) + prefix!r} stripped from the names, so that they fit"
@@ -139,6 +143,10 @@ def _misfit(missing: tuple[str, ...], unexpected: tuple[str, ...], where: str, a
         f"{where} does not fit {arch}: {', '.join(parts)}",
         hint=f"another --arch, or arguments for it:  --arch-kw name=value\nwhat the file holds:  bnfix info {where}",
     )
+
+
+def _left_out(names: frozenset[str]) -> str:
+    return f", {', '.join(sorted(names))} left out" if names else ""
 
 
 def _first(names: tuple[str, ...]) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnfix.errors import BnfixError, LoadError, UntrustedModelError
 from bnfix.formats import recipes
 from bnfix.formats.base import Probe, Weights
 from bnfix.formats.described import described
-from bnfix.formats.names import Renaming, Sort, open_wrappers, wrapped_by_training
+from bnfix.formats.names import Sort, open_wrappers, wrapped_by_training
 from bnfix.formats.pickles.contents import Contents, contents
 from bnfix.formats.pickles.danger import judge
 from bnfix.formats.pickles.machine import Global, Pickle
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 KINDS = frozenset(["state_dict", "lightning", "pickled_module", "pickled_object", "checkpoint", "torch_data"])
+_SAFE_PROTOCOL = 3  # the newest that torch's safe loader reads
 _PACKING = {"zip": "", "legacy": " in torch's old format"}
 
 
@@ -47,6 +49,8 @@ def classify(file: Probe, main: Pickle, names: Iterable[Global], container: str,
         facts["keys"] = found.keys
     if found.training is not None:
         facts["training"] = found.training
+    if main.protocol > _SAFE_PROTOCOL:
+        facts["pickle_protocol"] = main.protocol
     return file.info(
         kind,
         container,
@@ -136,7 +140,14 @@ def read(info: FileInfo, *, trust: bool) -> Weights | nn.Module:
             hint=f"if you trust it   bnfix fold {info.path} --arch ... --trust\n"
             "safer             where it came from: torch.save(checkpoint['state_dict'], 'weights.pt')",
         )
-    loaded = _load(info, guarded=whole or bool(info.names_code))
+    protocol = info.facts.get("pickle_protocol")
+    if not trust and protocol:
+        raise UntrustedModelError(
+            f"{info.path} was saved with pickle_protocol={protocol}, which torch's safe loader does not read.",
+            hint=f"if you trust it   bnfix fold {info.path} --arch ... --trust\n"
+            "safer             save it again without pickle_protocol, or as safetensors",
+        )
+    loaded = _load(info, guarded=whole or bool(info.names_code or protocol))
     opened = open_wrappers(loaded, _sort, _entries)
     if _sort(opened.value) == "module":
         module: nn.Module = opened.value
@@ -222,15 +233,10 @@ def _entries(value: Any) -> Mapping[Any, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def renaming_of(weights: Weights) -> Renaming:
-    """The renaming of :func:`wrapped_by_training` for weights that were read."""
-    return wrapped_by_training(weights.tensors)
-
-
 # ---------------------------------------------------------------------------------------- writing
 
 
-def write(path: Any, model: nn.Module, recipe: str | None, *, whole: bool, zipped: bool = True) -> None:
+def write(path: Path, model: nn.Module, recipe: str | None, *, whole: bool) -> None:
     """Write ``model`` with ``torch.save``: its state_dict and the recipe, or with ``whole`` the pickled module."""
     import torch
 
@@ -241,7 +247,7 @@ def write(path: Any, model: nn.Module, recipe: str | None, *, whole: bool, zippe
             content[recipes.KEY] = recipe
     try:
         with open(path, "wb") as file:  # a file, not a name: torch writes the name into the archive
-            torch.save(content, file, _use_new_zipfile_serialization=zipped)
+            torch.save(content, file)
     except OSError:
         raise
     except Exception as error:  # what a user's module holds may refuse to be pickled in any way

@@ -54,6 +54,7 @@ _STDLIB_ADMITTED: dict[str, frozenset[str] | None] = {  # None: the whole module
     "random": frozenset(["Random"]),
     "re": frozenset(["_compile"]),
     "types": frozenset(["MappingProxyType", "SimpleNamespace"]),
+    "typing": frozenset(["Any", "Optional", "Union"]),
     "uuid": frozenset(["UUID"]),
 }
 _STDLIB_ADMITTED["operator"] = _STDLIB_ADMITTED["_operator"]
@@ -62,22 +63,22 @@ _EXCEPTION = re.compile(r"[A-Z]\w*(Error|Exception|Warning)")
 _GONE_OR_NEAR_STDLIB = words(  # not in sys.stdlib_module_names everywhere, and nothing a model is made of
     "__builtin__ __builtins__ asynchat asyncore commands copy_reg cPickle distutils imp nt pipes popen2 posix smtpd "
     "cffi cloudpickle code dill fabric IPython invoke joblib jsonpickle paramiko pexpect pip pkg_resources plumbum "
-    "psutil ptyprocess py pytest _pytest requests setuptools sh urllib2 urllib3 httpx aiohttp win32api win32com "
-    "pythoncom wmi yaml pdbpp ipdb numba cppyy jinja2 mako"
+    "psutil ptyprocess py _pyrepl pytest _pytest requests setuptools sh test urllib2 urllib3 httpx aiohttp win32api "
+    "win32com pythoncom wmi yaml pdbpp ipdb numba cppyy jinja2 mako"
 )
 _SYSTEM = _GONE_OR_NEAR_STDLIB | words(  # modules that others re-export: torch.serialization has an `os`
     "__main__ _os _sys ast asyncio atexit bdb builtins cProfile codecs concurrent contextlib ctypes _ctypes "
-    "faulthandler fileinput ftplib functools gc glob http imaplib importlib inspect io linecache marshal mmap multiprocessing os "
-    "pathlib pdb pickle _pickle pkgutil platform poplib posixpath ntpath pprint profile pty pydoc resource runpy "
-    "shelve shutil signal site smtplib socket socketserver sqlite3 ssl subprocess _posixsubprocess sys sysconfig "
-    "tarfile telnetlib tempfile threading timeit trace traceback tracemalloc types typing unittest urllib venv "
-    "webbrowser weakref xmlrpc zipfile zipimport _winapi winreg"
+    "faulthandler fileinput ftplib functools gc glob http imaplib importlib inspect io linecache marshal mmap "
+    "multiprocessing os pathlib pdb pickle _pickle pkgutil platform poplib posixpath ntpath pprint profile pty "
+    "pydoc resource runpy shelve shutil signal site smtplib socket socketserver sqlite3 ssl subprocess "
+    "_posixsubprocess sys sysconfig tarfile telnetlib tempfile threading timeit trace traceback tracemalloc "
+    "types typing unittest urllib venv webbrowser weakref xmlrpc zipfile zipimport _winapi winreg"
 )
 _REFUSED_FUNCTIONS = re.compile(
     r"eval|exec|execfile|system|popen\d?|Popen|run|call|check_(call|output)|getoutput|getstatusoutput|spawn\w*|exec[lv]\w*"
     r"|_?posix_spawnp?|fork\w*|startfile|open|compile|breakpoint|input|vars|globals|locals|dir"
     r"|\w*import\w*|run(string|_module|_path|_code|ctx|call|eval|cprofile)|_?exec_\w+|\w*_exec|execWrapper"
-    r"|(un)?pickle\w*|read_pickle|c?loads?|\w*_loads?|load_(module|inline|source|dynamic|library|config|dll)\w*"
+    r"|(un)?pickle\w*|read_pickle|c?loads?|\w*_loads?|load[a-z_]\w*"
     r"|get_?attr\w*|set_?attr\w*|del_?attr\w*|attrgetter|methodcaller|reduce|apply|lambdify|sympify"
     r"|rmtree|remove|unlink|rename|chmod|kill|urlopen|urlretrieve|download\w*|lambda|literal_eval|reduce_graph_module"
     r"|reduce_package_graph_module|reduce_deploy_graph_module|_?make_function|_?builtin_type|subimport|__\w+__"
@@ -88,11 +89,11 @@ _TORCH_NAMESPACES = (  # where the classes and functions that modules are made o
     "torch._C._linalg", "torch.torch_version", "torch._tensor", "torch.amp", "torch.cuda.amp", "torch.masked",
     "torch.distributed.algorithms", "torch.utils.data.dataset", "torch.return_types",
 )  # fmt: skip
-_TORCH_REFUSED = re.compile(
-    r"(.*\.)?(load\w*|save\w*|hub|jit|compile\w*|classes|ops|package|import_\w+|from_file|fork)"
+_TORCH_REFUSED = re.compile(r"load\w*|save\w*|hub|jit|compile\w*|classes|ops|package|import_\w+|from_file|fork")
+_NUMPY_NAMES = re.compile(
+    r"ndarray|dtype|scalar|_reconstruct|_frombuffer|bool_?|(u?int|float|complex)\w*|generic|number|str_|bytes_|void"
+    r"|datetime64|timedelta64|longlong|double|single|half|\w+DType"
 )
-_NUMPY_NAMES = re.compile(r"ndarray|dtype|scalar|_reconstruct|_frombuffer|bool_?|(u?int|float|complex)\w*|generic|"
-                          r"number|str_|bytes_|void|datetime64|timedelta64|longlong|double|single|half|\w+DType")  # fmt: skip
 _NUMPY_MODULES = re.compile(r"numpy(\._?core(\.(multiarray|numeric|numerictypes))?|\.dtypes)?")
 
 
@@ -145,9 +146,9 @@ def _is_system_path(module: str, name: str) -> bool:
 
 
 _HARMLESS_SUBMODULES = words(
-        "functools io types typing code platform resource signal profile trace unittest site "
-                                 "http ast contextlib inspect pathlib py sh invoke ops"
-    )  # fmt: skip
+    "functools io types typing code platform resource signal profile trace unittest site _pickle test http ast "
+    "contextlib inspect pathlib py sh invoke ops"
+)
 """Names that a user's package may well give to a module of its own: ``shop.types``, ``shop.io``."""
 
 

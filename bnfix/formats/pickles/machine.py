@@ -84,6 +84,7 @@ class Pickle:
     names: dict[Global, None]
     end: int
     problem: str = ""
+    protocol: int = 0
 
 
 class LimitError(Exception):
@@ -110,7 +111,7 @@ def examine(data: bytes, start: int = 0) -> Pickle:
                 raise LimitError(f"more than {MAX_OPS:,} pickle opcodes")
             end = position + 1
             if op == "STOP":
-                return Pickle(machine.pop(), machine.names, end)
+                return Pickle(machine.pop(), machine.names, end, "", machine.protocol)
             machine.step(op, argument)
     except _MalformedError as error:
         return Pickle(None, machine.names, end, str(error))
@@ -138,6 +139,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
         self.names: dict[Global, None] = {}
         self.copied = 0
+        self.protocol = 0
 
     def pop(self) -> Any:
         if not self.stack:
@@ -175,7 +177,8 @@ class _Machine:
 
     # ------------------------------------------------------------------ stack and memo
 
-    def op_proto(self, _: Any) -> None: ...
+    def op_proto(self, version: int) -> None:
+        self.protocol = version
 
     def op_frame(self, _: Any) -> None: ...
 
@@ -208,6 +211,8 @@ class _Machine:
     op_binget = op_long_binget = op_get
 
     def op_put(self, index: int) -> None:
+        if not 0 <= index <= MAX_OPS:  # the real one makes room for all numbers below: gigabytes in nine bytes
+            raise _MalformedError(f"it numbers a value {index:,}")
         self.memo[index] = self.top()
 
     op_binput = op_long_binput = op_put
