@@ -45,7 +45,7 @@ def build() -> typer.Typer:
     modules = [importlib.import_module(f"{commands.__name__}.{name}") for name in names]
     for module in sorted(modules, key=lambda m: (m.ORDER, m.__name__)):
         name = module.__name__.rpartition(".")[2]
-        app.command(name, epilog=module.EPILOG, no_args_is_help=module.NEEDS_ARGUMENTS)(command(getattr(module, name)))
+        app.command(name, epilog=module.EPILOG)(command(getattr(module, name)))
     return app
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import typer
 
 from bnfix.errors import BnfixError
+from bnfix.render.legible import legible
 
 DONE, FAILED, WRONG, INCONCLUSIVE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
@@ -120,6 +121,6 @@ def _fail(message: str, hint: list[str], traceback: bool) -> None:
 def _say(text: str) -> None:
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
+        print(legible(text).encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
     except OSError:  # nobody listens: the exit code still speaks
         return

@@ -12,6 +12,7 @@ from typing import Any
 from bnfix.cli.options import OutputFormat
 from bnfix.errors import BnfixError
 from bnfix.render import About, render_all
+from bnfix.render.legible import legible
 
 
 class Steps:
@@ -40,14 +41,14 @@ class Steps:
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task("starting", total=None)
-            self._show = lambda step: progress.update(task, description=step)
+            self._show = lambda step: progress.update(task, description=legible(step))
             yield self
         self._show = _print
 
 
 def _print(step: str) -> None:
     with contextlib.suppress(OSError):
-        print(f"{step} ...", file=sys.stderr, flush=True)
+        print(f"{legible(step)} ...", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

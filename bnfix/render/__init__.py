@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from bnfix.render import page_html, text
+from bnfix.render.legible import all_legible
 from bnfix.render.page import About
 from bnfix.render.pages import page_of
 from bnfix.types import SCHEMA_VERSION
@@ -44,12 +45,12 @@ def to_rich(value: Any, about: About | None = None) -> Any:
     """``value`` as something that ``rich.print`` draws; it reads width and encoding from the console."""
     from bnfix.render.terminal import Drawn
 
-    return Drawn(page_of(value), about)
+    return Drawn(page_of(value), _about(about))
 
 
 def to_html(value: Any, about: About | None = None) -> str:
     """``value`` as one HTML ``<div>``: inline styles, nothing fetched, all text escaped."""
-    return page_html.fragment(page_of(value), about or About())
+    return page_html.fragment(page_of(value), _about(about))
 
 
 def to_json(value: Any, about: About | None = None) -> str:
@@ -69,17 +70,17 @@ def to_json(value: Any, about: About | None = None) -> str:
 
 def to_concise(value: Any, about: About | None = None) -> str:
     """One line for each norm (or output, or fact), and one for the verdict."""
-    return text.concise(page_of(value), about or About())
+    return text.concise(page_of(value), _about(about))
 
 
 def to_github(value: Any, about: About | None = None) -> str:
     """Annotations of a GitHub workflow for all that was refused or failed, and for the verdict."""
-    return text.github(page_of(value), about or About())
+    return text.github(page_of(value), _about(about))
 
 
 def to_markdown(value: Any, about: About | None = None) -> str:
     """A heading, the verdict, the table, the notes and the lines to paste."""
-    return text.markdown(page_of(value), about or About())
+    return text.markdown(page_of(value), _about(about))
 
 
 def render(value: Any, format: Format = "full", console: Console | None = None, about: About | None = None) -> None:
@@ -118,9 +119,13 @@ def _as_text(value: Any, format: Format, about: About | None, encoding: str) -> 
     if format == "json":
         return to_json(value, about)
     if format == "html":
-        return _encodable(page_html.document(page_of(value), about or About()), encoding, "xmlcharrefreplace")
+        return _encodable(page_html.document(page_of(value), _about(about)), encoding, "xmlcharrefreplace")
     drawn = {"concise": to_concise, "github": to_github, "markdown": to_markdown}[format](value, about)
     return _encodable(drawn, encoding, "ascii")
+
+
+def _about(about: About | None) -> About:
+    return all_legible(about or About())
 
 
 def _encodable(written: str, encoding: str, otherwise: str) -> str:

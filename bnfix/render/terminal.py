@@ -31,9 +31,9 @@ def to_ascii(text: str) -> str:
 class Drawn:
     """A page that rich can print: it looks at the console for width and encoding when it is drawn."""
 
-    def __init__(self, page: Page, about: About | None = None) -> None:
+    def __init__(self, page: Page, about: About) -> None:
         self.page = page
-        self.about = about or About()
+        self.about = about
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         soft = options.no_wrap and options.overflow == "ignore"  # printed with soft_wrap=True: nothing is cropped

@@ -297,6 +297,14 @@ def test_an_error_is_a_line_and_its_hint_and_stdout_is_empty(api: FakeApi, capsy
     )
 
 
+def test_an_error_gives_the_terminal_no_orders(api: FakeApi, capsys: Output) -> None:
+    api.fails["open_model"] = UntrustedModelError("m.pt names \x1b]0;owned\x07", hint="\x1b[2J")
+    assert run(["fold", "w.pt", "-o", "f.pt"]) == 2
+    err = capsys.readouterr().err
+    assert "\x1b" not in err
+    assert "error: m.pt names \\x1b]0;owned\\x07\n  \\x1b[2J\n" in err
+
+
 def test_a_defect_is_one_line_and_a_traceback_on_demand(
     api: FakeApi, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,6 +106,17 @@ def test_a_users_text_is_no_markup() -> None:
     assert ":smile:" in drawn(Result(None, (), (hostile,)))
 
 
+@pytest.mark.parametrize("format", ["full", "concise", "github", "markdown", "html"])
+def test_a_name_from_a_file_gives_the_terminal_no_orders(format: str) -> None:
+    """Clearing the screen, setting its title, turning text around: a tensor may be named so."""
+    name = "\x1b[2J\x1b]0;owned\x07\u202egnp.\x9b31m\udcff"
+    file = io.StringIO()
+    value = Result(None, (), (Refusal(name, f"reason {name}"),))
+    render(value, format, Console(file=file, width=200, color_system=None), About("bnfix fold", name, (name,)))  # type: ignore[arg-type]
+    assert [c for c in file.getvalue() if not c.isprintable() and c != "\n"] == []
+    assert "\\x1b[2J" in file.getvalue().replace("\\\\", "\\").replace("\\[", "[")
+
+
 def test_values_draw_themselves(capsys: pytest.CaptureFixture[str]) -> None:
     rich.print(KEPT)
     text = capsys.readouterr().out

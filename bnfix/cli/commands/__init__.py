@@ -1,1 +1,1 @@
-"""One file a command: a function named like the file, ``ORDER`` in the help, ``EPILOG``, ``NEEDS_ARGUMENTS``."""
+"""One file a command: a function named like the file, ``ORDER`` in the help and ``EPILOG``."""

@@ -9,7 +9,6 @@ import typer
 from bnfix.cli import options as o
 
 ORDER = 50
-NEEDS_ARGUMENTS = False
 EPILOG = """**Examples**
 
 `bnfix demo`
@@ -23,7 +22,7 @@ def demo(
     dir: Annotated[str, typer.Option("--dir", metavar="FOLDER", help="Where its files go.")] = "bnfix-demo",
     traceback: o.TracebackOption = False,
 ) -> int:
-    """Train a small CNN on handwritten digits, then fold, export and verify it: offline, in about a minute.
+    """Train a small CNN on handwritten digits, then fold, export and verify it: offline, in under a minute.
 
     Each step is shown as the command that you would type; the files stay, and every command can be pasted.
     """

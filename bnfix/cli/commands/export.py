@@ -15,7 +15,6 @@ from bnfix.files import check_target
 from bnfix.render import About
 
 ORDER = 20
-NEEDS_ARGUMENTS = True
 EPILOG = """**Examples**
 
 `bnfix export weights.pt --arch timm:resnet50 -o model.onnx`

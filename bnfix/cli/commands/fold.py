@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from bnfix.types import Result
 
 ORDER = 10
-NEEDS_ARGUMENTS = True
 EPILOG = """**Examples**
 
 `bnfix fold weights.pt --arch timm:resnet50 -o folded.pt`

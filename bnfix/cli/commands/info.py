@@ -13,7 +13,6 @@ from bnfix.errors import BnfixError
 from bnfix.render import About
 
 ORDER = 40
-NEEDS_ARGUMENTS = True
 EPILOG = """**Examples**
 
 `bnfix info weights.pt`

@@ -16,7 +16,6 @@ from bnfix.cli.screen import Steps, report, working
 from bnfix.render import About
 
 ORDER = 30
-NEEDS_ARGUMENTS = True
 EPILOG = """**Examples**
 
 `bnfix verify weights.pt model.onnx --arch timm:resnet50`

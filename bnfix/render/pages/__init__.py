@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from bnfix.registry import plugins
+from bnfix.render.legible import all_legible
 from bnfix.render.page import Page
 
 
@@ -20,12 +21,12 @@ class PageOf(ABC):
 
 
 def page_of(value: Any) -> Page:
-    """The page of ``value``.
+    """The page of ``value``, with nothing in it that a terminal would obey.
 
     Raises:
         TypeError: nothing here knows how to lay it out.
     """
     for layout in plugins(__name__, PageOf):  # type: ignore[type-abstract]
         if isinstance(value, layout.kind):
-            return layout.page(value)
+            return all_legible(layout.page(value))
     raise TypeError(f"bnfix.render has no page for a value of type {type(value).__name__}")
