@@ -49,13 +49,14 @@ def norms_left(model: Any, refusals: Sequence[Refusal] = ()) -> tuple[Refusal, .
     """Every BatchNormalization node by the module it came from, with the reason in ``refusals`` where there is one."""
     known = {r.site: r for r in refusals}
     found: dict[str, Refusal] = {}
-    for node in _nodes(model):
+    nodes = list(_nodes(model))
+    makers = {output: node.op_type for node in nodes for output in node.output}
+    for node in nodes:
         if node.op_type != "BatchNormalization":
             continue
-        site = _site(node)
-        found[site] = known.get(site) or Refusal(
-            site, "a BatchNormalization node: there is no convolution or linear layer right before it to take it up"
-        )
+        site, behind = _site(node), makers.get(node.input[0], "the input")
+        reason = f"a BatchNormalization node behind {behind}, which neither bnfix nor torch's exporter folded"
+        found[site] = known.get(site) or Refusal(site, reason)
     return tuple(found.values())
 
 

@@ -191,7 +191,7 @@ def _oracle(wide: nn.Module, call: Call, sites: Sequence[str]) -> tuple[Recorded
             return None, (f"no float64 oracle, the model doesn't run in float64: {error.message}",)
     if not seen.below:
         return recorded, ()
-    shown = "; ".join(f"{where or '(root)'} ({op})" for where, op in seen.below[:3])
+    shown = "; ".join(f"{where or '(root)'} ({op})" for where, op in list(seen.below.items())[:3])
     more = f" and {len(seen.below) - 3} more" if len(seen.below) > 3 else ""
     return recorded, (f"oracle contaminated at {shown}{more}: computed below float64 there",)
 
@@ -278,14 +278,14 @@ def _paths(model: nn.Module) -> Iterator[list[str]]:
 
 
 class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Which floating types a run computes in: ``dtype``, the lowest of its products, and what was below float64."""
+    """Which types a run computes in: ``dtype``, the lowest of its products; ``below`` float64: where, by module."""
 
     def __init__(self, path: list[str] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._path = path
         self._products: set[torch.dtype] = set()
         self._all: set[torch.dtype] = set()
-        self.below: list[tuple[str, str]] = []
+        self.below: dict[str, str] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -302,9 +302,7 @@ class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if name.startswith(PRODUCTS):
                 self._products.add(t.dtype)
             if self._path is not None and t.dtype != torch.float64 and _reads_floats(args, kwargs):
-                place = (self._path[-1], f"{name} in {str(t.dtype).removeprefix('torch.')}")
-                if place not in self.below:
-                    self.below.append(place)
+                self.below.setdefault(self._path[-1], f"{name} in {str(t.dtype).removeprefix('torch.')}")
         return out
 
 
