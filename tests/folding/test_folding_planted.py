@@ -1,4 +1,4 @@
-"""Wrong folds planted on purpose: a mutation test of the algebra, the planner and the surgery. The proof must catch each.
+"""Wrong folds planted on purpose: a mutation test of the algebra, the planner and the surgery. Each must be caught.
 
 A fault is planted by replacing one piece of bnfix for the time of one test. Whatever it does, the result that
 comes back computes what the model computes, and the fold that was wrong is named as undone.
@@ -14,6 +14,7 @@ import nets
 import pytest
 import torch
 from nets import lived_in, relative_error
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 import bnfix
@@ -31,9 +32,7 @@ def _affine(change: Callable[[Affine, Mapping[str, Any]], Affine]) -> Plant:
 
     def plant(patch: pytest.MonkeyPatch) -> None:
         original = engine.norm_affine
-        patch.setattr(
-            engine, "norm_affine", lambda b, p: change(original(b, p), {"binding": b, "planned": p})
-        )
+        patch.setattr(engine, "norm_affine", lambda b, p: change(original(b, p), {"binding": b, "planned": p}))
 
     return plant
 
@@ -64,7 +63,9 @@ ALGEBRA: dict[str, Plant] = {
     "eps of another norm": _affine(_wrong_eps),
     "one channel off by a millionth": _affine(_one_channel),
     "channels shifted by one": _affine(_swapped),
-    "computed in float32": _affine(lambda a, _: Affine((a.scale.float() * 1.0000001).double(), a.shift.float().double())),
+    "computed in float32": _affine(
+        lambda a, _: Affine((a.scale.float() * 1.0000001).double(), a.shift.float().double())
+    ),
     "bias not scaled": lambda patch: patch.setattr(
         Fold, "bias", lambda self, bias, a: a.shift if bias is None else bias + a.shift
     ),
@@ -116,6 +117,7 @@ def test_transposed_convolution_with_its_groups_interleaved_is_caught(monkeypatc
 
 # ------------------------------------------------------------------------------------ the planner
 
+
 def _blind(*names: str) -> Plant:
     def plant(patch: pytest.MonkeyPatch) -> None:
         for name in names:
@@ -159,7 +161,8 @@ def test_only_one_signature_looked_at_is_caught(monkeypatch: pytest.MonkeyPatch)
     """A plan made for the small input alone, in a model whose large inputs go another way."""
     full = planner.plan
     monkeypatch.setattr(
-        "bnfix.folding.plan", lambda facts: full(replace(facts, routes=facts.routes[:1], norms=_first_route(facts.norms)))
+        "bnfix.folding.plan",
+        lambda facts: full(replace(facts, routes=facts.routes[:1], norms=_first_route(facts.norms))),
     )
     model = lived_in(nets.ShapeRoute())
     _undone(model, [torch.randn(1, 3, 8, 8), torch.randn(1, 3, 16, 16)])
@@ -178,9 +181,8 @@ def test_norm_left_in_place_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_activation_lost_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = pytest.importorskip("timm.layers")
     monkeypatch.setattr(engine, "placeholder", lambda norm, after: nn.Identity())
-    _undone(lived_in(nn.Sequential(nn.Conv2d(3, 4, 3), layers.BatchNormAct2d(4))), torch.randn(2, 3, 8, 8))
+    _undone(lived_in(nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4))), torch.randn(2, 3, 8, 8))
 
 
 def test_bias_not_written_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,9 @@ import torch
 import torch.nn.utils.parametrize as P
 import torch.nn.utils.prune as prune
 from nets import bits, lived_in, relative_error, same_bits
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, StdConv2d
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import bnfix
 from bnfix import Result
@@ -171,18 +173,13 @@ def test_norm_subclass_with_an_activation() -> None:
 
 
 def test_timm_batch_norm_act_keeps_its_activation() -> None:
-    layers = pytest.importorskip("timm.layers")
-    _, result = fold(nn.Sequential(nn.Conv2d(3, 4, 3), layers.BatchNormAct2d(4, act_layer=nn.SiLU)))
+    _, result = fold(nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4, act_layer=nn.SiLU)))
     assert len(result.edits) == 1
     assert "then act" in result.edits[0].after
 
 
-@pytest.mark.parametrize("source", ["torchvision", "timm"])
-def test_frozen_batch_norm(source: str) -> None:
-    if source == "torchvision":
-        cls = pytest.importorskip("torchvision.ops").FrozenBatchNorm2d
-    else:
-        cls = pytest.importorskip("timm.layers").FrozenBatchNormAct2d
+@pytest.mark.parametrize("cls", [FrozenBatchNorm2d, FrozenBatchNormAct2d])
+def test_frozen_batch_norm(cls: type[nn.Module]) -> None:
     _, result = fold(nn.Sequential(nn.Conv2d(3, 4, 3), cls(4)))
     assert len(result.edits) == 1
 
@@ -400,8 +397,7 @@ def test_old_reparametrizations_that_break_deepcopy(wrap: str) -> None:
 
 
 def test_standardised_convolution() -> None:
-    layers = pytest.importorskip("timm.layers")
-    _, result = fold(nn.Sequential(layers.StdConv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    _, result = fold(nn.Sequential(StdConv2d(3, 4, 3), nn.BatchNorm2d(4)))
     assert not result.edits
     assert "computed in its forward" in reasons(result)
 
