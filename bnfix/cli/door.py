@@ -104,7 +104,8 @@ def users_words(option: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise UsageError(f"{option}: {error}") from error
+        said = str(error)
+        raise UsageError(said if said.startswith("--") else f"{option}: {said}") from error
 
 
 def complain(error: BnfixError) -> None:

@@ -55,12 +55,27 @@ def check_paths(asked: Asked) -> None:
 
     Raises:
         UsageError: they do not.
+        LoadError: there is no such file.
     """
     _ = asked.arch_kwargs
+    check_there(asked.model)
     if asked.input and asked.data:
         raise UsageError("--input and --data exclude each other", hint="--data alone: shapes are those of the batches")
     if asked.arch_kw and not asked.arch and os.path.exists(asked.model):
         raise UsageError("--arch-kw without --arch", hint=f"bnfix info {asked.model}")
+
+
+def check_there(path_or_spec: str) -> None:
+    """Whether a file that is asked for exists.
+
+    Raises:
+        LoadError: it does not, and its name is no spec either.
+    """
+    from bnfix import api
+    from bnfix.formats.specs import parse_spec
+
+    if not os.path.exists(path_or_spec) and parse_spec(path_or_spec) is None:
+        api.info(path_or_spec)
 
 
 def open_model(asked: Asked, steps: Steps) -> Opened:
@@ -68,7 +83,7 @@ def open_model(asked: Asked, steps: Steps) -> Opened:
     steps(f"loading {asked.model}")
     from bnfix import api
 
-    with users_code(asked.arch or asked.model):
+    with users_code(asked.arch or asked.model), users_words(asked.model):
         loaded = api.open_model(asked.model, arch=asked.arch, arch_kwargs=asked.arch_kwargs, trust=asked.trust)
     _module(loaded)
     with users_code(asked.data or "--forward"), users_words(_option(asked)):

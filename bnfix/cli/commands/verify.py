@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from bnfix.cli import options as o
-from bnfix.cli.door import DONE, FAILED, INCONCLUSIVE, users_code
-from bnfix.cli.opening import check_paths, open_model
+from bnfix.cli.door import DONE, FAILED, INCONCLUSIVE, users_code, users_words
+from bnfix.cli.opening import check_paths, check_there, open_model
 from bnfix.cli.screen import Steps, report, working
 from bnfix.render import About
 
@@ -51,12 +51,14 @@ def verify(
     """
     asked = o.Asked(model, arch, tuple(arch_kw or ()), trust, tuple(input or ()), data, forward, seed)
     check_paths(asked)
+    check_there(other)
     with working() as steps:
         opened = open_model(asked, steps)
         from bnfix import api
 
         candidate = _candidate(asked, other, other_arch, steps)
-        parity = api.verify(opened.model, candidate, opened.calls, progress=steps)
+        with users_words(other):
+            parity = api.verify(opened.model, candidate, opened.calls, progress=steps)
     next_steps = _next(asked, other, parity.verdict)
     report([parity], output_format, [About("bnfix verify", f"{model} · {other}", (), opened.notes, next_steps)])
     return {"failed": FAILED, "inconclusive": INCONCLUSIVE}.get(parity.verdict, DONE)
@@ -70,7 +72,7 @@ def _candidate(asked: o.Asked, other: str, other_arch: str | None, steps: Steps)
     steps(f"loading {other}")
     arch = other_arch or asked.arch
     kwargs = asked.arch_kwargs if arch == asked.arch else {}
-    with users_code(arch or other):
+    with users_code(arch or other), users_words(other):
         return api.open_model(other, arch=arch, arch_kwargs=kwargs, trust=asked.trust).value
 
 
