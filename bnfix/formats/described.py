@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from bnfix.formats.names import Renaming
+from bnfix.formats.names import Renaming, printable
 from bnfix.formats.pickles.contents import TensorSpec
 from bnfix.types import NormInfo
 
@@ -41,6 +41,6 @@ def _norms(tensors: Mapping[str, TensorSpec], renaming: Renaming) -> list[NormIn
     for name, spec in tensors.items():
         owner, dot, last = name.rpartition(".")
         if last == "running_mean" and f"{owner}{dot}running_var" in tensors and name not in renaming.dropped:
-            path = renaming(name).rpartition(".")[0]
+            path = printable(renaming(name).rpartition(".")[0], 500)
             norms.append(NormInfo(path, spec.numel, spec.dtype, f"{owner}{dot}weight" in tensors))
     return norms

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnfix.errors import LoadError
 from bnfix.formats.base import Weights
-from bnfix.formats.names import common_prefix, wrapped_by_training
+from bnfix.formats.names import common_prefix, printable, wrapped_by_training
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,7 @@ def fit(model: nn.Module, weights: Weights, *, where: str, arch: str) -> tuple[s
         result = model.load_state_dict(state, strict=False, assign=on_meta)
     except Exception as error:  # the load hooks of a user's module, or a value that is no tensor
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise LoadError(f"{where} does not fit {arch}: {' '.join(lines[-2:])[:300]}") from error
+        raise LoadError(f"{where} does not fit {arch}: {printable(' '.join(lines[-2:]), 300)}") from error
     if result.missing_keys or result.unexpected_keys:
         raise _misfit(tuple(result.missing_keys), tuple(result.unexpected_keys), where, arch)
     _check_filled(model, arch)
@@ -113,7 +113,7 @@ def _differing(state: Mapping[str, Any], own: Mapping[str, Any]) -> list[_Shapes
 
 
 def _other_shapes(differing: list[_Shapes], where: str, arch: str) -> LoadError:
-    shown = "; ".join(f"{k} is {_by(a)} in the file, {_by(b)} in {arch}" for k, a, b in differing[:_SHOWN])
+    shown = "; ".join(f"{printable(k)} is {_by(a)} in the file, {_by(b)} in {arch}" for k, a, b in differing[:_SHOWN])
     more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
     return LoadError(f"{where} does not fit {arch}: {shown}{more}", hint=_shape_hint(differing, arch))
 
@@ -150,7 +150,7 @@ def _left_out(names: frozenset[str]) -> str:
 
 
 def _first(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+    return ", ".join(printable(n) for n in names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -15,6 +15,13 @@ WRAPPERS = (
 PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put before every name."""
 
+
+def printable(text: str, limit: int = 120) -> str:
+    """``text`` from a file as a terminal may show it: no control characters, no more than ``limit`` of it."""
+    clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[: limit + 1])
+    return clean if len(clean) <= limit else f"{clean[: limit - 1]}…"
+
+
 Sort = Literal["tensor", "module", "mapping", ""]
 _DEPTH = 4
 

@@ -11,7 +11,7 @@ from bnfix.errors import BnfixError, LoadError, UntrustedModelError
 from bnfix.formats import recipes
 from bnfix.formats.base import Probe, Weights
 from bnfix.formats.described import described
-from bnfix.formats.names import Sort, open_wrappers, wrapped_by_training
+from bnfix.formats.names import Sort, open_wrappers, printable, wrapped_by_training
 from bnfix.formats.pickles.contents import Contents, contents
 from bnfix.formats.pickles.danger import judge
 from bnfix.formats.pickles.machine import Global, Pickle
@@ -32,7 +32,7 @@ def judged(names: Iterable[Global], hidden: str = "") -> tuple[tuple[str, ...], 
     for name in names:
         judgement = judge(name.module, name.name)
         if judgement != "weights":
-            (dangerous if judgement == "dangerous" else code).append(str(name))
+            (dangerous if judgement == "dangerous" else code).append(printable(str(name)))
     return tuple(code), (*dangerous, *([hidden] if hidden else []))
 
 
@@ -44,9 +44,9 @@ def classify(file: Probe, main: Pickle, names: Iterable[Global], container: str,
     recipe_text = found.strings.get(recipes.KEY)
     recipe = recipes.from_text(recipe_text, file.shown) if recipe_text else None
     kind = _kind(main.value, found, code)
-    facts: dict[str, Any] = dict(found.facts)
+    facts: dict[str, Any] = {k: printable(v) if isinstance(v, str) else v for k, v in found.facts.items()}
     if found.keys and not (kind == "state_dict" and not found.opened.path):
-        facts["keys"] = found.keys
+        facts["keys"] = tuple(printable(k) for k in found.keys)
     if found.training is not None:
         facts["training"] = found.training
     if main.protocol > _SAFE_PROTOCOL:
@@ -56,8 +56,8 @@ def classify(file: Probe, main: Pickle, names: Iterable[Global], container: str,
         container,
         _title(kind, container, found, dangerous),
         loadable=not dangerous and kind not in ("checkpoint", "torch_data"),
-        wrapper=".".join(found.opened.path) or None,
-        other_wrappers=found.opened.others,
+        wrapper=printable(".".join(found.opened.path)) or None,
+        other_wrappers=tuple(printable(o) for o in found.opened.others),
         names_code=code,
         dangerous=dangerous,
         root_class=found.module or (str(getattr(main.value, "made_by", "")) if kind == "pickled_object" else None),
@@ -84,12 +84,13 @@ def _title(kind: str, container: str, found: Contents, dangerous: tuple[str, ...
     if dangerous:
         return f"a pickle that names {_some(dangerous)}: loading it would run that"
     how = _PACKING.get(container, "")
+    others = _some(tuple(printable(o) for o in found.opened.others))
     return {
         "state_dict": f"a state_dict{how}",
         "lightning": f"a Lightning checkpoint{how}",
         "pickled_module": f"a pickled nn.Module ({found.module}){how}",
         "pickled_object": f"a pickled object{how}",
-        "checkpoint": f"a checkpoint with several sets of weights ({_some(found.opened.others)}){how}",
+        "checkpoint": f"a checkpoint with several sets of weights ({others}){how}",
     }.get(kind, f"data saved by torch{how}, but no weights by name")
 
 
@@ -193,7 +194,7 @@ def _load(info: FileInfo, *, guarded: bool) -> Any:
 
 def _unreadable(info: FileInfo, error: Exception) -> LoadError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = next((line for line in lines if "nsupported" in line), lines[0] if lines else "")[:200]
+    reason = printable(next((line for line in lines if "nsupported" in line), lines[0] if lines else ""), 200)
     return LoadError(
         f"{info.path} can't be loaded: {type(error).__name__}: {reason}",
         hint="is the file whole? copy or download it again",
@@ -205,7 +206,7 @@ def _not_importable(info: FileInfo, error: Exception) -> LoadError:
     top = (module or "").partition(".")[0]
     if top == "__main__" or "'__main__'" in str(error):
         return LoadError(
-            f"{info.path} was pickled from a script, and its class {info.root_class or ''} is not here ({error})",
+            f"{info.path} was pickled from a script whose class is not here ({printable(str(error))})",
             hint="save model.state_dict() there, then: bnfix fold weights.pt --arch file.py:Class",
         )
     if top and importlib.util.find_spec(top) is None:
@@ -214,7 +215,7 @@ def _not_importable(info: FileInfo, error: Exception) -> LoadError:
             hint=f"run bnfix in the folder that holds {top}, or: PYTHONPATH=that-folder bnfix ...",
         )
     return LoadError(
-        f"{info.path} does not fit the code it was pickled from: {error}",
+        f"{info.path} does not fit the code it was pickled from: {printable(str(error))}",
         hint="install the version of that package with which it was saved",
     )
 

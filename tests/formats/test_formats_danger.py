@@ -271,6 +271,20 @@ def test_a_polyglot_of_pickle_and_zip_is_read_as_torch_reads_it(tmp_path):
     assert sniff(tmp_path / "m.pt").dangerous == ("posix.system",)
 
 
+def test_what_a_file_says_of_itself_can_not_write_to_the_terminal(tmp_path):
+    name = "\x1b[31mred\x07\n" + "x" * 500
+    torch.save({name: {"w": torch.ones(1)}, f"other{name}": {"w": torch.ones(1)}}, tmp_path / "a.pt")
+    torch.save({f"{name}.running_mean": torch.ones(1), f"{name}.running_var": torch.ones(1)}, tmp_path / "b.pt")
+    (tmp_path / "c.pt").write_bytes(b"\x80\x04" + string("os\x1b[31m") + string("system\x07") + b"\x93.")
+    for path in sorted(tmp_path.iterdir()):
+        info = sniff(path)
+        assert "\x1b" not in repr(info.to_dict()).replace("\\x1b", "\x1b")
+        with pytest.raises(LoadError) as caught:
+            load(path, arch=Net)
+        assert caught.value.message.isprintable()
+        assert len(caught.value.message) < 1000
+
+
 def test_a_traced_module_carries_source_code_and_is_refused(tmp_path):
     torch.save(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2))), tmp_path / "g.pt")
     assert "torch.fx.graph_module.reduce_graph_module" in sniff(tmp_path / "g.pt").dangerous

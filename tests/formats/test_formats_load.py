@@ -396,6 +396,12 @@ def test_files_and_modules_that_can_not_be_imported(tmp_path):
         assert "\n" not in caught.value.message
 
 
+def test_python_source_as_a_model_says_how_to_name_what_is_in_it(net_file):
+    with pytest.raises(LoadError, match="Python source") as caught:
+        load(net_file)
+    assert f"{net_file}:Net" in caught.value.hint
+
+
 def test_a_hub_model_says_its_input_and_that_its_weights_are_fresh():
     pytest.importorskip("timm")
     loaded = load("timm:resnet10t", arch_kwargs={"num_classes": 3})

@@ -304,6 +304,7 @@ NO_MODELS = {
     "weights_index": json.dumps({"metadata": {}, "weight_map": {"w": "a.safetensors"}}).encode(),
     "json": b'{"architecture": "resnet18"}',
     "pickle": b"\x80\x04]\x94.",
+    "zip ": _zip(**{"repo/code/net.py": b"x", "repo/models/net.json": b"{}"}),
     "truncated": b"PK\x03\x04" + b"\0" * 90,
 }
 
@@ -313,7 +314,7 @@ def test_what_is_no_model_has_a_name_an_advice_and_one_clear_line(tmp_path, kind
     path = tmp_path / "model.pt"
     path.write_bytes(NO_MODELS[kind])
     info = sniff(path)
-    assert (info.kind, info.loadable) == (kind, False)
+    assert (info.kind, info.loadable) == (kind.strip(), False)
     assert info.title
     assert info.advice
     with pytest.raises(UnknownFormatError if kind == "unknown" else LoadError) as caught:

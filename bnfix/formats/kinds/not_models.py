@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from bnfix.formats.base import MAX_TEXT, Format, Probe
+from bnfix.formats.names import printable
 from bnfix.types import FileInfo
 
 
@@ -48,7 +49,7 @@ class Html(Format):
         if not re.match(rb"<!doctype html|<html|<head|<(\?xml|!--)[^\0]*<(!doctype )?html", start):
             return None
         title = re.search(rb"<title[^>]*>([^<]{1,200})", file.head, re.IGNORECASE)
-        facts = {"title": title[1].decode("utf-8", "replace").strip()} if title else {}
+        facts = {"title": printable(title[1].decode("utf-8", "replace").strip())} if title else {}
         return file.info(
             "html", "text", "a web page (HTML), not a model", facts=facts,
             advice="the download gave a page, often a login or an error: take the direct link of the file",
@@ -119,6 +120,19 @@ class ForeignZip(Format):
             f"a zip archive that torch did not write{inside}",
             advice="unzip it, and give the file of weights in it",
         )
+
+
+class PythonSource(Format):
+    """A file of code, given without saying what in it is the model."""
+
+    order = 75
+    kinds = frozenset(["python"])
+
+    def recognise(self, file: Probe) -> FileInfo | None:
+        if file.path.suffix != ".py" or b"\0" in file.head:
+            return None
+        advice = f"name the class or function in it:  {file.shown}:Net"
+        return file.info("python", "text", "Python source, not weights", advice=advice)
 
 
 class Json(Format):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bnfix.formats.base import Format, Probe
+from bnfix.formats.names import printable
 from bnfix.types import FileInfo, NormInfo
 
 MAX_FIELDS = 2_000_000
@@ -76,7 +77,7 @@ def _describe(
             parts = dict(_fields(stream, value.start, value.stop))
             domain = _text(stream, parts.get(1))
             opset = int(parts[2]) if domain in ("", "ai.onnx") and isinstance(parts.get(2), int) else opset  # type: ignore[arg-type]
-    producer = _text(stream, next((v for n, v in fields if n == _PRODUCER), None))
+    producer = printable(_text(stream, next((v for n, v in fields if n == _PRODUCER), None)))
     ops: Counter[str] = Counter()
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
     norms: list[str] = []
@@ -86,7 +87,7 @@ def _describe(
             continue
         if number == _NODE:
             inputs, op = _node(stream, value)
-            ops[op] += 1
+            ops[printable(op)] += 1
             if op == "BatchNormalization" and len(inputs) == 5:
                 norms.append(inputs[3])
         elif number == _INITIALIZER:

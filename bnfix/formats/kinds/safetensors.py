@@ -12,7 +12,7 @@ from bnfix.errors import LoadError
 from bnfix.formats import recipes
 from bnfix.formats.base import Format, Probe, Weights
 from bnfix.formats.described import described
-from bnfix.formats.names import wrapped_by_training
+from bnfix.formats.names import printable, wrapped_by_training
 from bnfix.formats.pickles.contents import TensorSpec
 from bnfix.types import FileInfo
 
@@ -56,7 +56,11 @@ class SafeTensors(Format):
             "weights in a safetensors file",
             loadable=True,
             recipe=recipes.from_text(text, file.shown) if text else None,
-            facts={k: v[:200] for k, v in list(metadata.items())[:16] if k != recipes.METADATA_KEY and k not in shared},
+            facts={
+                printable(k): printable(v, 200)
+                for k, v in list(metadata.items())[:16]
+                if k != recipes.METADATA_KEY and k not in shared
+            },
             advice=_LOAD.format(path=file.shown),
             **described(tensors, wrapped_by_training(tensors)),
         )

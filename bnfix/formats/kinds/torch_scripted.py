@@ -14,7 +14,9 @@ class TorchScript(Format):
     containers = frozenset(["zip"])
 
     def recognise(self, file: Probe) -> FileInfo | None:
-        if not file.is_zip or not (file.archive.has("constants.pkl") or file.archive.has_below("code")):
+        if not file.is_zip or not file.archive.has("data.pkl"):
+            return None
+        if not (file.archive.has("constants.pkl") or file.archive.has_below("code")):
             return None
         return file.info(
             "torchscript",
@@ -36,8 +38,8 @@ class ExportedProgram(Format):
             return None
         archive = file.archive
         marked = archive.has("archive_format") and archive.read("archive_format", MAX_TEXT).strip() == b"pt2"
-        flat = archive.has("serialized_exported_program.json") or archive.has_below("models")
-        if not marked and not (flat or "serialized_exported_program.json" in archive.names):
+        program = "serialized_exported_program.json"
+        if not (marked or archive.has(program) or program in archive.names):
             return None
         return file.info(
             "exported_program",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bnfix.formats.names import Opened, Sort, open_wrappers
+from bnfix.formats.names import Opened, Sort, open_wrappers, printable
 from bnfix.formats.pickles.machine import Global, LimitError, Object, Persistent, Table
 
 MAX_TENSORS = 500_000
@@ -207,7 +207,7 @@ def _class_of(value: Object) -> str:
         made_by = value.args[0]
     if isinstance(made_by, Persistent) and isinstance(made_by.id, tuple) and len(made_by.id) > 1:
         made_by = made_by.id[1]  # torch's old format wraps a module's class: ('module', class, file, source)
-    return str(made_by) if isinstance(made_by, Global) else "unknown class"
+    return printable(str(made_by)) if isinstance(made_by, Global) else "unknown class"
 
 
 def _module_tensors(root: Object) -> dict[str, TensorSpec]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from bnfix.formats.names import printable
+
 MAX_OPS = 2_000_000
 """Opcodes of one pickle; a large model's has some 100 000."""
 
@@ -114,7 +116,7 @@ def examine(data: bytes, start: int = 0) -> Pickle:
                 return Pickle(machine.pop(), machine.names, end, "", machine.protocol)
             machine.step(op, argument)
     except _MalformedError as error:
-        return Pickle(None, machine.names, end, str(error))
+        return Pickle(None, machine.names, end, printable(str(error)))
     return Pickle(None, machine.names, end, "it ends before its STOP")
 
 
