@@ -14,7 +14,8 @@ from bnfix.formats.described import described
 from bnfix.formats.names import Sort, open_wrappers, printable, wrapped_by_training
 from bnfix.formats.pickles.contents import Contents, contents
 from bnfix.formats.pickles.danger import judge
-from bnfix.formats.pickles.machine import Global, Pickle
+from bnfix.formats.pickles.machine import Pickle
+from bnfix.formats.pickles.values import Global
 from bnfix.types import FileInfo
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ def _advice(kind: str, path: str, found: Contents, code: tuple[str, ...], danger
         return "save the one you mean by itself:  torch.save(torch.load(file)[key], 'weights.pt')"
     if kind == "torch_data":
         return "save model.state_dict(), and give that file"
+    if recipes.KEY in found.strings:
+        return f"bnfix export {path} --arch THE_ONE_IT_WAS_FOLDED_WITH -o model.onnx"
     load = f"bnfix fold {path} --arch timm:NAME | torchvision:NAME | pkg.mod:Class | file.py:Class -o folded.pt"
     return f"{load} --trust" if code else load
 

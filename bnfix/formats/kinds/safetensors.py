@@ -25,6 +25,7 @@ _DTYPES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "
            "BF16": "bfloat16", "I32": "int32", "U32": "uint32", "F32": "float32", "F64": "float64", "I64": "int64",
            "U64": "uint64", "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
            "F8_E8M0": "float8_e8m0fnu"}  # fmt: skip
+_EXPORT = "bnfix export {path} --arch THE_ONE_IT_WAS_FOLDED_WITH -o model.onnx"
 _LOAD = "bnfix fold {path} --arch timm:NAME | torchvision:NAME | pkg.mod:Class | file.py:Class -o folded.safetensors"
 
 
@@ -61,7 +62,7 @@ class SafeTensors(Format):
                 for k, v in list(metadata.items())[:16]
                 if k != recipes.METADATA_KEY and k not in shared
             },
-            advice=_LOAD.format(path=file.shown),
+            advice=(_EXPORT if text else _LOAD).format(path=file.shown),
             **described(tensors, wrapped_by_training(tensors)),
         )
 

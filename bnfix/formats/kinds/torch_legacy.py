@@ -7,7 +7,8 @@ from typing import Any
 from bnfix.formats import torch_files
 from bnfix.formats.base import Format, Probe
 from bnfix.formats.pickles.contents import storages
-from bnfix.formats.pickles.machine import Global, Pickle, examine
+from bnfix.formats.pickles.machine import Pickle, examine
+from bnfix.formats.pickles.values import Global
 from bnfix.types import FileInfo
 
 MAGIC = 0x1950A86A20F9469CFC6C

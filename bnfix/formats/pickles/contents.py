@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bnfix.formats.names import Opened, Sort, open_wrappers, printable
-from bnfix.formats.pickles.machine import Global, LimitError, Object, Persistent, Table
+from bnfix.formats.pickles.machine import LimitError
+from bnfix.formats.pickles.values import Global, Object, Persistent, Table
 
 MAX_TENSORS = 500_000
 _DEPTH = 200

@@ -8,10 +8,11 @@ from __future__ import annotations
 import io
 import pickletools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from bnfix.formats.names import printable
+from bnfix.formats.pickles.values import Global, Object, Persistent, Table
 
 MAX_OPS = 2_000_000
 """Opcodes of one pickle; a large model's has some 100 000."""
@@ -30,52 +31,6 @@ _CONSTANTS: Mapping[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": Fals
 _MAPPINGS = frozenset(
     [("collections", "OrderedDict"), ("collections", "defaultdict"), ("collections", "Counter"), ("builtins", "dict")]
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Global:
-    """An importable name, as the pickle spells it."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(eq=False, slots=True)
-class Table:
-    """A dict, or something that acts as one. Keys that are no plain constants are counted, not kept."""
-
-    entries: dict[Any, Any] = field(default_factory=dict)
-    odd: list[Any] = field(default_factory=list)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        if isinstance(key, (str, int, float, bytes, type(None))):
-            self.entries[key] = value
-        else:
-            self.odd.append((key, value))
-
-    def get(self, key: Any) -> Any:
-        return self.entries.get(key)
-
-
-@dataclass(eq=False, slots=True)
-class Object:
-    """What a call of ``made_by(*args)`` would have returned, with what was then put into it."""
-
-    made_by: Any
-    args: tuple[Any, ...] = ()
-    state: Any = None
-    table: Table | None = None
-    items: list[Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Persistent:
-    """A reference to something outside the pickle: in torch's files a storage."""
-
-    id: Any
 
 
 @dataclass
