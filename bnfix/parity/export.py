@@ -16,13 +16,14 @@ from torch import nn
 
 from bnfix.errors import BnfixError, ExportError, PassError
 from bnfix.files import check_target
+from bnfix.graph import quiet_export
 from bnfix.parity.modes import norms_without_statistics, training_modules
 from bnfix.parity.onnx_graph import check_file, norms_left, onnx_package, opset_of
 from bnfix.parity.oracle import _private_copy, record
 from bnfix.parity.outputs import nesting
 from bnfix.parity.probes import accepted, batch_size, probe_calls
 from bnfix.parity.sessions import LEVELS, OnnxModel, runtime, spelling
-from bnfix.parity.tracing import TranslationError, depends_on_the_batch, quiet, to_onnx, trace
+from bnfix.parity.tracing import TranslationError, depends_on_the_batch, to_onnx, trace
 from bnfix.parity.verify import direct_calls, named_inputs, verify_file
 from bnfix.running import Call
 from bnfix.types import Export, Parity, Refusal
@@ -152,7 +153,7 @@ def _program(model: nn.Module, call: Call, opset: int | None, names: list[str] |
 
 def _save(program: Any, file: Path, opset: int | None) -> None:
     weights = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value is not None)
-    with quiet():
+    with quiet_export():
         program.save(str(file), external_data=weights > EXTERNAL_FROM)
     check_file(file)
     got = opset_of(onnx_package().load(str(file), load_external_data=False))

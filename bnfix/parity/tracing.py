@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
-import logging
 import re
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +12,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
 from bnfix.errors import ExportError
+from bnfix.graph import quiet_export
 from bnfix.parity.oracle import FAILURES
 from bnfix.running import Call
 from bnfix.types import Refusal
@@ -41,7 +37,7 @@ def trace(model: nn.Module, call: Call, *, batch: int | None) -> ExportedProgram
     """
     call = call.map(lambda t: t.detach().clone())  # a failing export leaves its marks on the tensors that it was given
     shapes = None if batch is None else _dynamic_shapes(model, call, batch)
-    with quiet(), torch.no_grad():
+    with quiet_export(), torch.no_grad():
         try:
             return torch.export.export(model, call.args, dict(call.kwargs), dynamic_shapes=shapes, strict=False)
         except (*FAILURES, torch._dynamo.exc.UserError) as error:
@@ -54,7 +50,7 @@ def to_onnx(program: ExportedProgram, *, opset: int | None, output_names: list[s
     Raises:
         TranslationError: torch's exporter can't translate it.
     """
-    with quiet(), torch.no_grad():
+    with quiet_export(), torch.no_grad():
         try:
             made = torch.onnx.export(
                 program,
@@ -89,23 +85,6 @@ def depends_on_the_batch(program: ExportedProgram) -> tuple[Refusal, ...]:
                 what = "uses the statistics of its batch" if name.startswith(NORMS) else "is active: it draws numbers"
                 found.append(Refusal(_site(node), f"{name.split('.')[1]} {what}"))
     return tuple(found)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Nothing is printed, warned or logged inside; errors still are errors."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 def reason(error: BaseException) -> str:

@@ -28,7 +28,14 @@ class Call:
     forward: Forward | None = None
 
     def run(self, model: nn.Module) -> Any:
-        """Call ``model`` with these inputs, whatever its mode and the grad mode are."""
+        """Call ``model`` with copies of these inputs: a forward that works in place does not change the user's.
+
+        Its mode and the grad mode are as they are.
+        """
+        return self.map(lambda t: t.detach().clone()).apply(model)
+
+    def apply(self, model: nn.Module) -> Any:
+        """Call ``model`` with these very inputs."""
         if self.forward is not None:
             return self.forward(model, *self.args, **self.kwargs)
         return model(*self.args, **self.kwargs)

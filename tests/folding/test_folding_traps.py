@@ -603,3 +603,15 @@ def test_everything_untouched_keeps_class_code_and_hooks() -> None:
     _, result = fold(model)
     assert type(result.model) is nets.RegisteredBackwards
     assert result.model.note == {"kept": [1, 2]}
+
+
+def test_forward_that_works_in_place_leaves_the_users_input() -> None:
+    class InPlace(nets.TwoConsumers):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(x.mul_(2)))
+
+    x = torch.randn(IMAGE)
+    before = x.clone()
+    result = bnfix.fold(lived_in(InPlace()), x)
+    assert len(result.edits) == 1
+    assert torch.equal(x, before)

@@ -13,7 +13,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -47,15 +47,6 @@ _FX_CONFIG, _LINES = getattr(fx, "config", None), "do_not_emit_stack_traces"
 _STATE = ("weight", "bias", "running_mean", "running_var")
 
 
-class Runnable(Protocol):
-    """The part of ``bnfix.Call`` that tracing needs."""
-
-    @property
-    def signature(self) -> str: ...
-
-    def run(self, model: nn.Module) -> Any: ...
-
-
 class _Root(nn.Module):
     """One level above the model, so that every way of calling it is traced alike."""
 
@@ -67,7 +58,7 @@ class _Root(nn.Module):
 
     def forward(self, args: Any, kwargs: Any) -> Any:
         call: Any = self.__dict__["_call"]
-        return replace(call, args=tuple(args), kwargs=kwargs).run(self.model)
+        return replace(call, args=tuple(args), kwargs=kwargs).apply(self.model)
 
 
 @dataclass
@@ -92,6 +83,7 @@ def trace(copy: nn.Module, call: Any, key_of: KeyOf) -> tuple[Route, torch.expor
         TraceError: torch.export refuses; the message holds its first line.
     """
     root = _Root(copy, call)
+    call = call.map(lambda t: t.detach().clone())  # export may leave marks on a tensor
     try:
         with torch.no_grad(), quiet_export():
             program = torch.export.export(root, (call.args, dict(call.kwargs)), strict=False)
