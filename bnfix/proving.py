@@ -76,7 +76,7 @@ class FoldProof:
             if planned_fold.norm.path not in settled:
                 found = self.of([f for f in planned if f in kept or f is planned_fold]).failure
                 reason = f"planned, but thrown out by its proof and undone: {found}"
-                refusals.append(Refusal(planned_fold.norm.path, reason, defect=True))
+                refusals.append(planned_fold.refused(reason, defect=True))
         return tuple(refusals)
 
     def _attempt(self, folds: Sequence[PlannedFold]) -> Attempt:

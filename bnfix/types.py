@@ -207,12 +207,16 @@ class Edit(Value):
 
 @dataclass(frozen=True)
 class Refusal(Value):
-    """Something that was left as it is, and why. ``defect`` marks a plan of bnfix that its own proof threw out."""
+    """Something that was left as it is, and why. ``defect`` marks a plan of bnfix that its own proof threw out.
+
+    ``site`` is a module path, ``calls`` its call sites, ``before`` what it is, such as ``BatchNorm2d(64, eps=1e-05)``.
+    """
 
     site: str
     reason: str
     calls: tuple[str, ...] = ()
     defect: bool = False
+    before: str = ""
 
 
 @dataclass(frozen=True)

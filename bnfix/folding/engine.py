@@ -46,12 +46,12 @@ def compute(facts: Facts, folds: Sequence[PlannedFold]) -> Folded:
     for planned in folds:
         missing = planned.requires - {k.norm.path for k in kept}
         if missing:
-            refusals.append(_refusal(planned, f"it follows {', '.join(sorted(missing))}, which stays"))
+            refusals.append(planned.refused(f"it follows {', '.join(sorted(missing))}, which stays"))
             continue
         new_weights, new_biases = _fold_one(facts.binding, planned, weights, biases)
         reason = _unfit(facts, planned, new_weights, new_biases)
         if reason:
-            refusals.append(_refusal(planned, reason))
+            refusals.append(planned.refused(reason))
             continue
         weights.update(new_weights)
         biases.update(new_biases)
@@ -210,6 +210,7 @@ def edit(planned: PlannedFold, gains: Sequence[str]) -> Edit:
         site=planned.norm.path,
         before=planned.norm.summary,
         after=f"folded into {', '.join(into)}{gained}{kept}",
+        calls=planned.calls,
         into=into,
         gains=tuple(gains),
     )
@@ -217,7 +218,3 @@ def edit(planned: PlannedFold, gains: Sequence[str]) -> Edit:
 
 def _dtype(binding: Binding, target: Target) -> torch.dtype:
     return binding.tensors[target.weight if target.bias is None else target.bias].dtype
-
-
-def _refusal(planned: PlannedFold, reason: str) -> Refusal:
-    return Refusal(planned.norm.path, reason)

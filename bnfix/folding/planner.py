@@ -33,6 +33,12 @@ class PlannedFold:
     targets: tuple[Target, ...]
     fold: Fold
     requires: frozenset[str] = frozenset()
+    calls: tuple[str, ...] = ()
+    """The norm's call sites, as a reader names them."""
+
+    def refused(self, reason: str, *, defect: bool = False) -> Refusal:
+        """This norm stays after all."""
+        return Refusal(self.norm.path, reason, self.calls, defect, self.norm.summary)
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ def plan(facts: Facts) -> Plan:
         try:
             planned = planner.decide(norm)
         except _Refused as refused:
-            refusals.append(Refusal(norm.path, str(refused), planner.call_names(norm)))
+            refusals.append(Refusal(norm.path, str(refused), planner.call_names(norm), before=norm.summary))
         else:
             folds.append(planned)
             planner.accept(planned)
@@ -109,7 +115,7 @@ class _Planner:
             name for place, name in self.planned.items() if any(self._resolve(place) == s for s in producers.values())
         }
         first = self._op(norm.calls[0])
-        return PlannedFold(norm, first, tuple(targets.values()), fold, frozenset(requires))
+        return PlannedFold(norm, first, tuple(targets.values()), fold, frozenset(requires), self.call_names(norm))
 
     def accept(self, planned: PlannedFold) -> None:
         """From here on the norm passes its input on unchanged."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from collections.abc import Sequence
 
 from bnfix.render import proof
 from bnfix.render.numbers import count, ratio, ulp, worst
@@ -31,7 +33,9 @@ class ResultPage(PageOf):
 
     def page(self, value: Result) -> Page:
         state, verdict = _verdict(value)
-        rows = [_row(run, value.dry_run) for run in together(value.edits)]
+        runs = together(value.edits)
+        parts = Counter(_shared([e.site for e in run]) for run in runs if len(run) > 1)
+        rows = [_row(run, value.dry_run, parts) for run in runs]
         kept = [_kept(reason, group) for reason, group in alike(value.refusals)]
         lines = [_line(e, value.dry_run) for e in value.edits] + [_refused(r) for r in value.refusals]
         source = (SOURCES[value.source],) if value.source in SOURCES and value.norms else ()
@@ -71,14 +75,12 @@ def _verdict(value: Result) -> tuple[State, tuple[str, ...]]:
     return state, tuple(parts)
 
 
-def _row(run: list[Edit], dry_run: bool) -> Row:
+def _row(run: list[Edit], dry_run: bool, parts: Counter[str]) -> Row:
     figures = ulp(worst(e.ulp for e in run)), ratio(worst(e.noise_ratio for e in run))
     if len(run) == 1:
         edit = run[0]
         return Row("done", (_name(edit), _short(edit.before), _into(edit, dry_run), *figures))
-    classes = sorted({e.before.split("(")[0] for e in run})
-    was = f"{len(run)} × {' / '.join(classes)}"
-    return Row("done", (_span(run), was, _into_many(run, dry_run), *figures))
+    return Row("done", (_span(run, parts), _was(run), _into_many(run, dry_run), *figures))
 
 
 def _kept(reason: str, group: list[Refusal]) -> Row:
@@ -86,7 +88,7 @@ def _kept(reason: str, group: list[Refusal]) -> Row:
     names = [_name(r) for r in group]
     if len(names) > 6:
         names = [*names[:3], "…", f"{names[-1]} ({len(group)} norms)"]
-    return Row(state, (", ".join(names).replace(", …,", " …"), "", f"kept: {reason}", "", ""))
+    return Row(state, (", ".join(names).replace(", …,", " …"), _was(group), f"kept: {reason}", "", ""))
 
 
 def _line(edit: Edit, dry_run: bool) -> Line:
@@ -122,9 +124,19 @@ def _into(edit: Edit, dry_run: bool) -> str:
     return f"{_verb(dry_run)} {', '.join(edit.into)}{gains}"
 
 
-def _span(run: list[Edit]) -> str:
+def _span(run: list[Edit], parts: Counter[str]) -> str:
+    """The part of the model that only this row is about, or its first and last norm."""
     shared = _shared([e.site for e in run])
-    return f"{shared}.* ({len(run)} norms)" if shared else f"{run[0].site} … {run[-1].site} ({len(run)} norms)"
+    if shared and parts[shared] == 1:
+        return f"{shared}.* ({len(run)} norms)"
+    return f"{run[0].site} … {run[-1].site} ({len(run)} norms)"
+
+
+def _was(values: Sequence[Edit] | Sequence[Refusal]) -> str:
+    classes = sorted({v.before.split("(")[0] for v in values if v.before})
+    if len(values) == 1:
+        return _short(values[0].before)
+    return f"{len(values)} × {' / '.join(classes)}" if classes else ""
 
 
 def _into_many(run: list[Edit], dry_run: bool) -> str:
