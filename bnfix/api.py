@@ -58,26 +58,27 @@ def fold(
     from bnfix import folding
     from bnfix.graph import Surgeon, gather, unwrap
     from bnfix.proving import FoldProof
+    from bnfix.running import preserved
     from bnfix.types import Result
 
     say = progress or _silent
     model, notes = unwrap(model)
     calls, assumed = _calls(model, example, data, forward)
     notes = (*notes, *assumed)
-    say(f"tracing {', '.join(c.signature for c in calls)}")
-    facts = gather(model, calls)
-    plan = folding.plan(facts)
     signatures = tuple(c.signature for c in calls)
-    if dry_run:
-        folded = folding.compute(facts, plan.folds)
-        edits = tuple(folding.edit(f, ()) for f in folded.folds)
-        return Result(
-            None, edits, (*plan.refusals, *folded.refusals), None, facts.source, signatures, notes, dry_run=True
-        )
-    proof = FoldProof(model, calls, facts, verify, k, say)
-    folds = proof.narrowed(plan.folds)
-    best = proof.of(folds)
-    undone = proof.undone(plan.folds, folds, best.folded)
+    say(f"tracing {', '.join(signatures)}")
+    with preserved(model):
+        facts = gather(model, calls)
+        plan = folding.plan(facts)
+        if dry_run:
+            folded = folding.compute(facts, plan.folds)
+            refusals = _in_order(facts, (*plan.refusals, *folded.refusals))
+            edits = folding.edits(folded)
+            return Result(None, edits, refusals, None, facts.source, signatures, notes, dry_run=True)
+        proof = FoldProof(model, calls, facts, verify, k, say)
+        folds = proof.narrowed(plan.folds)
+        best = proof.of(folds)
+        undone = proof.undone(plan.folds, folds, best.folded)
     result_model = best.model
     if inplace:
         folding.operate(facts, best.folded, Surgeon())
@@ -218,7 +219,9 @@ def load(
     Raises:
         LoadError: the file isn't what was asked for, or does not fit; the message says what to do.
     """
-    return open_model(path, arch=arch, arch_kwargs=arch_kwargs, trust=trust).value
+    from bnfix import formats
+
+    return formats.load(path, arch=arch, arch_kwargs=arch_kwargs, trust=trust).value
 
 
 def open_model(
@@ -228,10 +231,17 @@ def open_model(
     arch_kwargs: Mapping[str, Any] | None = None,
     trust: bool = False,
 ) -> Loaded:
-    """As :func:`load`, with what a person should know of it: wrappers opened, prefixes stripped, known shapes."""
+    """As :func:`load`, in evaluation mode, with what a person should know: wrappers opened, prefixes, shapes."""
+    from torch import nn
+
     from bnfix import formats
 
-    return formats.load(path, arch=arch, arch_kwargs=arch_kwargs, trust=trust)
+    loaded = formats.load(path, arch=arch, arch_kwargs=arch_kwargs, trust=trust)
+    if isinstance(loaded.value, nn.Module) and any(m.training for m in loaded.value.modules()):
+        loaded.value.eval()
+        note = "the module was saved in training mode: it is used in evaluation mode"
+        loaded = replace(loaded, notes=(*loaded.notes, note))
+    return loaded
 
 
 def save(

@@ -153,14 +153,6 @@ class NormFact:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """Something that was not looked at, and why; never silence."""
-
-    what: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Facts:
     """What is known of a model, gathered once; rules and planners read this and nothing else.
 
@@ -174,7 +166,6 @@ class Facts:
     routes: tuple[Route, ...]
     tensors: Mapping[int, TensorFact]
     norms: tuple[NormFact, ...]
-    skipped: tuple[Skipped, ...] = ()
     hooks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     held: frozenset[int] = frozenset()
     blockers: tuple[str, ...] = ()

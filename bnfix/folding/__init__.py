@@ -1,6 +1,6 @@
 """Folding norms into the layers that feed them: algebra, planner, operation, proof by weights."""
 
-from bnfix.folding.engine import Folded, compute, edit, operate, recipe
+from bnfix.folding.engine import Folded, compute, edits, operate, recipe
 from bnfix.folding.fold import Example, Fold
 from bnfix.folding.planner import Plan, PlannedFold, plan
 from bnfix.folding.proof import isolate, structure_differs, ulp_limit, weight_errors, worst_weight
@@ -12,7 +12,7 @@ __all__ = [
     "Plan",
     "PlannedFold",
     "compute",
-    "edit",
+    "edits",
     "isolate",
     "operate",
     "plan",

@@ -66,7 +66,6 @@ def compute(facts: Facts, folds: Sequence[PlannedFold]) -> Folded:
 def operate(facts: Facts, folded: Folded, surgeon: Surgeon) -> tuple[Edit, ...]:
     """Write the numbers into the surgeon's model and take the norms out. All or nothing."""
     binding: Binding = facts.binding
-    edits = []
     with all_or_nothing(surgeon):
         for key, value in folded.weights.items():
             holders = {t.holder for f in folded.folds for t in f.targets if t.weight == key}
@@ -75,14 +74,27 @@ def operate(facts: Facts, folded: Folded, surgeon: Surgeon) -> tuple[Edit, ...]:
             if bias is not None:
                 _put(surgeon, binding, bias, {holder}, value)
         for planned in folded.folds:
-            gains = [_give_bias(surgeon, binding, planned, t, folded.biases) for t in planned.targets if t.bias is None]
+            for target in planned.targets:
+                if target.bias is None:
+                    _give_bias(surgeon, binding, target, folded.biases)
             norm = binding.modules[planned.norm.path]
             body = norm if surgeon.memo is None else surgeon.memo[id(norm)]
             stand_in = placeholder(body, planned.norm.after)
             for slot in binding.owners.module_slots[id(norm)]:
                 surgeon.put(slot, stand_in)
-            edits.append(edit(planned, [g for g in gains if g]))
-    return tuple(edits)
+    return edits(folded)
+
+
+def edits(folded: Folded) -> tuple[Edit, ...]:
+    """What these folds change, for a reader; a bias that two norms share is gained once."""
+    made: list[Edit] = []
+    given: set[str] = set()
+    for planned in folded.folds:
+        new = [f"{t.holder}.bias".lstrip(".") for t in planned.targets if t.bias is None]
+        gains = tuple(dict.fromkeys(name for name in new if name not in given))
+        given.update(gains)
+        made.append(_edit(planned, gains))
+    return tuple(made)
 
 
 def recipe(facts: Facts, folded: Folded) -> dict[str, Any]:
@@ -185,23 +197,15 @@ def _distinct(slots: Iterable[Slot]) -> list[Slot]:
     return list({(id(s.container), s.key): s for s in slots}.values())
 
 
-def _give_bias(
-    surgeon: Surgeon, binding: Binding, planned: PlannedFold, target: Target, biases: Mapping[BiasName, Tensor]
-) -> str | None:
+def _give_bias(surgeon: Surgeon, binding: Binding, target: Target, biases: Mapping[BiasName, Tensor]) -> None:
     slot = bias_slot(binding, target)
     if slot is None:
         raise TraceError(f"{target.holder} has no place for a bias")
-    holder = slot.container if surgeon.memo is None else surgeon.memo[id(slot.container)]
-    if isinstance(getattr(holder, "bias", None), Tensor):
-        return None  # a norm after a norm: the first one gave it
-    weight = binding.tensors[target.weight]
-    value = biases[None, target.holder]
-    made = nn.Parameter(value.clone(), requires_grad=weight.requires_grad)
-    surgeon.register(slot, made)
-    return slot.path
+    like = binding.tensors[target.weight]
+    surgeon.register(slot, nn.Parameter(biases[None, target.holder].clone(), requires_grad=like.requires_grad))
 
 
-def edit(planned: PlannedFold, gains: Sequence[str]) -> Edit:
+def _edit(planned: PlannedFold, gains: tuple[str, ...]) -> Edit:
     into = tuple(dict.fromkeys(t.holder for t in planned.targets))
     kept = f", then {', '.join(planned.norm.after)}" if planned.norm.after else ""
     gained = " (gains a bias)" if gains else ""
@@ -212,7 +216,7 @@ def edit(planned: PlannedFold, gains: Sequence[str]) -> Edit:
         after=f"folded into {', '.join(into)}{gained}{kept}",
         calls=planned.calls,
         into=into,
-        gains=tuple(gains),
+        gains=gains,
     )
 
 

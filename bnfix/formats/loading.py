@@ -73,7 +73,7 @@ def load(
         raise _needs_arch(info)
     content = reader.read(info, trust=trust)
     if not isinstance(content, Weights):
-        return Loaded(content, info, None, _module_notes(content, info, arch))
+        return Loaded(content, info, None, _module_notes(info, arch))
     model, hint = build(arch, arch_kwargs)
     shown = arch if isinstance(arch, str) else getattr(arch, "__name__", type(arch).__name__)
     notes = [*_wrapper_notes(info), *content.notes]
@@ -108,10 +108,8 @@ def _wrapper_notes(info: FileInfo) -> tuple[str, ...]:
     return (f"weights taken from {info.wrapper!r}{others}",)
 
 
-def _module_notes(content: Any, info: FileInfo, arch: Any) -> tuple[str, ...]:
+def _module_notes(info: FileInfo, arch: Any) -> tuple[str, ...]:
     notes = list(_wrapper_notes(info))
     if arch is not None:
         notes.append("--arch was not needed: the file holds the model itself")
-    if getattr(content, "training", False) is True:
-        notes.append("the module was saved in training mode, and is left in it")
     return tuple(notes)

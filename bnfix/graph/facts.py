@@ -113,6 +113,8 @@ class _Producers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if torch.compiler.is_compiling():  # torch.cond compiles its branches, also in eager mode
+            return out
         if func in _PRODUCERS and isinstance(out, Tensor):
             weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
             key = self._key_of(weight) if isinstance(weight, Tensor) else None

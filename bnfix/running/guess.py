@@ -65,20 +65,20 @@ def variations(model: nn.Module, call: Call) -> tuple[list[Call], list[str]]:
     batch = tensors[0].shape[0]
     if all(t.shape[0] == batch for t in tensors):
         other = batch + 1
-        _try(model, call.map(lambda t: _resized(t, (other, *t.shape[1:]))), found, refused)
+        resized = call.map(lambda t: _resized(t, (other, *t.shape[1:])))
+        _try(model, resized, "another batch size", found, refused)
     spatial = [t for t in tensors if t.dim() >= 3 and t.is_floating_point()]
     if spatial:
         grown = call.map(lambda t: _resized(t, _grown(t)) if t.dim() >= 3 and t.is_floating_point() else t)
-        _try(model, grown, found, refused)
+        _try(model, grown, "another size", found, refused)
     return found, refused
 
 
-def _try(model: nn.Module, call: Call, found: list[Call], refused: list[str]) -> None:
-    reason = accepts(model, call)
-    if reason is None:
+def _try(model: nn.Module, call: Call, what: str, found: list[Call], refused: list[str]) -> None:
+    if accepts(model, call) is None:
         found.append(call)
     else:
-        refused.append(f"{call.signature} is not accepted by the model: nothing was tried there ({reason})")
+        refused.append(f"{what} ({call.signature}) is not accepted by the model: nothing is known of it")
 
 
 def _grown(tensor: Tensor) -> tuple[int, ...]:

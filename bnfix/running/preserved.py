@@ -20,7 +20,7 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
     CUDA device in use, NumPy where it is loaded, and ``random``; the grad mode and the backend flags.
     Parameters are not copied: nothing that bnfix runs inside writes to them.
     """
-    modules = list(model.modules())
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # theirs can't be swapped
     dicts = [(m, dict(m.__dict__)) for m in modules]
     tables = [(m, dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in modules]
     values = [(b, b.detach().clone()) for m in modules for b in m._buffers.values() if b is not None]

@@ -65,7 +65,8 @@ def test_in_place_is_the_same_and_dry_run_is_nothing(fold: Fold, example: Exampl
     assert planned.model is None
     assert same_bits(model, before)
     copied = bnfix.fold(model, x)
-    assert [e.site for e in planned.edits] == [e.site for e in copied.edits]
+    assert [(e.site, e.after, e.gains) for e in planned.edits] == [(e.site, e.after, e.gains) for e in copied.edits]
+    assert planned.refusals == copied.refusals
     result = bnfix.fold(model, x, inplace=True)
     assert result.model is model
     assert copied.model is not None
