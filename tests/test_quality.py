@@ -1,0 +1,22 @@
+"""Lint and types, as part of the test run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_ruff() -> None:
+    _run("ruff", "check", "bnfix", "tests", "examples")
+
+
+def test_mypy() -> None:
+    _run("mypy")
