@@ -73,10 +73,9 @@ def operate(facts: Facts, folded: Folded, surgeon: Surgeon) -> tuple[Edit, ...]:
         for (bias, holder), value in folded.biases.items():
             if bias is not None:
                 _put(surgeon, binding, bias, {holder}, value)
+        for holder in [holder for bias, holder in folded.biases if bias is None]:
+            _give_bias(surgeon, binding, holder, folded.biases[None, holder])
         for planned in folded.folds:
-            for target in planned.targets:
-                if target.bias is None:
-                    _give_bias(surgeon, binding, target, folded.biases)
             norm = binding.modules[planned.norm.path]
             body = norm if surgeon.memo is None else surgeon.memo[id(norm)]
             stand_in = placeholder(body, planned.norm.after)
@@ -122,12 +121,12 @@ def norm_affine(binding: Binding, planned: PlannedFold) -> Affine:
     )
 
 
-def bias_slot(binding: Binding, target: Target) -> Slot | None:
+def bias_slot(binding: Binding, holder: str) -> Slot | None:
     """Where a layer without a bias would take one: its attribute ``bias`` that is None."""
-    module = binding.owners.module_at(target.holder)
+    module = binding.owners.module_at(holder)
     if module is None or not hasattr(module, "bias") or module.bias is not None:
         return None
-    return Slot(module, "bias", f"{target.holder}.bias" if target.holder else "bias")
+    return Slot(module, "bias", f"{holder}.bias".lstrip("."))
 
 
 def _fold_one(
@@ -156,7 +155,7 @@ def _unfit(
         before, after = facts.binding.tensors[target.weight], weights[target.weight]
         if not before.is_floating_point():
             return f"{target.holder} has weights of {before.dtype}"
-        if target.bias is None and bias_slot(facts.binding, target) is None:
+        if target.bias is None and bias_slot(facts.binding, target.holder) is None:
             return f"{target.op.site} has no bias, and {target.holder or 'the model'} has no place for one"
         reason = _unfit_numbers(planned, target, after, biases[target.bias, target.holder], before.dtype)
         if reason:
@@ -197,12 +196,12 @@ def _distinct(slots: Iterable[Slot]) -> list[Slot]:
     return list({(id(s.container), s.key): s for s in slots}.values())
 
 
-def _give_bias(surgeon: Surgeon, binding: Binding, target: Target, biases: Mapping[BiasName, Tensor]) -> None:
-    slot = bias_slot(binding, target)
+def _give_bias(surgeon: Surgeon, binding: Binding, holder: str, value: Tensor) -> None:
+    slot = bias_slot(binding, holder)
     if slot is None:
-        raise TraceError(f"{target.holder} has no place for a bias")
-    like = binding.tensors[target.weight]
-    surgeon.register(slot, nn.Parameter(biases[None, target.holder].clone(), requires_grad=like.requires_grad))
+        raise TraceError(f"{holder} has no place for a bias")
+    trained = any(p.requires_grad for p in slot.container.parameters(recurse=False))
+    surgeon.register(slot, nn.Parameter(value.clone(), requires_grad=trained))
 
 
 def _edit(planned: PlannedFold, gains: tuple[str, ...]) -> Edit:

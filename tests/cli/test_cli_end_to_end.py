@@ -46,7 +46,7 @@ def test_fold_export_verify(shop: Path, capsys: Output) -> None:
     assert run(["fold", "shop.pt", *ARCH, *INPUT, "-o", "folded.pt"]) == 0
     out = capsys.readouterr().out
     assert "✓ folded 3 of 4 norms, kept 1" in out
-    assert re.search(r"– mix +kept: ", out)
+    assert re.search(r"– mix +BatchNorm2d\(\d+\) +kept: ", out)
     assert Path("shop.pt").read_bytes() == before
 
     # the lines that the report offers work as they are

@@ -615,3 +615,12 @@ def test_forward_that_works_in_place_leaves_the_users_input() -> None:
     result = bnfix.fold(lived_in(InPlace()), x)
     assert len(result.edits) == 1
     assert torch.equal(x, before)
+
+
+def test_norms_in_a_row_behind_a_layer_without_a_bias_also_in_place() -> None:
+    model = lived_in(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.BatchNorm2d(4)))
+    x = torch.randn(IMAGE)
+    expected = model(x)
+    result = bnfix.fold(model, x, inplace=True)
+    assert [e.gains for e in result.edits] == [("0.bias",), ()]
+    assert relative_error(model(x), expected) < FLOAT32
