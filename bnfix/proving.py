@@ -105,7 +105,8 @@ class FoldProof:
         if self._references is None:
             self.say("measuring the model's own rounding noise against float64")
             original, _ = copy_model(self.model, isolate=True)
-            self._references = parity.references(original, self.calls, sites=sites)
+            every = [n.path for n in self.facts.norms if n.path in named]
+            self._references = parity.references(original, self.calls, sites=every)
         self.say("proving the folds")
         private, _ = copy_model(copy, isolate=True)  # hooks of the user's may write into the user's own lists
         runs = [parity.record(private, call, sites) for call in self.calls]

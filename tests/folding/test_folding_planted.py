@@ -210,6 +210,20 @@ def test_one_bad_fold_among_good_ones_goes_alone(monkeypatch: pytest.MonkeyPatch
     assert relative_error(result.model(x), model(x)) < 1e-6
 
 
+def test_norm_before_a_bad_one_is_judged_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = engine.norm_affine
+
+    def bad_at_two(binding: Any, planned: Any) -> Affine:
+        affine = original(binding, planned)
+        return Affine(affine.scale * 1.5, affine.shift) if planned.norm.path == "2" else affine
+
+    monkeypatch.setattr(engine, "norm_affine", bad_at_two)
+    model = lived_in(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)))
+    result = bnfix.fold(model, torch.randn(2, 3, 6, 6))
+    assert [e.site for e in result.edits] == ["1"]
+    assert [(r.site, r.defect) for r in result.refusals] == [("2", True)]
+
+
 def test_check_of_weights_alone_finds_what_no_data_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """One unit in the last place of one weight: far below the noise of any output."""
     compute = engine.compute
