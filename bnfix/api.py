@@ -56,7 +56,7 @@ def fold(
         TraceError: the model can't be copied or traced faithfully; the message says why.
     """
     from bnfix import folding
-    from bnfix.graph import Surgeon, gather, unwrap
+    from bnfix.graph import Surgeon, gather, no_footprints, unwrap
     from bnfix.proving import FoldProof
     from bnfix.running import preserved
     from bnfix.types import Result
@@ -67,9 +67,12 @@ def fold(
     notes = (*notes, *assumed)
     signatures = tuple(c.signature for c in calls)
     say(f"tracing {', '.join(signatures)}")
-    with preserved(model):
+    with preserved(model), no_footprints(model, *(c.forward for c in calls)):
         facts = gather(model, calls)
         plan = folding.plan(facts)
+        if facts.written:
+            named = ", ".join(facts.written[:3]) + (" …" if len(facts.written) > 3 else "")
+            notes = (*notes, f"the forward writes {named}: planned for a first and a second run")
         if dry_run:
             folded = folding.compute(facts, plan.folds)
             refusals = _in_order(facts, (*plan.refusals, *folded.refusals))
@@ -285,7 +288,7 @@ def examples(
     from bnfix.running import Call, as_call, batch_call, guess_call, variations
     from bnfix.running.call import fit_call
 
-    model, _ = copy_model(unwrap(loaded.value)[0], isolate=True)  # type: ignore[arg-type]
+    model, _ = copy_model(unwrap(loaded.value)[0])  # type: ignore[arg-type]
     way = _forward(forward)
     notes: list[str] = []
     if input:
@@ -348,7 +351,7 @@ def _calls(
         if batch is None:
             raise ValueError("data holds no batch")
         return [batch_call(batch, model, forward)], ()
-    call = guess_call(copy_model(model, isolate=True)[0])
+    call = guess_call(copy_model(model)[0])
     return [call], (f"no example was given: traced on a random {call.signature}, as its first layers take it",)
 
 

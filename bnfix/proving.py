@@ -104,11 +104,11 @@ class FoldProof:
         sites = [e.site for e in edits if e.site in named and e.site not in followed]
         if self._references is None:
             self.say("measuring the model's own rounding noise against float64")
-            original, _ = copy_model(self.model, isolate=True)
+            original, _ = copy_model(self.model)
             every = [n.path for n in self.facts.norms if n.path in named]
             self._references = parity.references(original, self.calls, sites=every)
         self.say("proving the folds")
-        private, _ = copy_model(copy, isolate=True)  # hooks of the user's may write into the user's own lists
+        private, _ = copy_model(copy)  # a forward may write on itself
         runs = [parity.record(private, call, sites) for call in self.calls]
         compared = parity.compare(self._references, runs, k=self.k, candidate="the folded model")
         at_sites = {o.name: o for o in parity.compare_sites(self._references, runs, {s: s for s in sites}, k=self.k)}

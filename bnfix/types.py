@@ -47,6 +47,9 @@ class Value:
         """The whole value as JSON-able data, with ``schema_version`` and ``type`` beside its fields."""
         return {"schema_version": SCHEMA_VERSION, "type": type(self).__name__, **plain(self)}
 
+    def __str__(self) -> str:
+        return str(importlib.import_module("bnfix.render").to_text(self))
+
     def _repr_html_(self) -> str:
         return str(importlib.import_module("bnfix.render").to_html(self))
 
@@ -158,7 +161,8 @@ class Facts:
 
     ``held`` holds the keys of weights whose layer's output something keeps beyond the forward (an
     attribute, a list in a closure), ``hooks`` the module paths with hooks that could read or change
-    what passes, ``blockers`` reasons that concern the whole model (a global module hook).
+    what passes, ``blockers`` reasons that concern the whole model (a global module hook), ``written`` the
+    attributes that the forward writes: then its first run is a route of its own.
     ``binding`` leads from keys to the original's objects; it is opaque to everyone but ``graph``.
     """
 
@@ -169,6 +173,7 @@ class Facts:
     hooks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     held: frozenset[int] = frozenset()
     blockers: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
     binding: Any = field(default=None, repr=False, compare=False, metadata=NOT_IN_JSON)
 
 

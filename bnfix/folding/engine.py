@@ -115,7 +115,7 @@ def recipe(facts: Facts, folded: Folded) -> dict[str, Any]:
 
 def norm_affine(binding: Binding, planned: PlannedFold) -> Affine:
     """The norm's map, from the model's own tensors and the eps of the call."""
-    state: Mapping[str, Tensor] = {role: binding.tensors[key] for role, key in planned.norm.tensors.items()}
+    state: Mapping[str, Tensor] = {r: binding.tensors[key].reshape(-1) for r, key in planned.norm.tensors.items()}
     return affine_of(
         state["running_mean"], state["running_var"], state.get("weight"), state.get("bias"), planned.op.attrs["eps"]
     )

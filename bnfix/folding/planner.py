@@ -127,6 +127,8 @@ class _Planner:
     def _norm_itself(self, norm: NormFact) -> None:
         for reason in self.facts.blockers:
             raise _Refused(reason)
+        if not norm.calls and norm.extra:
+            raise _Refused(f"{norm.cls}: {norm.extra}")
         if not norm.calls:
             tried = ", ".join(r.signature for r in self.facts.routes)
             raise _Refused(f"no forward reached it (tried {tried}): nothing is known of its input")

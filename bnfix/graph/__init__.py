@@ -2,6 +2,7 @@
 
 from bnfix.graph.copies import copy_model, unwrap
 from bnfix.graph.facts import Binding, gather
+from bnfix.graph.footprints import no_footprints
 from bnfix.graph.owners import Slot
 from bnfix.graph.sources.exported import quiet_export
 from bnfix.graph.surgery import Surgeon, all_or_nothing, as_parameter, placeholder, replay
@@ -14,6 +15,7 @@ __all__ = [
     "as_parameter",
     "copy_model",
     "gather",
+    "no_footprints",
     "placeholder",
     "quiet_export",
     "replay",

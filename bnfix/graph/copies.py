@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bnfix.errors import TraceError
 from bnfix.graph.owners import Owners, closure_values, find_owners
@@ -31,12 +32,11 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         notes.append(f"unwrapped {name}: the result is the plain module inside")
 
 
-def copy_model(model: nn.Module, *, isolate: bool = False) -> tuple[nn.Module, Memo]:
+def copy_model(model: nn.Module) -> tuple[nn.Module, Memo]:
     """A deep copy of ``model`` that shares nothing with it, and the memo ``id(original) → copy``.
 
     Non-leaf tensors (what old-style weight_norm and pruning leave behind) are detached; a copy of them is
-    impossible otherwise. With ``isolate`` hooks and functions of the copy get their own closures, so that
-    running the copy writes nothing into the user's lists; without it they stay the user's own functions.
+    impossible otherwise. Functions (hooks among them) stay the user's own: run the copy inside ``no_footprints``.
 
     Raises:
         TraceError: no faithful copy is possible; names the module or attribute.
@@ -47,6 +47,8 @@ def copy_model(model: nn.Module, *, isolate: bool = False) -> tuple[nn.Module, M
     for key, tensor in owners.tensors.items():
         if not tensor.is_leaf:
             memo[key] = tensor.detach().clone()
+    for plain in owners.plain:  # a vocabulary of a million words needs no million steps
+        memo[id(plain)] = copy.copy(plain)
     try:
         duplicate = copy.deepcopy(model, memo)
     except Exception as error:  # whatever a user's __deepcopy__ or __reduce__ raises
@@ -60,8 +62,6 @@ def copy_model(model: nn.Module, *, isolate: bool = False) -> tuple[nn.Module, M
             f"a deep copy of the model still shares {shared} with the original",
             hint="its class defines __deepcopy__ or __reduce__ so that tensors stay shared: bnfix can't operate on it",
         )
-    if isolate:
-        _isolate_functions(duplicate, memo)
     return duplicate, memo
 
 
@@ -78,26 +78,27 @@ def _refuse_impossible(owners: Owners) -> None:
                 f"{name} is compiled by torch.compile inside the model",
                 hint="pass the model as it was before that submodule was compiled",
             )
-        forward = vars(module).get("forward")
-        if forward is not None and not _own_method(forward, owners):
-            raise TraceError(
-                f"{name} has its own forward set on the instance: a copy of it would still run the original's layers",
-                hint=f"define forward in the class, or undo the patch first: del {name}.forward",
-            )
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and is_lazy(tensor):
+                raise TraceError(
+                    f"{name} is not initialised yet", hint="run the model once on an example, then call bnfix"
+                )
     inside = set(owners.modules) | set(owners.tensors)
     for path, function in owners.functions:
         reached = _reaches(function, inside, set())
+        if reached and path.rpartition(".")[2] == "forward":
+            where = path.rpartition(".")[0] or "the model"
+            raise TraceError(
+                f"{where} has its own forward set on the instance ({function.__qualname__}), which runs the original's "
+                f"layers ({reached}): so would a copy of it",
+                hint="define forward in the class, or undo the patch first (del module.forward)",
+            )
         if reached:
             raise TraceError(
                 f"{path} holds the function {function.__qualname__}, whose closure reaches the model itself "
                 f"({reached}): a copy of the model would run or write the original through it",
                 hint="remove that hook or function first, or let it use the module that it is given",
             )
-
-
-def _own_method(value: Any, owners: Owners) -> bool:
-    """A method of the model's own (`self.forward = self.forward_train`): a deep copy binds it to the copy."""
-    return isinstance(value, types.MethodType) and id(value.__self__) in owners.modules
 
 
 def _reaches(value: Any, inside: set[int], seen: set[int]) -> str | None:
@@ -149,35 +150,6 @@ def _shared(owners: Owners, duplicate: nn.Module) -> str | None:
         if key is not None:
             return (owners.paths(owners.tensors[key]) or ("a tensor",))[0]
     return None
-
-
-def _isolate_functions(duplicate: nn.Module, memo: Memo) -> None:
-    """Give each hook of the copy, and each function it keeps in an attribute, a closure of its own."""
-    for module in duplicate.modules():
-        for attribute, value in list(vars(module).items()):
-            if isinstance(value, types.FunctionType):
-                vars(module)[attribute] = _own_closure(value, memo)
-            elif isinstance(value, dict) and attribute.endswith("_hooks"):
-                for key, hook in list(value.items()):
-                    if isinstance(hook, types.FunctionType):
-                        value[key] = _own_closure(hook, memo)
-
-
-def _own_closure(function: types.FunctionType, memo: Memo) -> types.FunctionType:
-    if not function.__closure__:
-        return function
-    cells = []
-    for cell in function.__closure__:
-        try:
-            cells.append(types.CellType(copy.deepcopy(cell.cell_contents, memo)))
-        except Exception:  # noqa: BLE001  # an empty cell or an uncopyable value stays the user's own
-            cells.append(cell)
-    own = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
-    )
-    own.__kwdefaults__ = function.__kwdefaults__
-    own.__dict__.update(function.__dict__)
-    return own
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.overrides import TorchFunctionMode
 
-from bnfix.errors import PassError
 from bnfix.graph.copies import Memo, copy_model
+from bnfix.graph.first_run import first_run
 from bnfix.graph.frozen import STATE, name_frozen_norms
 from bnfix.graph.owners import Owners, Slot, find_owners, hooks_of, storage_key
 from bnfix.graph.sources import exported
@@ -54,11 +50,19 @@ def gather(model: nn.Module, calls: Sequence[Any]) -> Facts:
     roles = {path: _roles(m, keys) for m in norms for path in owners.paths(m)}
     routes: list[Route] = []
     kept: set[int] = set()
+    blockers = list(_global_hooks())
+    written: list[str] = []
     for call in calls:
-        copy, memo = copy_model(model, isolate=True)
-        key_of = _KeyOf(owners, keys, memo)
-        kept |= _held(copy, call, key_of)
-        route, _ = exported.trace(copy, call, key_of)
+        copy, memo = copy_model(model)
+        seen = first_run(copy, call, _KeyOf(owners, keys, memo))
+        kept |= seen.held
+        blockers += seen.blockers
+        if seen.wrote:  # what is traced now may differ from what ran first: both ways count
+            written += seen.wrote
+            fresh, fresh_memo = copy_model(model)
+            route, _ = exported.trace(fresh, call, _KeyOf(owners, keys, fresh_memo))
+            routes.append(name_frozen_norms(route, roles, tensors.__getitem__))
+        route, _ = exported.trace(copy, call, _KeyOf(owners, keys, memo))
         routes.append(name_frozen_norms(route, roles, tensors.__getitem__))
     facts_of_norms, modules = _norm_facts(owners, norms, keys, routes)
     return Facts(
@@ -71,7 +75,8 @@ def gather(model: nn.Module, calls: Sequence[Any]) -> Facts:
         norms=facts_of_norms,
         hooks={p: h for m in owners.modules.values() if (h := hooks_of(m)) for p in owners.paths(m)},
         held=frozenset(kept),
-        blockers=_global_hooks(),
+        blockers=tuple(dict.fromkeys(blockers)),
+        written=tuple(dict.fromkeys(written)),
         binding=Binding(owners, keys, tensors, modules),
     )
 
@@ -93,58 +98,6 @@ class _KeyOf:
     def __call__(self, tensor: Tensor) -> int | None:
         key = self._by_id.get(id(tensor))
         return key if key is not None else self._by_storage.get(storage_key(tensor))
-
-
-# --------------------------------------------------------------------------------- outputs held
-
-_PRODUCERS = {
-    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
-    torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d,
-    torch.conv_transpose3d, torch.convolution, torch._C._nn.linear,
-}  # fmt: skip
-
-
-class _Producers(TorchFunctionMode):
-    """Remembers, weakly, the storage of each output of a convolution or linear layer."""
-
-    def __init__(self, key_of: _KeyOf) -> None:
-        self.seen: list[tuple[int, StorageWeakRef]] = []
-        self._key_of = key_of
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if torch.compiler.is_compiling():  # torch.cond compiles its branches, also in eager mode
-            return out
-        if func in _PRODUCERS and isinstance(out, Tensor):
-            weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
-            key = self._key_of(weight) if isinstance(weight, Tensor) else None
-            if key is not None:
-                self.seen.append((key, StorageWeakRef(out.untyped_storage())))  # type: ignore[no-untyped-call]
-        return out
-
-
-def _held(copy: nn.Module, call: Any, key_of: _KeyOf) -> set[int]:
-    """Weights of the layers whose output is still alive after the forward and its result are gone.
-
-    Whatever keeps it (an attribute written in forward, a list in a closure, a cache) could be read by
-    someone, and would hold other numbers after a fold. The graph shows none of this.
-    """
-    watch = _Producers(key_of)
-    try:
-        with torch.no_grad(), watch:
-            out = call.run(copy)
-    except Exception as error:  # the user's own forward may raise anything
-        first = next(iter(str(error).strip().splitlines()), "")
-        raise PassError(
-            f"the model's forward failed on {call.signature}: {type(error).__name__}: {first}",
-            hint="give an example input that the model accepts",
-        ) from error
-    del out
-    alive = {key for key, ref in watch.seen if not ref.expired()}  # type: ignore[no-untyped-call]
-    if alive:
-        gc.collect()  # a reference cycle isn't someone who keeps it
-        alive = {key for key, ref in watch.seen if not ref.expired()}  # type: ignore[no-untyped-call]
-    return alive
 
 
 def _global_hooks() -> tuple[str, ...]:
@@ -169,14 +122,22 @@ def _is_norm(module: nn.Module) -> bool:
         return False
     if isinstance(module, _NormBase):
         return True
-    mean, var = (getattr(module, n, None) for n in ("running_mean", "running_var"))
-    return isinstance(mean, Tensor) and isinstance(var, Tensor) and mean.dim() == var.dim() == 1
+    mean, var = (_own(module, name) for name in ("running_mean", "running_var"))
+    return isinstance(mean, Tensor) and isinstance(var, Tensor) and mean.numel() == var.numel()
+
+
+def _own(module: nn.Module, name: str) -> Any:
+    """An attribute that the module holds itself, not one that a wrapper or a property looks up elsewhere."""
+    for table in (module._buffers, module._parameters, vars(module)):
+        if name in table:
+            return table[name]
+    return None
 
 
 def _roles(module: nn.Module, keys: dict[int, int]) -> dict[str, int]:
     found = {}
     for role in STATE:
-        tensor = getattr(module, role, None)
+        tensor = _own(module, role)
         if isinstance(tensor, Tensor) and id(tensor) in keys:
             found[role] = keys[id(tensor)]
     return found
@@ -188,6 +149,7 @@ def _norm_facts(
     claimed: dict[int, list[tuple[int, int]]] = {}
     loose: dict[str, list[tuple[int, int]]] = {}
     known = list(norms)
+    fed = [_fed(route) for route in routes]
     by_path = {p: m for m in known for p in owners.paths(m)}
     by_mean: dict[int, list[nn.Module]] = {}
     for module in known:
@@ -201,7 +163,7 @@ def _norm_facts(
             owner = _owner(op, by_path, by_mean)
             if owner is not None:
                 claimed.setdefault(id(owner), []).append((r, op.index))
-            elif _needs_name(op):
+            elif _needs_name(op) and op.index in fed[r]:
                 loose.setdefault(_loose_path(op, owners, keys), []).append((r, op.index))
     facts = [_norm_fact(m, owners, keys, routes, tuple(claimed.get(id(m), ()))) for m in known]
     for path, calls in loose.items():
@@ -219,7 +181,16 @@ def _owner(op: Op, by_path: dict[str, nn.Module], by_mean: dict[int, list[nn.Mod
     owners = by_mean.get(mean, []) if mean is not None else []
     if innermost is not None and (innermost in owners or not owners):
         return innermost
-    return owners[0] if len(owners) == 1 else None
+    return owners[0] if owners else None
+
+
+def _fed(route: Route) -> set[int]:
+    """The operations that an input of the model reaches; the others compute on weights alone (standardised layers)."""
+    reached: set[int] = set()
+    for op in route.ops:
+        if op.kind == "input" or any(i in reached for i in op.inputs):
+            reached.add(op.index)
+    return reached
 
 
 def _needs_name(op: Op) -> bool:
@@ -242,6 +213,9 @@ def _norm_fact(
     after: tuple[str, ...] = ()
     extra = ""
     whole = True
+    registered = bool({n for n, _ in owners.root.named_modules(remove_duplicate=False)} & set(paths))
+    if not calls and any(c.partition("@")[0] in paths for route in routes for op in route.ops for c in op.stack):
+        extra = "what its forward computes is not recognised as a normalization with its statistics"
     for r, index in calls:
         op = routes[r].ops[index]
         if op.stack and op.site.path in paths:
@@ -249,8 +223,8 @@ def _norm_fact(
             if after and found != after:
                 extra = "its forward takes different ways in different calls"
             after = found
-        elif not (isinstance(module, _NormBase) and _plain_forward(module)):
-            whole = False
+        elif registered or not (isinstance(module, _NormBase) and _plain_forward(module)):
+            whole = False  # called with its statistics, but not by itself: F.batch_norm(x, bn.running_mean, …)
         if extra:
             whole = whole and isinstance(module, _NormBase)  # else its forward is the user's, and calls F.batch_norm
             break
@@ -274,19 +248,29 @@ def _plain_forward(module: nn.Module) -> bool:
 
 
 def _rest_of_forward(route: Route, norm: Op) -> tuple[tuple[str, ...], str]:
-    """What else ran in the call of the module around ``norm``: its submodules after it, or a reason against it."""
+    """What else ran in the call of the module around ``norm``: a chain of its submodules, or a reason against it."""
     call, depth = norm.stack[-1], len(norm.stack) - 1
+    inside = [op for op in route.ops if len(op.stack) > depth and op.stack[depth] == call and op.index != norm.index]
     after: list[str] = []
-    for op in route.ops:
-        if op.index == norm.index or len(op.stack) <= depth or op.stack[depth] != call:
-            continue
+    value, last = norm.index, norm.index
+    within: set[int] = {norm.index}
+    for op in inside:
         if len(op.stack) == depth + 1 or op.index < norm.index:
             return (), f"its forward also does {op.target}"
         child = op.stack[depth + 1].partition("@")[0].removeprefix(f"{norm.site.path}.")
         if not after or after[-1] != child:
             after.append(child)
+            value, within = last, {last}
+        if any(i != value and i not in within and route.ops[i].kind != "constant" for i in op.inputs):
+            return (), "its forward runs its submodules side by side"
+        within.add(op.index)
+        last = op.index
     if len(set(after)) != len(after) or any("." in name for name in after):
         return (), f"its forward runs {', '.join(after)} in an order that can't be kept without it"
+    mine = {op.index for op in inside}
+    escaping = {i for op in route.ops if op.index not in mine for i in op.inputs if i in mine or i == norm.index}
+    if after and escaping - {last}:
+        return (), "its forward gives more than the output of its last submodule"
     return tuple(after), ""
 
 

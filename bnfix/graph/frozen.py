@@ -71,7 +71,7 @@ def _as_norm(route: Route, span: list[Op], roles: Mapping[str, int], tensor_of: 
     values: dict[int, Any] = {source: (torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64))}
     scalars = []
     for op in span:
-        scalars += [v for v in op.attrs.values() if isinstance(v, float)]
+        scalars += [float(v) for v in op.attrs.values() if type(v) in (int, float)]
         values[op.index] = _evaluate(op, values, tensor_of)
         if values[op.index] is None:
             return None
@@ -84,7 +84,7 @@ def _as_norm(route: Route, span: list[Op], roles: Mapping[str, int], tensor_of: 
         scale, shift = (torch.broadcast_to(v, shape).reshape(-1) for v in affine)
     except RuntimeError:  # varies along more than the channels
         return None
-    state = {role: tensor_of(key).double() for role, key in roles.items() if role in STATE}
+    state = {role: tensor_of(key).detach().double().reshape(-1) for role, key in roles.items() if role in STATE}
     gamma, beta = state.get("weight", torch.ones(())), state.get("bias", torch.zeros(()))
     mean = state.get("running_mean", torch.zeros(()))
     for eps in (*scalars, 0.0):
@@ -105,7 +105,7 @@ def _as_norm(route: Route, span: list[Op], roles: Mapping[str, int], tensor_of: 
 
 def _evaluate(op: Op, values: dict[int, Any], tensor_of: TensorOf) -> Any:
     """A constant in float64, or (scale, shift) of the norm's input; None for what is neither."""
-    arguments: dict[str, Any] = {role: tensor_of(key).double() for role, key in op.tensors.items()}
+    arguments: dict[str, Any] = {role: tensor_of(key).detach().double() for role, key in op.tensors.items()}
     arguments.update({role: values.get(i) for role, i in op.reads.items()})
     name = _base(op)
     affine = {role for role, v in arguments.items() if isinstance(v, tuple)}

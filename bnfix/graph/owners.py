@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, type, types.ModuleType)
 _DEPTH = 6  # of containers and plain objects below a module's attribute; modules themselves nest without limit
+_LARGE = 1000
 _PRIVATE = frozenset({"_parameters", "_buffers", "_modules", "training", "_non_persistent_buffers_set"})
 
 
@@ -44,6 +45,8 @@ class Owners:
     modules: dict[int, nn.Module] = field(default_factory=dict)
     module_slots: dict[int, list[Slot]] = field(default_factory=dict)
     functions: list[tuple[str, types.FunctionType]] = field(default_factory=list)
+    plain: list[Any] = field(default_factory=list)
+    """Large containers with nothing in them that could hold a tensor, a module or a function."""
 
     def paths(self, obj: Any) -> tuple[str, ...]:
         """All names of a tensor or module, in the order of the walk: registered names first."""
@@ -110,6 +113,9 @@ def _visit_module(owners: Owners, module: nn.Module, path: str, seen: set[int], 
 def _visit(owners: Owners, value: Any, slot: Slot, seen: set[int], above: frozenset[int], depth: int) -> None:
     if isinstance(value, _ATOMS) or depth == 0:
         return
+    if isinstance(value, (list, dict, set)) and len(value) > _LARGE and _only_atoms(value):
+        owners.plain.append(value)
+        return
     if isinstance(value, Tensor):
         _add_tensor(owners, value, slot)
     elif isinstance(value, nn.Module):
@@ -132,6 +138,12 @@ def _visit(owners: Owners, value: Any, slot: Slot, seen: set[int], above: frozen
         seen.add(id(value))
         for k, v in list(vars(value).items()):
             _visit(owners, v, Slot(value, k, f"{slot.path}.{k}"), seen, above, depth - 1)
+
+
+def _only_atoms(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(v, _ATOMS) for v in value.values()) and all(isinstance(k, _ATOMS) for k in value)
+    return all(isinstance(v, _ATOMS) for v in value)
 
 
 def _is_plain_object(value: Any) -> bool:

@@ -103,7 +103,11 @@ def as_parameter(value: Tensor, like: Tensor) -> Tensor:
             else like.new_empty(value.shape, dtype=value.dtype)
         )
         made.copy_(value)
-    return nn.Parameter(made, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else made
+    if not isinstance(like, nn.Parameter):
+        return made
+    parameter = torch.Tensor._make_subclass(type(like), made, like.requires_grad)
+    vars(parameter).update(vars(like))  # what people hang on parameters: _no_weight_decay and its like
+    return parameter
 
 
 def replay(model: nn.Module, recipe: Mapping[str, Any]) -> None:

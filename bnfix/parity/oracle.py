@@ -78,7 +78,7 @@ def _private_copy(model: nn.Module) -> nn.Module:
     Raises:
         TraceError: the model can't be copied.
     """
-    return copy_model(model, isolate=True)[0]
+    return copy_model(model)[0]
 
 
 def record(model: nn.Module, call: Call, sites: Sequence[str] = ()) -> Recorded:

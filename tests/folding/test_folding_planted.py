@@ -128,7 +128,7 @@ def _blind(*names: str) -> Plant:
 
 PLANNER: dict[str, tuple[Plant, Callable[[], nn.Module], tuple[int, ...]]] = {
     "two consumers not seen": (_blind("_alone"), nets.TwoConsumers, (2, 3, 8, 8)),
-    "an output of the model not seen": (_blind("_alone"), nets.ConvIsOutput, (2, 3, 8, 8)),
+    "an output of the model not seen": (_blind("_alone", "_every_use"), nets.ConvIsOutput, (2, 3, 8, 8)),
     "a shared convolution not seen": (_blind("_every_use"), nets.SharedConv, (2, 3, 8, 8)),
     "a weight read elsewhere not seen": (_blind("_every_use"), nets.WeightReadElsewhere, (2, 3, 8, 8)),
     "the norm's own extras not seen": (

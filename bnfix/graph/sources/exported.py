@@ -90,13 +90,13 @@ def trace(copy: nn.Module, call: Any, key_of: KeyOf) -> tuple[Route, torch.expor
     except Exception as error:  # export raises whatever torch or the user's forward raises
         raise TraceError(
             f"torch.export can't trace this model on {call.signature}: {_reason(error)}",
-            hint="the forward depends on the data it is given (`if y.sum() > 0`, `.item()`, numpy); "
-            "pass the part of the model without that, or make it depend on shapes only",
+            hint=_hint(copy, error),
         ) from error
     layout = _Layout(key_of)
     env = _placeholders(program, layout)
     outputs = _lay_out(program.graph_module, env, layout, within=())
-    layout.add(kind="output", target="output", site=CallSite(""), inputs=tuple(_ops_in(outputs)))
+    returned = {f"output[{i}]": key for i, key in enumerate(_keys_in(outputs))}
+    layout.add(kind="output", target="output", site=CallSite(""), inputs=tuple(_ops_in(outputs)), tensors=returned)
     return Route(call.signature, tuple(layout.ops)), program
 
 
@@ -319,6 +319,18 @@ def _attribute(module: nn.Module, path: str) -> Any:
     for name in path.split("."):
         value = getattr(value, name, None)
     return value
+
+
+def _hint(model: nn.Module, error: BaseException) -> str:
+    text = f"{type(error).__name__} {error}"
+    if any(word in text for word in ("DataDependent", "data-dependent", "u0", "item()", "numpy")):
+        return (
+            "the forward depends on the data it is given (`if y.sum() > 0`, `.item()`, numpy); "
+            "pass the part of the model without that, or make it depend on shapes only"
+        )
+    if any(m.training for m in model.modules()):
+        return "the model is in training mode: call model.eval() first"
+    return "fold the part of the model that can be traced, or say with forward= how it is called and what it returns"
 
 
 def _reason(error: BaseException) -> str:
