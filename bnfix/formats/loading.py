@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnfix.errors import LoadError, UnknownFormatError, UntrustedModelError
-from bnfix.formats import fitting, recipes
+from bnfix.formats import advice, fitting, recipes
 from bnfix.formats.base import Weights
 from bnfix.formats.recognition import format_of, sniff
 from bnfix.formats.specs import InputHint, build, parse_spec
@@ -18,6 +18,9 @@ from bnfix.types import FileInfo
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+
+ARCHES = "--arch takes timm:resnet50, torchvision:resnet18, package.module:Class or file.py:Class"
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,16 @@ def _refuse_dangerous(info: FileInfo) -> None:
 
 
 def _needs_arch(info: FileInfo) -> LoadError:
-    folded = f", folded by bnfix ({len(info.recipe['edits'])} norms)" if info.recipe else ""
+    folded = f", {_count(len(info.recipe['edits']), 'norm')} folded by bnfix" if info.recipe else ""
+    held = f"{_count(info.tensors, 'tensor')}, {_count(len(info.norms), 'norm')}{folded}"
     return LoadError(
-        f"{info.path} holds weights ({info.tensors} tensors, {len(info.norms)} norms{folded}): of which architecture?",
-        hint=f"bnfix fold {info.path} --arch timm:resnet50 | torchvision:resnet18 | pkg.mod:Class | file.py:Class",
+        f"{info.path} holds weights ({held}): of which architecture?",
+        hint=f"{info.advice}\n{ARCHES}" if advice.GAP in info.advice else ARCHES,
     )
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _wrapper_notes(info: FileInfo) -> tuple[str, ...]:

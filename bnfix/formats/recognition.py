@@ -64,10 +64,16 @@ def _probe(path: str | os.PathLike[str]) -> Probe:
         raise LoadError(f"{shown} can't be read: {getattr(error, 'strerror', None) or error}") from error
     if stat.S_ISDIR(found.st_mode):
         inside = _models_in(Path(path))
-        raise LoadError(f"{shown} is a directory", hint=f"name a file in it: {', '.join(inside)}" if inside else None)
+        raise LoadError(f"{shown} is a directory", hint=_in_it(inside))
     if not stat.S_ISREG(found.st_mode):
         raise LoadError(f"{shown} is no regular file")
     return Probe(path, found.st_size)
+
+
+def _in_it(models: list[str]) -> str:
+    if models:
+        return f"name a file in it: {', '.join(models)}"
+    return "name a file of weights (.pt, .pth, .ckpt, .safetensors); there is none in this directory"
 
 
 def _near(path: Path) -> str | None:

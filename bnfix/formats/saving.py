@@ -32,9 +32,10 @@ def writer_for(path: str | os.PathLike[str]) -> Format:
     for known in formats():
         if suffix in known.suffixes:
             return known
-    raise ValueError(
-        f"{os.fspath(path)}: bnfix saves models as {', '.join(known_suffixes())}, not as {suffix or 'no ending'}"
-    )
+    if Path(path).is_dir():
+        raise ValueError(f"{os.fspath(path)} is a directory: name a file in it, such as {Path(path) / 'folded.pt'}")
+    but = f"not as {suffix}" if suffix else "and the name has no such ending"
+    raise ValueError(f"{os.fspath(path)}: bnfix saves models as {', '.join(known_suffixes())}, {but}")
 
 
 def save(

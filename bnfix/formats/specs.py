@@ -9,8 +9,10 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnfix.errors import BnfixError, LoadError
+from bnfix.formats.advice import module_classes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,6 +78,37 @@ def parse_kwargs(pairs: Iterable[str]) -> dict[str, Any]:
     return kwargs
 
 
+def meant(arch: str) -> str:
+    """What ``arch``, which is no spec, may have been meant as; the forms there are where nothing is near. Runs nothing.
+
+    ``resnet18`` is a name in timm and in torchvision, ``net.Net`` a class with a dot for a colon, ``net.py`` a file.
+    """
+    source = Path(arch)
+    module, _, name = arch.rpartition(".")
+    if arch.endswith(".py"):
+        if not source.is_file():
+            return f"there is no file {arch}; the form is  --arch path/to/file.py:Class"
+        found = [f"{arch}:{c}" for c in module_classes(source)]
+    elif name and _OBJECT.fullmatch(f"{module}:{name}"):
+        beside = Path(*module.split(".")).with_suffix(".py")
+        found = [f"{beside}:{name}"] if name in module_classes(beside) else []
+        found.insert(0, f"{module}:{name}")
+    else:
+        found = [f"{hub}:{arch}" for hub in HUBS if arch in _hub_names(hub)]
+    if not found:
+        return "--arch takes timm:resnet50, torchvision:resnet18, package.module:Class or file.py:Class"
+    return "\n".join(f"did you mean   --arch {shlex.quote(f)}" for f in found[:4])
+
+
+def _hub_names(hub: str) -> frozenset[str]:
+    """The models of a hub that is installed; none of one that is not, or that can't be imported."""
+    try:
+        library = importlib.import_module("timm" if hub == "timm" else "torchvision.models")
+    except (ImportError, RuntimeError, OSError):  # torchvision built for another torch raises RuntimeError
+        return frozenset()
+    return frozenset(library.list_models())
+
+
 def build(arch: str | Any, kwargs: Mapping[str, Any] | None = None) -> tuple[nn.Module, InputHint | None]:
     """The model that ``arch`` makes, with fresh weights, in evaluation mode, and the input it is meant for.
 
@@ -89,10 +123,7 @@ def build(arch: str | Any, kwargs: Mapping[str, Any] | None = None) -> tuple[nn.
 
     spec = parse_spec(arch) if isinstance(arch, str) else None
     if isinstance(arch, str) and spec is None:
-        raise LoadError(
-            f"{arch!r} names no architecture",
-            hint="one of  timm:resnet50  torchvision:resnet18  pkg.mod:Class  file.py:Class",
-        )
+        raise LoadError(f"{arch!r} names no architecture", hint=meant(arch))
     shown = str(spec) if spec is not None else getattr(arch, "__name__", type(arch).__name__)
     with torch.random.fork_rng(devices=[]), importable_here():
         hint: InputHint | None = None
@@ -160,7 +191,7 @@ def _import_module(name: str) -> Any:
                 f"there is no module {name} to import",
                 hint="run bnfix in the folder that holds it, or name the file:  path/to/file.py:Class",
             ) from error
-        raise LoadError(f"{name} can't be imported: {error}", hint=f"pip install {error.name}") from error
+        raise LoadError(f"{name} can't be imported: {error}", hint=_import_hint(error, Path(name))) from error
     except BnfixError:
         raise
     except Exception as error:  # the user's own code, which can fail in every way
@@ -184,11 +215,38 @@ def _import_file(where: str) -> Any:
         sys.modules.pop(name, None)
         if not isinstance(error, Exception) or isinstance(error, BnfixError):
             raise
-        raise LoadError(f"{where} can't be imported: {type(error).__name__}: {error}") from error
+        raise LoadError(
+            f"{where} can't be imported: {type(error).__name__}: {error}", hint=_import_hint(error, path)
+        ) from error
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(str(path.parent))
     return module
+
+
+def _import_hint(error: BaseException, source: Path) -> str | None:
+    """The way to a module that is missing: a package to install, or a folder that Python does not search.
+
+    One that lies in a folder above ``source`` is the user's own.
+    """
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return None
+    top = error.name.partition(".")[0]
+    for folder in source.resolve().parents:
+        if (folder / f"{top}.py").is_file() or (folder / top).is_dir():
+            return f"{top} lies in {folder}:  export PYTHONPATH={shlex.quote(str(folder))}"
+    return f"if it is a package:  pip install {top}\nif it is yours:  export PYTHONPATH=the-folder-that-holds-{top}"
+
+
+def _arguments(make: Any) -> str:
+    """How to give arguments to ``make``, and their names where Python can tell."""
+    try:
+        taken = list(inspect.signature(make).parameters.values())
+    except (TypeError, ValueError):
+        taken = []
+    names = [p.name for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    known = f"it takes {', '.join(names[:20])}" if names else "arguments for it"
+    return f"{known}:  --arch-kw name=value"
 
 
 def _call(shown: str, make: Any, *args: Any, **kwargs: Any) -> Any:
@@ -203,7 +261,7 @@ def _call(shown: str, make: Any, *args: Any, **kwargs: Any) -> Any:
         reason = str(error).strip().splitlines()
         raise LoadError(
             f"{shown}({given}) failed: {type(error).__name__}: {reason[0] if reason else ''}",
-            hint="arguments for it:  --arch-kw name=value" if isinstance(error, TypeError) else None,
+            hint=_arguments(make) if isinstance(error, TypeError) else None,
         ) from error
 
 
@@ -241,8 +299,6 @@ def _torchvision(name: str, kwargs: Mapping[str, Any]) -> Any:
 
 
 def _has_backbone_weights(models: Any, name: str) -> bool:
-    import inspect
-
     return "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters
 
 

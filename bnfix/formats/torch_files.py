@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnfix.errors import BnfixError, LoadError, UntrustedModelError
-from bnfix.formats import recipes
+from bnfix.formats import advice, recipes
 from bnfix.formats.base import Probe, Weights
 from bnfix.formats.described import described
 from bnfix.formats.names import Sort, open_wrappers, printable, wrapped_by_training
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 KINDS = frozenset(["state_dict", "lightning", "pickled_module", "pickled_object", "checkpoint", "torch_data"])
 _SAFE_PROTOCOL = 3  # the newest that torch's safe loader reads
+_DANGEROUS = "do not load it; get the weights from a source you trust, as safetensors"
 _PACKING = {"zip": "", "legacy": " in torch's old format"}
 
 
@@ -45,9 +46,12 @@ def classify(file: Probe, main: Pickle, names: Iterable[Global], container: str,
     recipe_text = found.strings.get(recipes.KEY)
     recipe = recipes.from_text(recipe_text, file.shown) if recipe_text else None
     kind = _kind(main.value, found, code)
+    numbers = described(found.tensors, renaming)
     facts: dict[str, Any] = {k: printable(v) if isinstance(v, str) else v for k, v in found.facts.items()}
     if found.keys and not (kind == "state_dict" and not found.opened.path):
         facts["keys"] = tuple(printable(k) for k in found.keys)
+    if found.named:
+        facts["arch"] = printable(found.named)
     if found.training is not None:
         facts["training"] = found.training
     if main.protocol > _SAFE_PROTOCOL:
@@ -64,8 +68,8 @@ def classify(file: Probe, main: Pickle, names: Iterable[Global], container: str,
         root_class=found.module or (str(getattr(main.value, "made_by", "")) if kind == "pickled_object" else None),
         recipe=recipe,
         facts=facts,
-        advice=_advice(kind, file.shown, found, code, dangerous),
-        **described(found.tensors, renaming),
+        advice=_DANGEROUS if dangerous else _advice(file, kind, found, code, bool(numbers["norms"])),
+        **numbers,
     )
 
 
@@ -95,29 +99,17 @@ def _title(kind: str, container: str, found: Contents, dangerous: tuple[str, ...
     }.get(kind, f"data saved by torch{how}, but no weights by name")
 
 
-def _advice(kind: str, path: str, found: Contents, code: tuple[str, ...], dangerous: tuple[str, ...]) -> str:
-    if dangerous:
-        return "do not load it; get the weights from a source you trust, as safetensors"
+def _advice(file: Probe, kind: str, found: Contents, code: tuple[str, ...], norms: bool) -> str:
+    path, named = file.shown, found.named
     if kind in ("pickled_module", "pickled_object"):
-        return trust_lines(path, found.module)
+        return advice.module_lines(path, found.module, norms=norms or kind == "pickled_object")
     if kind == "checkpoint":
         return "save the one you mean by itself:  torch.save(torch.load(file)[key], 'weights.pt')"
     if kind == "torch_data":
         return "save model.state_dict(), and give that file"
-    if recipes.KEY in found.strings:
-        return f"bnfix export {path} --arch THE_ONE_IT_WAS_FOLDED_WITH -o model.onnx"
-    load = f"bnfix fold {path} --arch timm:NAME | torchvision:NAME | pkg.mod:Class | file.py:Class -o folded.pt"
-    return f"{load} --trust" if code else load
-
-
-def trust_lines(path: str, cls: str | None) -> str:
-    """The two ways on from a pickled module, to paste."""
-    module, _, name = (cls or "pkg.mod.Net").rpartition(".")
-    arch = f"{'file.py' if module == '__main__' else module or 'pkg.mod'}:{name}"
-    return (
-        f"if you trust it   bnfix fold {path} --trust\n"
-        f"safer             save model.state_dict(), then: bnfix fold weights.pt --arch {arch}"
-    )
+    if recipes.KEY in found.strings or not norms:
+        return advice.export_line(path, named=named, folded=recipes.KEY in found.strings, trust=bool(code))
+    return advice.fold_line(path, named=named, trust=bool(code))
 
 
 def _some(names: tuple[str, ...], limit: int = 3) -> str:
@@ -141,15 +133,14 @@ def read(info: FileInfo, *, trust: bool) -> Weights | nn.Module:
     if not trust and info.names_code:
         raise UntrustedModelError(
             f"{info.path} holds objects beside the weights ({_some(info.names_code)}): loading can run code inside.",
-            hint=f"if you trust it   bnfix fold {info.path} --arch ... --trust\n"
+            hint=f"{_trusted(info)}\n"
             "safer             where it came from: torch.save(checkpoint['state_dict'], 'weights.pt')",
         )
     protocol = info.facts.get("pickle_protocol")
     if not trust and protocol:
         raise UntrustedModelError(
             f"{info.path} was saved with pickle_protocol={protocol}, which torch's safe loader does not read.",
-            hint=f"if you trust it   bnfix fold {info.path} --arch ... --trust\n"
-            "safer             save it again without pickle_protocol, or as safetensors",
+            hint=f"{_trusted(info)}\nsafer             save it again without pickle_protocol, or as safetensors",
         )
     loaded = _load(info, guarded=whole or bool(info.names_code or protocol))
     opened = open_wrappers(loaded, _sort, _entries)
@@ -163,6 +154,12 @@ def read(info: FileInfo, *, trust: bool) -> Weights | nn.Module:
     recipe = recipes.from_text(text, info.path) if isinstance(text, str) else None
     versions = getattr(opened.value, "_metadata", None)
     return Weights(tensors, recipe, versions=versions if isinstance(versions, Mapping) else {})
+
+
+def _trusted(info: FileInfo) -> str:
+    arch = advice.example_arch(info.path, info.facts.get("arch"))
+    line = advice.command("fold", info.path, arch=arch, trust=True, output=advice.beside(info.path))
+    return f"{advice.TRUST}{advice.GAP}{line}"
 
 
 def _load(info: FileInfo, *, guarded: bool) -> Any:
@@ -210,12 +207,12 @@ def _not_importable(info: FileInfo, error: Exception) -> LoadError:
     if top == "__main__" or "'__main__'" in str(error):
         return LoadError(
             f"{info.path} was pickled from a script whose class is not here ({printable(str(error))})",
-            hint="save model.state_dict() there, then: bnfix fold weights.pt --arch file.py:Class",
+            hint="save model.state_dict() there, then: bnfix fold weights.pt --arch file.py:Class -o folded.pt",
         )
     if top and importlib.util.find_spec(top) is None:
         return LoadError(
             f"{info.path} needs the module {module}, which can't be imported",
-            hint=f"run bnfix in the folder that holds {top}, or: PYTHONPATH=that-folder bnfix ...",
+            hint=f"run bnfix in the folder that holds {top}, or name that folder first:  export PYTHONPATH=that-folder",
         )
     return LoadError(
         f"{info.path} does not fit the code it was pickled from: {printable(str(error))}",

@@ -231,8 +231,9 @@ def test_a_pickled_module_needs_trust_and_the_message_is_the_designs(tmp_path, m
         load("model.pt")
     assert str(caught.value) == (
         "model.pt is a pickled nn.Module (formats_nets.Net): loading it can run any code inside.\n"
-        "  if you trust it   bnfix fold model.pt --trust\n"
-        "  safer             save model.state_dict(), then: bnfix fold weights.pt --arch formats_nets:Net"
+        "  if you trust it   bnfix fold model.pt --trust -o model-folded.pt\n"
+        "  safer: save model.state_dict() as weights.pt, then   "
+        "bnfix fold weights.pt --arch formats_nets:Net -o folded.pt"
     )
     loaded = load("model.pt", trust=True)
     assert same(loaded.value, net())
@@ -398,7 +399,7 @@ def test_files_and_modules_that_can_not_be_imported(tmp_path):
 def test_python_source_as_a_model_says_how_to_name_what_is_in_it(net_file):
     with pytest.raises(LoadError, match="Python source") as caught:
         load(net_file)
-    assert f"{net_file}:Net" in caught.value.hint
+    assert f"{net_file}:Model" in caught.value.hint  # the class that is really in it
 
 
 def test_a_hub_model_says_its_input_and_that_its_weights_are_fresh():

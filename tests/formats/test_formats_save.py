@@ -39,7 +39,7 @@ def test_every_suffix_of_the_design_is_known():
     assert set(known_suffixes()) == {".pt", ".pth", ".bin", ".ckpt", ".safetensors"}
     with pytest.raises(ValueError, match=r"\.safetensors.*not as \.txt"):
         save(net(), "w.txt")
-    with pytest.raises(ValueError, match="no ending"):
+    with pytest.raises(ValueError, match="no such ending"):
         save(net(), "w")
 
 
@@ -135,7 +135,9 @@ def test_folded_weights_bring_their_recipe_and_load_into_the_original_class(tmp_
     info = sniff(path)
     assert info.recipe["edits"] == RECIPE["edits"]
     assert info.recipe["bnfix"]
-    assert info.advice.startswith(f"bnfix export {path} --arch")
+    label, _, line = info.advice.partition("   ")
+    assert label == "with the architecture that it was folded from, for example"
+    assert line == f"bnfix export {path} --arch timm:resnet50 -o {tmp_path / 'f.onnx'}"
     assert (info.tensors, len(info.norms)) == (9, 1)  # 13 − 5 of the norm + 1 bias
     loaded = load(path, arch=Net)
     assert torch.equal(loaded.value(IMAGE), folded()(IMAGE))

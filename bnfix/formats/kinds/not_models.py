@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 
+from bnfix.formats.advice import module_classes
 from bnfix.formats.base import MAX_TEXT, Format, Probe
 from bnfix.formats.names import printable
 from bnfix.types import FileInfo
@@ -18,7 +20,7 @@ class Empty(Format):
     def recognise(self, file: Probe) -> FileInfo | None:
         if file.size:
             return None
-        return file.info("empty", "text", "an empty file (0 bytes)", advice="copy or download it again")
+        return file.info("empty", "nothing", "an empty file (0 bytes)", advice="copy or download it again")
 
 
 class GitLfs(Format):
@@ -34,7 +36,7 @@ class GitLfs(Format):
         facts = {"size": int(size[1])} if size else {}
         return file.info(
             "git_lfs", "text", "a git-lfs pointer, not the file itself", facts=facts,
-            advice=f"git lfs install && git lfs pull --include '{file.path.name}'",
+            advice=f"git lfs install && git lfs pull --include {shlex.quote(file.path.name)}",
         )  # fmt: skip
 
 
@@ -59,7 +61,7 @@ class Html(Format):
 _FOREIGN = (  # first bytes, kind, title, advice
     (b"\x89HDF\r\n\x1a\n", "hdf5", "an HDF5 file, as Keras writes weights", "convert them to a state_dict"),
     (b"GGUF", "gguf", "a GGUF file, quantized weights of llama.cpp", "give the original weights, as safetensors"),
-    (b"\x93NUMPY", "npy", "a NumPy array, which is data", "bnfix fold weights.pt --arch ... --data file.npy"),
+    (b"\x93NUMPY", "npy", "a NumPy array, which is data", "give it to --data, beside a model"),
     (b"\x1f\x8b", "gzip", "a gzip archive", "unpack it:  gunzip or tar xzf"),
     (b"BZh", "bzip2", "a bzip2 archive", "unpack it:  bunzip2 or tar xjf"),
     (b"\xfd7zXZ\x00", "xz", "an xz archive", "unpack it:  unxz or tar xJf"),
@@ -104,8 +106,8 @@ class ForeignZip(Format):
             return file.info("zip", "zip", "an empty zip archive", advice="copy or download it again")
         names = file.archive.names
         if names and all(n.endswith(".npy") for n in names):
-            advice = "bnfix fold weights.pt --arch ... --data file.npz"
-            return file.info("npz", "zip", "NumPy arrays (.npz), which are data: give them to --data", advice=advice)
+            advice = "give them to --data, beside a model"
+            return file.info("npz", "zip", "NumPy arrays (.npz), which are data", advice=advice)
         if "model.weights.h5" in names:
             return file.info("keras", "zip", "a Keras model", advice="convert the weights to a state_dict")
         if file.archive.has(".data/extern_modules"):
@@ -131,7 +133,8 @@ class PythonSource(Format):
     def recognise(self, file: Probe) -> FileInfo | None:
         if file.path.suffix != ".py" or b"\0" in file.head:
             return None
-        advice = f"name the class or function in it:  {file.shown}:Net"
+        classes = module_classes(file.path) or ("Net",)
+        advice = f"name the class or function in it, such as  {', '.join(f'{file.shown}:{c}' for c in classes[:4])}"
         return file.info("python", "text", "Python source, not weights", advice=advice)
 
 

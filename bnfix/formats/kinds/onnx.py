@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from bnfix.formats.advice import GAP, example_arch
 from bnfix.formats.base import Format, Probe
 from bnfix.formats.names import printable
 from bnfix.types import FileInfo, NormInfo
@@ -16,6 +20,8 @@ _IR_VERSION, _PRODUCER, _GRAPH, _OPSETS = 1, 2, 7, 8  # ModelProto
 _NODE, _INITIALIZER = 1, 5  # GraphProto
 _TYPES = {1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool",
           10: "float16", 11: "float64", 12: "uint32", 13: "uint64", 16: "bfloat16"}  # fmt: skip
+
+_BITS = {dtype: int(re.sub(r"\D", "", dtype) or 8) for dtype in _TYPES.values()}
 
 
 class Onnx(Format):
@@ -102,14 +108,23 @@ def _describe(
         loadable=True,
         tensors=len(shapes),
         parameters=sum(numel.values()),
+        bytes=sum((n * _BITS.get(shapes[name][1], 8) + 7) // 8 for name, n in numel.items()),
         dtypes=dict(Counter(dtype for _, dtype in shapes.values()).most_common()),
         norms=tuple(
             NormInfo(n.removesuffix(".running_mean"), numel.get(n, 0), shapes.get(n, ((), ""))[1], True) for n in norms
         ),
         facts={"opset": opset, "ir_version": version, "producer": producer, "nodes": sum(ops.values()),
                "ops": dict(ops.most_common(12)), "external_tensors": external},
-        advice=f"bnfix verify weights.pt {file.shown} --arch ...",
+        advice=_verify_line(file.shown),
     )  # fmt: skip
+
+
+def _verify_line(path: str) -> str:
+    """Compared with the weights beside it that have its name, where there are such."""
+    stem = os.path.splitext(path)[0]
+    weights = next((stem + s for s in (".pt", ".pth", ".safetensors", ".ckpt") if os.path.isfile(stem + s)), None)
+    words = ["bnfix", "verify", weights or "weights.pt", path, "--arch", example_arch(path)]
+    return f"compare it with the weights that it was made of, for example{GAP}{shlex.join(words)}"
 
 
 def _node(stream: BinaryIO, where: range) -> tuple[list[str], str]:

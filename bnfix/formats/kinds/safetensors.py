@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnfix.errors import LoadError
-from bnfix.formats import recipes
+from bnfix.formats import advice, recipes
 from bnfix.formats.base import Format, Probe, Weights
 from bnfix.formats.described import described
 from bnfix.formats.names import printable, wrapped_by_training
@@ -25,8 +25,6 @@ _DTYPES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "
            "BF16": "bfloat16", "I32": "int32", "U32": "uint32", "F32": "float32", "F64": "float64", "I64": "int64",
            "U64": "uint64", "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
            "F8_E8M0": "float8_e8m0fnu"}  # fmt: skip
-_EXPORT = "bnfix export {path} --arch THE_ONE_IT_WAS_FOLDED_WITH -o model.onnx"
-_LOAD = "bnfix fold {path} --arch timm:NAME | torchvision:NAME | pkg.mod:Class | file.py:Class -o folded.safetensors"
 
 
 class SafeTensors(Format):
@@ -51,6 +49,7 @@ class SafeTensors(Format):
         text = metadata.get(recipes.METADATA_KEY)
         shared = {alias: kept for alias, kept in metadata.items() if kept in tensors and alias not in tensors}
         tensors |= {alias: tensors[kept] for alias, kept in shared.items()}
+        numbers = described(tensors, wrapped_by_training(tensors))
         return file.info(
             "safetensors",
             "safetensors",
@@ -62,8 +61,10 @@ class SafeTensors(Format):
                 for k, v in list(metadata.items())[:16]
                 if k != recipes.METADATA_KEY and k not in shared
             },
-            advice=(_EXPORT if text else _LOAD).format(path=file.shown),
-            **described(tensors, wrapped_by_training(tensors)),
+            advice=advice.export_line(file.shown, folded=bool(text))
+            if text or not numbers["norms"]
+            else advice.fold_line(file.shown),
+            **numbers,
         )
 
     def read(self, info: FileInfo, *, trust: bool) -> Any:

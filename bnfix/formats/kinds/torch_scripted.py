@@ -22,7 +22,7 @@ class TorchScript(Format):
             "torchscript",
             "zip",
             "a TorchScript program, which bnfix does not read yet",
-            advice="save the state_dict of its model, then: bnfix fold weights.pt --arch pkg.mod:Class",
+            advice="save the state_dict of its model, then: bnfix fold weights.pt --arch pkg.mod:Class -o folded.pt",
         )
 
 
@@ -45,5 +45,5 @@ class ExportedProgram(Format):
             "exported_program",
             "zip",
             "an exported program (.pt2), which bnfix does not read yet",
-            advice="save the state_dict of its model, then: bnfix fold weights.pt --arch pkg.mod:Class",
+            advice="save the state_dict of its model, then: bnfix fold weights.pt --arch pkg.mod:Class -o folded.pt",
         )

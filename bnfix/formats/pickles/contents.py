@@ -71,6 +71,8 @@ class Contents:
     training: bool | None = None
     keys: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    named: str | None = None
+    """The architecture by name, where trainers write one beside the weights: ``{"arch": "resnet18", …}``."""
 
 
 def contents(root: Any) -> Contents:
@@ -82,16 +84,18 @@ def contents(root: Any) -> Contents:
     keys = tuple(k for k in entries(root) if isinstance(k, str))[:64] if sort(root) == "mapping" else ()
     facts = {k: v for k in ("pytorch-lightning_version", "epoch", "global_step")
              if isinstance(v := entries(root).get(k), (str, int))}  # fmt: skip
+    arch = entries(root).get("arch")
+    named = arch if isinstance(arch, str) and arch else None
     opened = open_wrappers(root, sort, entries)
     value = opened.value
     if sort(value) == "module":
         tensors = _module_tensors(value)
         training = value.state.get("training") if isinstance(value.state, Table) else None
-        return Contents(tensors, {}, opened, _class_of(value), training, keys, facts)
+        return Contents(tensors, {}, opened, _class_of(value), training, keys, facts, named)
     table = entries(value)
     found = {k: spec for k, v in table.items() if isinstance(k, str) and (spec := as_tensor(v)) is not None}
     strings = {k: v for k, v in table.items() if isinstance(k, str) and isinstance(v, str) and k.startswith("__")}
-    return Contents(found, strings, opened, None, None, keys, facts)
+    return Contents(found, strings, opened, None, None, keys, facts, named)
 
 
 def sort(value: Any) -> Sort:
