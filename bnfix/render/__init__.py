@@ -38,6 +38,7 @@ __all__ = [
     "to_json",
     "to_markdown",
     "to_rich",
+    "to_text",
 ]
 
 
@@ -46,6 +47,16 @@ def to_rich(value: Any, about: About | None = None) -> Any:
     from bnfix.render.terminal import Drawn
 
     return Drawn(page_of(value), _about(about))
+
+
+def to_text(value: Any, about: About | None = None, width: int = 100) -> str:
+    """``value`` as plain text, lines of at most ``width`` characters (what is to be pasted stays whole); no colours."""
+    from bnfix.render.terminal import draw
+
+    page = page_of(value)
+    if not page.rows and about is None and len(page.lines) == 1:
+        return " · ".join(page.verdict)
+    return "\n".join(line.plain for line in draw(page, _about(about), width))
 
 
 def to_html(value: Any, about: About | None = None) -> str:

@@ -21,6 +21,7 @@ _ASCII = str.maketrans(
     {"✓": "+", "–": "-", "✗": "x", "…": "...", "·": "|", "≤": "<=", "×": "x", "─": "-", "½": "1/2", "’": "'"}
 )
 GAP = "  "
+LABEL = 16
 
 
 def to_ascii(text: str) -> str:
@@ -62,9 +63,13 @@ def draw(page: Page, about: About, width: int | None) -> list[Text]:
         lines += _hanging("  note: ", note, "", width)
     steps = [*(("wrote", path) for path in about.written), *page.next, *about.next]
     lines += [Text()] if steps else []
-    room = max((len(label) for label, _ in steps), default=0)
+    room = max((len(label) for label, _ in steps if len(label) <= LABEL), default=0)
     for label, step in steps:  # never wrapped by us: it is there to be pasted
-        lines.append(Text.assemble((f"  {label:<{room}}  ", "dim"), (step, "bold" if label != "wrote" else "")))
+        style = "bold" if label != "wrote" else ""
+        if len(label) > LABEL:  # on a line by itself, so that what is to be pasted begins near the margin
+            lines += [Text(f"  {label}:", "dim"), Text.assemble("    ", (step, style))]
+        else:
+            lines.append(Text.assemble((f"  {label:<{room}}  ", "dim"), (step, style)))
     return lines
 
 

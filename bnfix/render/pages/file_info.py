@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from bnfix.render.numbers import count, size
 from bnfix.render.page import Column, Line, Page, Row, State
 from bnfix.render.pages import PageOf
@@ -9,6 +11,7 @@ from bnfix.types import FileInfo
 
 COLUMNS = (Column("what", "path"), Column("found"))
 FEW = 8
+TRAINING = "it was saved in training mode: bnfix uses it in evaluation mode, others have to call model.eval()"
 
 
 class FileInfoPage(PageOf):
@@ -29,7 +32,8 @@ class FileInfoPage(PageOf):
             lines=tuple(lines),
             state=state,
             verdict=(value.title, *norms, _can(value)),
-            next=tuple(("next" if n == 0 else "", line) for n, line in enumerate(value.advice.splitlines())),
+            notes=(TRAINING,) if value.facts.get("training") is True else (),
+            next=tuple(_step(n, line) for n, line in enumerate(value.advice.splitlines())),
         )
 
 
@@ -44,7 +48,7 @@ def _found(value: FileInfo) -> list[tuple[State, str, str]]:
         wrapper += f", not taken: {', '.join(map(repr, value.other_wrappers))}"
     recipe = value.recipe or {}
     return [
-        ("plain", "kind", f"{value.kind} ({value.container}), {size(value.size)}"),
+        ("plain", "kind", f"{_kind(value)}, {size(value.size)}"),
         ("plain", "tensors", tensors if value.tensors else ""),
         ("plain", "norms", f"{len(names)}: {listed}" if names else ("none" if value.tensors else "")),
         ("plain", "wrapper", wrapper),
@@ -53,11 +57,35 @@ def _found(value: FileInfo) -> list[tuple[State, str, str]]:
         ("kept", "runs code of", _some(tuple(n for n in value.names_code if n not in value.dangerous))),
         ("failed", "DANGEROUS", _some(value.dangerous)),
         ("plain", "folded", _recipe(recipe) if recipe else ""),
-        *(("plain", str(k).replace("_", " "), str(v)) for k, v in value.facts.items()),
+        *(("plain", str(k).replace("_", " "), _said(v)) for k, v in value.facts.items() if k != "training"),
     ]
 
 
+def _kind(value: FileInfo) -> str:
+    packed = value.size and value.container not in (value.kind, "unknown")
+    return f"{value.kind} ({value.container})" if packed else value.kind
+
+
+def _said(fact: object) -> str:
+    """A fact as one would say it: no brackets, no quotes."""
+    if isinstance(fact, bool):
+        return "yes" if fact else "no"
+    if isinstance(fact, Mapping):
+        return ", ".join(f"{n:,} {name}" if isinstance(n, int) else f"{name}: {n}" for name, n in fact.items())
+    if isinstance(fact, (list, tuple)):
+        return ", ".join(map(str, fact))
+    return str(fact)
+
+
+def _step(n: int, line: str) -> tuple[str, str]:
+    """A line of advice: the words before three spaces are its label, the rest is there to be pasted."""
+    label, gap, rest = line.partition("   ")
+    return (label, rest.strip()) if gap else ("next" if n == 0 else "", line)
+
+
 def _can(value: FileInfo) -> str:
+    if value.kind == "onnx":
+        return "for bnfix verify; fold and export start from a PyTorch model"
     if value.loadable:
         return "can be loaded"
     return "must not be loaded" if value.dangerous else "can't be loaded as it is"

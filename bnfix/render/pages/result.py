@@ -91,6 +91,11 @@ def _kept(reason: str, group: list[Refusal]) -> Row:
     return Row(state, (", ".join(names).replace(", …,", " …"), _was(group), f"kept: {reason}", "", ""))
 
 
+def line_of(value: Edit | Refusal) -> Line:
+    """One norm by itself: what was done with it, or why nothing was."""
+    return _line(value, dry_run=False) if isinstance(value, Edit) else _refused(value)
+
+
 def _line(edit: Edit, dry_run: bool) -> Line:
     figures = [f"{ulp(edit.ulp)} ulp"] if edit.ulp is not None else []
     figures += [f"{ratio(edit.noise_ratio)} x noise"] if edit.noise_ratio is not None else []
