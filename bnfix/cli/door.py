@@ -1,7 +1,7 @@
 """How a command ends: every error as one line and what to do next, and the exit codes of the design.
 
 0 done · 1 a check failed, or a dry run would change something · 2 wrong use, or an error of bnfix ·
-3 inconclusive · 130 interrupted
+3 inconclusive · 130 interrupted · 141 the reader of the output left
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import os
 import sys
 import traceback as tracebacks
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
 import typer
 
+from bnfix.cli.typed import own
 from bnfix.errors import BnfixError
 from bnfix.render.legible import legible
 
-DONE, FAILED, WRONG, INCONCLUSIVE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+DONE, FAILED, WRONG, INCONCLUSIVE, INTERRUPTED, UNHEARD, TERMINATED = 0, 1, 2, 3, 130, 141, 143
 
 
 class Terminated(BaseException):
@@ -68,6 +69,9 @@ def codes(*, traceback: bool) -> Iterator[Ended]:
     except BnfixError as error:
         _fail(error.message, (error.hint or "").splitlines(), shown)
         ended.code = WRONG
+    except BrokenPipeError:  # the help, to a reader that left
+        leave_quietly()
+        ended.code = UNHEARD
     except MemoryError:
         _fail("out of memory", ["try a smaller input:  --input 1x3x64x64"], shown)
         ended.code = WRONG
@@ -116,7 +120,7 @@ def complain(error: BnfixError) -> None:
 def _fail(message: str, hint: list[str], traceback: bool) -> None:
     if traceback:
         tracebacks.print_exc(file=sys.stderr)
-    _say("".join([f"error: {message}", *(f"\n  {line}" for line in hint)]))
+    _say("".join([f"error: {message}", *(f"\n  {own(line)}" for line in hint)]))
 
 
 def _say(text: str) -> None:
@@ -125,3 +129,11 @@ def _say(text: str) -> None:
         print(legible(text).encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
     except OSError:  # nobody listens: the exit code still speaks
         return
+
+
+def leave_quietly() -> None:
+    """Send what is left in the buffer of standard output nowhere, so that Python does not complain when it ends."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import secrets
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bnfix.cli.door import UsageError, users_code, users_words
 from bnfix.cli.options import Asked
 from bnfix.cli.screen import Steps
-from bnfix.errors import LoadError
+from bnfix.errors import BnfixError, LoadError, MissingDependencyError
+from bnfix.files import check_target
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,7 +67,7 @@ def check_paths(asked: Asked) -> None:
     if asked.input and asked.data:
         raise UsageError("--input and --data exclude each other", hint="--data alone: shapes are those of the batches")
     if asked.arch_kw and not asked.arch and os.path.exists(asked.model):
-        raise UsageError("--arch-kw without --arch", hint=f"bnfix info {asked.model}")
+        raise UsageError("--arch-kw without --arch", hint=f"bnfix info {shlex.quote(asked.model)}")
 
 
 def check_there(path_or_spec: str) -> None:
@@ -76,6 +81,32 @@ def check_there(path_or_spec: str) -> None:
 
     if not os.path.exists(path_or_spec) and parse_spec(path_or_spec) is None:
         api.info(path_or_spec)
+
+
+def check_writable(target: str, *, source_path: str, inplace: bool = False) -> None:
+    """Whether ``target`` can be written, tried out: some directories say that they can be written to and can't.
+
+    Raises:
+        BnfixError: as :func:`bnfix.files.check_target` does, or no file can be made there.
+    """
+    check_target(target, source_path=source_path, inplace=inplace)
+    trial = os.path.join(os.path.dirname(os.path.realpath(target)), f".bnfix-{secrets.token_hex(6)}")
+    try:
+        os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        os.unlink(trial)
+    except OSError as error:
+        raise BnfixError(f"{target} can't be written: {error.strerror}", hint="name another file with -o") from error
+
+
+def check_installed(packages: Sequence[str], purpose: str) -> None:
+    """Whether the packages that ``purpose`` needs are there, without importing them.
+
+    Raises:
+        MissingDependencyError: one is not.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(package, "onnx", purpose)
 
 
 def open_model(asked: Asked, steps: Steps) -> Opened:
@@ -106,7 +137,7 @@ def _module(loaded: Loaded) -> nn.Module:
     shown = f"{loaded.info.path} is {loaded.info.title}" if loaded.info else f"{loaded.value}"
     raise LoadError(
         f"{shown}: bnfix folds, exports and compares from a PyTorch module",
-        hint="bnfix fold weights.pt --arch SPEC   from the weights it was made of",
+        hint="from its weights, for example   bnfix fold weights.pt --arch timm:resnet50 -o folded.pt",
     )
 
 

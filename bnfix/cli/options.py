@@ -40,7 +40,7 @@ ArchOption = Annotated[
     str | None,
     typer.Option(
         metavar="SPEC",
-        help="What the weights belong to: timm:NAME, torchvision:NAME, pkg.mod:callable or file.py:callable.",
+        help="What the weights belong to: timm:resnet50, torchvision:resnet18, pkg.mod:callable or file.py:callable.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -133,7 +133,7 @@ class Asked:
         parts += [f"arch={json.dumps(arch, ensure_ascii=False)}"] if arch else []
         parts += [f"arch_kwargs={self.arch_kwargs!r}"] if arch and self.arch_kw else []
         parts += ["trust=True"] if trust else []
-        return f"bnfix.load({', '.join(parts)})"
+        return f"import bnfix; model = bnfix.load({', '.join(parts)})"
 
 
 def sibling(path: str, suffix: str) -> str:
@@ -144,3 +144,15 @@ def sibling(path: str, suffix: str) -> str:
 def quoted(word: str) -> str:
     """``word`` as a shell takes it for one."""
     return shlex.quote(word)
+
+
+def folded(path: str) -> str:
+    """A name for the folded model, to be proposed: ``net-folded.pt`` for ``net.pt``."""
+    from bnfix.formats.advice import beside
+
+    return beside(path)
+
+
+def named(model: str) -> str:
+    """The file, or for a spec the name of the architecture in it."""
+    return model if os.path.exists(model) else model.rpartition(":")[2] or "model"

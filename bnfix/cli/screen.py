@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from bnfix.cli.door import leave_quietly
 from bnfix.cli.options import OutputFormat
 from bnfix.errors import BnfixError
 from bnfix.render import About, render_all
@@ -82,11 +82,3 @@ def report(values: Sequence[Any], format: OutputFormat, about: Sequence[About]) 
     except OSError as error:
         leave_quietly()
         raise BnfixError(f"the report can't be written: {error.strerror}") from error
-
-
-def leave_quietly() -> None:
-    """Send what is left in the buffer of standard output nowhere, so that Python does not complain when it ends."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)

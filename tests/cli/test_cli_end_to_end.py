@@ -51,7 +51,9 @@ def test_fold_export_verify(shop: Path, capsys: Output) -> None:
 
     # the lines that the report offers work as they are
     load = next(x.split("load it")[1].strip() for x in out.splitlines() if "load it" in x)
-    folded = eval(load, {"bnfix": bnfix})
+    names: dict[str, nn.Module] = {}
+    exec(load, names)  # as it would be pasted
+    folded = names["model"]
     import shop_net
 
     original, x = shop_net.trained(), shop_net.batches()[0]
@@ -105,6 +107,14 @@ def test_a_second_fold_changes_nothing_more(shop: Path, capsys: Output) -> None:
     capsys.readouterr()
     assert run(["fold", "f.pt", *ARCH, *INPUT, "--dry-run"]) == 0
     assert "would fold 0 of 1 norm" in capsys.readouterr().out
+    assert run(["fold", "f.pt", *ARCH, *INPUT, "-o", "g.pt"]) == 0
+    out = capsys.readouterr().out
+    assert "already folded, nothing left to do: g.pt was not written" in out
+    assert "load it" not in out
+    assert not Path("g.pt").exists()
+    line = next(x.split("next")[1] for x in out.splitlines() if x.strip().startswith("next"))
+    assert run(shlex.split(line)[1:]) == 0
+    assert Path("f.onnx").exists()
 
 
 def test_a_pickled_module_needs_trust(shop: Path, capsys: Output) -> None:
@@ -114,8 +124,9 @@ def test_a_pickled_module_needs_trust(shop: Path, capsys: Output) -> None:
     assert run(["fold", "whole.pt", *INPUT, "-o", "f.pt"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert "--trust" in err
     assert not Path("f.pt").exists()
+    line = next(x for x in err.splitlines() if "if you trust it" in x)
+    assert shlex.split(line.partition("trust it   ")[2])[1:] == ["fold", "whole.pt", *INPUT, "-o", "f.pt", "--trust"]
     assert run(["fold", "whole.pt", *INPUT, "--trust", "-o", "f.pt"]) == 0
     assert 'bnfix.load("f.pt", trust=True)' in capsys.readouterr().out
 
@@ -157,11 +168,19 @@ def test_an_interrupted_fold_leaves_nothing(shop: Path, number: signal.Signals) 
     slow += "\n\ndef pause():\n    open('reached', 'w').close()\n    import time\n    time.sleep(60)\n"
     Path("slow_net.py").write_text(slow)
     argv = [sys.executable, "-m", "bnfix", "fold", "shop.pt", "--arch", "slow_net.py:ShopNet", *INPUT, "-o", "f.pt"]
+    # a parent that ignores SIGINT (nohup, a shell's background job) hands that on: the child is to have the default
+    code = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    argv = [sys.executable, "-c", f"{code}; runpy.run_module('bnfix', run_name='__main__')", *argv[3:]]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
-    while not Path("reached").exists() and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(number)
-    out, err = process.communicate()
+    try:
+        deadline = time.monotonic() + 120
+        while not Path("reached").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], err
     assert out == ""
     assert "Traceback" not in err

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
 
 from bnfix.cli import options as o
 from bnfix.cli.door import DONE, FAILED, INCONCLUSIVE, UsageError
-from bnfix.cli.opening import check_paths, open_model
+from bnfix.cli.opening import check_installed, check_paths, check_writable, open_model
 from bnfix.cli.screen import report, working
-from bnfix.files import check_target
 from bnfix.render import About
 
 ORDER = 20
+OLDEST = 7  # before it, the converter that onnx brings does not know BatchNormalization without is_test
 EPILOG = """**Examples**
 
 `bnfix export weights.pt --arch timm:resnet50 -o model.onnx`
@@ -50,10 +49,12 @@ def export(
     asked = o.Asked(model, arch, tuple(arch_kw or ()), trust, tuple(input or ()), data, forward, seed)
     check_paths(asked)
     if output is None:
-        raise UsageError("where should the ONNX file go?", hint=f"-o {o.quoted(o.sibling(_named(model), '.onnx'))}")
+        raise UsageError("where should the ONNX file go?", hint=f"-o {o.quoted(o.sibling(o.named(model), '.onnx'))}")
     if not output.endswith(".onnx"):
         raise UsageError(f"-o {output}: an ONNX file ends in .onnx", hint=f"-o {o.quoted(o.sibling(output, '.onnx'))}")
-    check_target(output, source_path=model)
+    check_writable(output, source_path=model)
+    check_installed(("onnx", "onnxscript", "onnxruntime"), "exporting to ONNX")
+    _check_opset(opset)
     with working() as steps:
         opened = open_model(asked, steps)
         from bnfix import api
@@ -78,5 +79,16 @@ def export(
     return {"failed": FAILED, "inconclusive": INCONCLUSIVE}.get(verdict, DONE)
 
 
-def _named(model: str) -> str:
-    return model if os.path.exists(model) else model.rpartition(":")[2] or "model"
+def _check_opset(opset: int | None) -> None:
+    """What no exporter writes, known before torch is imported; what this model's operators exclude is found later."""
+    if opset is None:
+        return
+    from onnx.defs import onnx_opset_version
+
+    newest = onnx_opset_version()
+    if not OLDEST <= opset <= newest:
+        raise UsageError(
+            f"--opset {opset}: torch's exporter and onnx {'write no opset before' if opset < OLDEST else 'end at'} "
+            f"{OLDEST if opset < OLDEST else newest}",
+            hint="leave it out, and torch chooses; or the oldest that torch writes by itself:  --opset 18",
+        )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bnfix.cli import options as o
 from bnfix.cli.door import DONE, FAILED, UsageError, users_words
-from bnfix.cli.opening import Opened, check_paths, open_model
+from bnfix.cli.opening import Opened, check_paths, check_writable, open_model
 from bnfix.cli.screen import report, working
-from bnfix.files import check_target
 from bnfix.formats.saving import writer_for
 from bnfix.render import About
 
@@ -26,8 +26,8 @@ EPILOG = """**Examples**
 
 `bnfix fold model.pt --trust -o folded.pt --require-all`
 
-**Exit codes**  0 folded, also where some norms were kept · 1 --dry-run would change something, --require-all
-was not met, or the proof failed (then nothing is written) · 2 wrong use or an error"""
+**Exit codes**  0 folded, also where some norms were kept (or all: then nothing is written) · 1 --dry-run would
+change something, --require-all was not met, or the proof failed (then nothing is written) · 2 wrong use or an error"""
 
 
 def fold(
@@ -67,10 +67,11 @@ def fold(
         unmet = (result.parity is not None and result.parity.verdict == "failed") or (
             require_all and bool(result.refusals)
         )
-        if target is not None and result.model is not None and not unmet:
-            steps(f"writing {target}")
-            api.save(result.model, target, recipe=result.recipe, source=opened.loaded.info, inplace=in_place)
-    report([result], output_format, [_about(asked, opened, result, None if unmet else target, unmet)])
+        written = target if result.edits and not unmet else None
+        if written is not None and result.model is not None:
+            steps(f"writing {written}")
+            api.save(result.model, written, recipe=result.recipe, source=opened.loaded.info, inplace=in_place)
+    report([result], output_format, [_about(asked, opened, result, target, written, unmet)])
     if dry_run:
         return FAILED if result.edits or unmet else DONE
     return FAILED if unmet else DONE
@@ -84,21 +85,37 @@ def _target(asked: o.Asked, output: str | None, in_place: bool, dry_run: bool) -
         raise UsageError("where should the folded model go?", hint="-o folded.pt\n--dry-run   shows the plan only")
     with users_words("-o"):
         writer_for(target)
-    check_target(target, source_path=asked.model, inplace=in_place)
+    check_writable(target, source_path=asked.model, inplace=in_place)
     return target
 
 
-def _about(asked: o.Asked, opened: Opened, result: Result, target: str | None, unmet: bool) -> About:
+def _about(
+    asked: o.Asked, opened: Opened, result: Result, target: str | None, written: str | None, unmet: bool
+) -> About:
     notes = [*opened.notes]
     steps: list[tuple[str, str]] = []
     if unmet:
         notes.append("nothing was written")
-    if target is not None:
-        arch = opened.arch(target)
+    elif target is not None and written is None:
+        notes.append(_unwritten(opened, result, target, in_place=target == asked.model))
+        if not any(r.defect for r in result.refusals):
+            line = asked.next("export", asked.model, trust=asked.trust)
+            steps.append(("next", f"{line} -o {o.quoted(o.sibling(o.named(asked.model), '.onnx'))}"))
+    if written is not None:
+        arch = opened.arch(written)
         trust = opened.pickled and arch is None
-        again = o.Asked(target, arch, asked.arch_kw, input=asked.input, data=asked.data, forward=asked.forward)
-        steps.append(("load it", asked.load_line(target, arch=arch, trust=trust)))
-        steps.append(("next", f"{again.next('export', target, trust=trust)} -o {o.quoted(o.sibling(target, '.onnx'))}"))
+        again = dataclasses.replace(asked, model=written, arch=arch, trust=trust)
+        steps.append(("load it", asked.load_line(written, arch=arch, trust=trust)))
+        onnx = o.quoted(o.sibling(written, ".onnx"))
+        steps.append(("next", f"{again.next('export', written, trust=trust)} -o {onnx}"))
     elif result.dry_run and result.edits:
-        steps.append(("next", f"{asked.next('fold', asked.model, trust=asked.trust)} -o folded.pt"))
-    return About("bnfix fold", asked.model, (target,) if target else (), tuple(notes), tuple(steps))
+        line = asked.next("fold", asked.model, trust=asked.trust)
+        steps.append(("next", f"{line} -o {o.quoted(o.folded(o.named(asked.model)))}"))
+    return About("bnfix fold", asked.model, (written,) if written else (), tuple(notes), tuple(steps))
+
+
+def _unwritten(opened: Opened, result: Result, target: str, *, in_place: bool) -> str:
+    left = f"{target} is as it was" if in_place else f"{target} was not written"
+    if opened.loaded.info is not None and opened.loaded.info.recipe:
+        return f"already folded, nothing left to do: {left}"
+    return f"nothing was folded: {left}"

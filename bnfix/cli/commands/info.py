@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from bnfix.cli import options as o
-from bnfix.cli.door import DONE, WRONG, complain
+from bnfix.cli.door import DONE, FAILED, WRONG, complain
 from bnfix.cli.screen import report
 from bnfix.errors import BnfixError
 from bnfix.render import About
@@ -19,7 +19,8 @@ EPILOG = """**Examples**
 
 `bnfix info *.pt --output-format concise | grep norm`
 
-**Exit codes**  0 looked at · 2 a file can't be read"""
+**Exit codes**  0 bnfix can load every file · 1 one can't be loaded, or must not be (dangerous, truncated,
+a web page …), which stops `bnfix info x.pt && …` in a script · 2 a file can't be read"""
 
 
 def info(
@@ -29,7 +30,8 @@ def info(
 ) -> int:
     """Say what a file is: its kind, its tensors and norms, what loading it would run, and what to do with it.
 
-    Nothing is unpickled and no code in the file is run; torch is not even imported.
+    Nothing is unpickled and no code in the file is run; torch is not even imported. The exit code says whether
+    every file can be loaded, so that it can stand before another command in a script.
     """
     from bnfix import api
 
@@ -43,4 +45,5 @@ def info(
             code = WRONG
     if found:
         report(found, output_format, about)
-    return code
+    unfit = any(value.dangerous or not value.loadable for value in found)
+    return code or (FAILED if unfit else DONE)

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from bnfix.cli import options as o
-from bnfix.cli.door import DONE, FAILED, INCONCLUSIVE, users_code, users_words
-from bnfix.cli.opening import check_paths, check_there, open_model
+from bnfix.cli.door import DONE, FAILED, INCONCLUSIVE, UsageError, users_code, users_words
+from bnfix.cli.opening import check_installed, check_paths, check_there, open_model
 from bnfix.cli.screen import Steps, report, working
 from bnfix.render import About
 
@@ -52,6 +52,9 @@ def verify(
     asked = o.Asked(model, arch, tuple(arch_kw or ()), trust, tuple(input or ()), data, forward, seed)
     check_paths(asked)
     check_there(other)
+    _check_order(asked, other)
+    if _is_onnx(other):
+        check_installed(("onnx", "onnxruntime"), "comparing with an ONNX file")
     with working() as steps:
         opened = open_model(asked, steps)
         from bnfix import api
@@ -67,13 +70,28 @@ def verify(
 def _candidate(asked: o.Asked, other: str, other_arch: str | None, steps: Steps) -> Any:
     from bnfix import api
 
-    if os.path.isfile(other) and api.info(other).kind == "onnx":
+    if _is_onnx(other):
         return other
     steps(f"loading {other}")
     arch = other_arch or asked.arch
     kwargs = asked.arch_kwargs if arch == asked.arch else {}
     with users_code(arch or other), users_words(other):
         return api.open_model(other, arch=arch, arch_kwargs=kwargs, trust=asked.trust).value
+
+
+def _is_onnx(path: str) -> bool:
+    from bnfix import api
+
+    return os.path.isfile(path) and api.info(path).kind == "onnx"
+
+
+def _check_order(asked: o.Asked, other: str) -> None:
+    if _is_onnx(asked.model) and not _is_onnx(other):
+        swapped = asked.next("verify", other, asked.model, trust=asked.trust)
+        raise UsageError(
+            f"{asked.model} is an ONNX file: the PyTorch model comes first, it is what is right by definition",
+            hint=f"swap them:   {swapped}",
+        )
 
 
 def _next(asked: o.Asked, other: str, verdict: str) -> tuple[tuple[str, str], ...]:
@@ -84,5 +102,6 @@ def _next(asked: o.Asked, other: str, verdict: str) -> tuple[tuple[str, str], ..
         real = dataclasses.replace(asked, input=(), data="data.py:batches")
         return (("on real data", real.next("verify", asked.model, other, trust=asked.trust)),)
     if verdict in ("passed", "warned") and onnx:
-        return (("use it", f"onnxruntime.InferenceSession({json.dumps(other, ensure_ascii=False)})"),)
+        line = f"import onnxruntime; session = onnxruntime.InferenceSession({json.dumps(other, ensure_ascii=False)})"
+        return (("use it", line),)
     return ()

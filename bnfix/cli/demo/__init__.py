@@ -84,11 +84,11 @@ def _steps(folder: str) -> int:
     data = ["--data", f"{path('digits_net.py')}:batches"]
     commands = (
         ("2  What is this file? (read without torch, nothing unpickled)", ["info", path("digits.pt")]),
-        ("3  Fold", ["fold", path("digits.pt"), *arch, *data, "-o", path("folded.pt")]),
-        ("4  Export", ["export", path("folded.pt"), *arch, *data, "-o", path("digits.onnx")]),
+        ("3  Fold", ["fold", path("digits.pt"), *arch, *data, "-o", path("digits-folded.pt")]),
+        ("4  Export", ["export", path("digits-folded.pt"), *arch, *data, "-o", path("digits-folded.onnx")]),
         (
             "5  Verify: does the ONNX file still compute what the trained model does?",
-            ["verify", path("digits.pt"), path("digits.onnx"), *arch, *data],
+            ["verify", path("digits.pt"), path("digits-folded.onnx"), *arch, *data],
         ),
     )
     for title, argv in commands:
@@ -100,9 +100,9 @@ def _steps(folder: str) -> int:
     with working():
         import bnfix
 
-        folded: nn.Module = bnfix.load(path("folded.pt"), arch=arch[1])
+        folded: nn.Module = bnfix.load(path("digits-folded.pt"), arch=arch[1])
         after = net.predictions(folded.eval())
-        deployed = _run_onnx(path("digits.onnx"), net.images().numpy())
+        deployed = _run_onnx(path("digits-folded.onnx"), net.images().numpy())
     changed = [sum(a != b for a, b in zip(before, other, strict=True)) for other in (after, deployed)]
     _say(f"The {len(truth)} test digits, in short:\n")
     _say(f"  as trained       accuracy {_accuracy(before, truth)}")

@@ -1,0 +1,54 @@
+"""The command line that was typed, so that an error can give it back with what was missing."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_typed: ContextVar[tuple[str, ...]] = ContextVar("typed", default=())
+_OPENING = ("fold", "export", "verify")
+
+
+@contextmanager
+def typing(argv: Sequence[str]) -> Iterator[None]:
+    """Inside, ``argv`` is what the user typed."""
+    token = _typed.set(tuple(argv))
+    try:
+        yield
+    finally:
+        _typed.reset(token)
+
+
+def own(line: str) -> str:
+    """A line of a hint with the user's own command in place of a general one.
+
+    ``if you trust it   bnfix fold net.pt --trust -o …`` becomes ``if you trust it   bnfix export net.pt -o net.onnx
+    --trust`` where that was typed without ``--trust``. Every other line stays as it is.
+    """
+    typed = _typed.get()
+    label, gap, general = line.partition("   ")
+    words = _words(general.strip() if gap else line)
+    if typed[:1] not in {(verb,) for verb in _OPENING} or len(words) < 3 or words[0] != "bnfix":
+        return line
+    if words[1] not in _OPENING or words[2] not in typed:
+        return line
+    missing = ["--trust"] if "--trust" in words and "--trust" not in typed else []
+    if "--arch" in words and not any(word.partition("=")[0] == "--arch" for word in typed):
+        missing += words[words.index("--arch") :][:2]
+        if "--data" in words and not {word.partition("=")[0] for word in typed} & {"--data", "--input"}:
+            missing += words[words.index("--data") :][:2]
+    return f"{label}{gap}{command(missing)}" if gap and missing else line
+
+
+def command(more: Sequence[str] = ()) -> str:
+    """What was typed, with ``more`` at its end, quoted for the shell."""
+    return shlex.join(["bnfix", *_typed.get(), *more])
+
+
+def _words(line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError:  # prose with an apostrophe
+        return []
