@@ -62,6 +62,7 @@ def fold(
     from bnfix.types import Result
 
     say = progress or _silent
+    _check(model, k)
     model, notes = unwrap(model)
     calls, assumed = _calls(model, example, data, forward)
     notes = (*notes, *assumed)
@@ -135,6 +136,7 @@ def export(
 
     say = progress or _silent
     check_target(path)
+    _check(model, k)
     model, notes = unwrap(model)
     calls, assumed = _calls(model, example, None, forward)
     folded, edits = model, 0
@@ -185,6 +187,7 @@ def verify(
     from bnfix import parity
     from bnfix.graph import unwrap
 
+    _check(model, k)
     model, _ = unwrap(model)
     calls = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
     (progress or _silent)(f"comparing on {len(calls)} inputs")
@@ -331,6 +334,21 @@ def _forward(text: str | None) -> Forward | None:
         raise ValueError(f"--forward {text!r} is no function; write 'lambda m, b: m(b)'")
     found: Forward = value
     return found
+
+
+def _check(model: Any, k: float) -> None:
+    from torch import nn
+
+    if not isinstance(model, nn.Module):
+        given = type(model).__name__
+        way = (
+            "load it first: bnfix.load(path, arch=...)"
+            if isinstance(model, (str, os.PathLike, dict))
+            else "pass the module"
+        )
+        raise TypeError(f"model is an nn.Module, not {given}; {way}")
+    if not 0 < k < float("inf"):
+        raise ValueError(f"k is a positive number, not {k}")
 
 
 def _calls(

@@ -27,6 +27,8 @@ class Attempt:
     edits: tuple[Edit, ...]
     parity: Parity | None
     failure: str
+    defect: bool = True
+    """Whether a failure is bnfix's own, and not that the model's forward needs the norm to be there."""
 
 
 class FoldProof:
@@ -38,6 +40,7 @@ class FoldProof:
         self.model, self.calls, self.facts, self.verify, self.k, self.say = model, calls, facts, verify, k, say
         self._references: list[Any] | None = None
         self._attempts: dict[tuple[str, ...], Attempt] = {}
+        self._blame: dict[str, tuple[str, bool]] = {}
 
     def holds(self, folds: Sequence[PlannedFold]) -> bool:
         """Whether these folds together pass."""
@@ -56,7 +59,14 @@ class FoldProof:
                 f"the model does not do the same twice: {self.of(()).failure}",
                 hint="its forward depends on state that changes from run to run: nothing was folded",
             )
-        return folding.isolate(folds, self.holds)
+        return folding.isolate(folds, self._holds_or_blames)
+
+    def _holds_or_blames(self, folds: Sequence[PlannedFold]) -> bool:
+        """As :meth:`holds`; a failure is remembered against the fold that came last, which in the end is one alone."""
+        attempt = self.of(folds)
+        if attempt.failure:
+            self._blame[folds[-1].norm.path] = (attempt.failure, attempt.defect)
+        return not attempt.failure
 
     def of(self, folds: Sequence[PlannedFold]) -> Attempt:
         """The attempt at these folds; made once."""
@@ -69,14 +79,20 @@ class FoldProof:
     def undone(
         self, planned: Sequence[PlannedFold], kept: Sequence[PlannedFold], folded: Folded
     ) -> tuple[Refusal, ...]:
-        """The folds that the proof threw out, each with what was found when it was tried alone with the good ones."""
+        """The folds that the proof threw out, each with what was found when it was tried with the good ones."""
         settled = {f.norm.path for f in kept} | {r.site for r in folded.refusals}
         refusals = []
-        for planned_fold in planned:
-            if planned_fold.norm.path not in settled:
-                found = self.of([f for f in planned if f in kept or f is planned_fold]).failure
-                reason = f"planned, but thrown out by its proof and undone: {found}"
-                refusals.append(planned_fold.refused(reason, defect=True))
+        for one in planned:
+            if one.norm.path in settled:
+                continue
+            failure, defect = self._blame.get(one.norm.path, ("", False))
+            if not failure:
+                reason = "planned, but not tried: too many other folds of this model failed their proof"
+            elif defect:
+                reason = f"planned, but thrown out by its proof and undone: {failure}"
+            else:
+                reason = f"the model needs it to be there: {failure}"
+            refusals.append(one.refused(reason, defect=defect))
         return tuple(refusals)
 
     def _attempt(self, folds: Sequence[PlannedFold]) -> Attempt:
@@ -87,7 +103,7 @@ class FoldProof:
             edits = folding.operate(self.facts, folded, Surgeon(memo))
             after = gather(copy, self.calls)
         except BnfixError as error:  # the changed copy can't be operated on or traced: this choice of folds is wrong
-            return Attempt(copy, folded, (), None, error.message)
+            return Attempt(copy, folded, (), None, f"without it {error.message}", defect=False)
         errors = folding.weight_errors(self.facts, folded, after)
         failure = folding.worst_weight(self.facts, folded, errors) or folding.structure_differs(
             self.facts, after, folded
@@ -111,7 +127,8 @@ class FoldProof:
         private, _ = copy_model(copy)  # a forward may write on itself
         runs = [parity.record(private, call, sites) for call in self.calls]
         compared = parity.compare(self._references, runs, k=self.k, candidate="the folded model")
-        at_sites = {o.name: o for o in parity.compare_sites(self._references, runs, {s: s for s in sites}, k=self.k)}
+        called = {s: s for s in sites if all(r.oracle.sites.get(s) for r in self._references)}
+        at_sites = {o.name: o for o in parity.compare_sites(self._references, runs, called, k=self.k)}
         ratios: dict[str, float] = {}
         failure = ""
         for name, output in at_sites.items():

@@ -139,11 +139,11 @@ def _fold_one(
         before = binding.tensors[target.weight].detach().double() if weight is None else weight
         device_affine = norm_affine(binding, planned)
         affine = Affine(device_affine.scale.to(before.device), device_affine.shift.to(before.device))
-        new_weights[target.weight] = planned.fold.weight(before, affine, target.op)
+        new_weights[target.weight] = target.fold.weight(before, affine, target.op)
         bias = biases.get((target.bias, target.holder))
         if bias is None and target.bias is not None:
             bias = binding.tensors[target.bias].detach().double()
-        new_biases[target.bias, target.holder] = planned.fold.bias(bias, affine)
+        new_biases[target.bias, target.holder] = target.fold.bias(bias, affine)
     return new_weights, new_biases
 
 
@@ -157,17 +157,15 @@ def _unfit(
             return f"{target.holder} has weights of {before.dtype}"
         if target.bias is None and bias_slot(facts.binding, target.holder) is None:
             return f"{target.op.site} has no bias, and {target.holder or 'the model'} has no place for one"
-        reason = _unfit_numbers(planned, target, after, biases[target.bias, target.holder], before.dtype)
+        reason = _unfit_numbers(target, after, biases[target.bias, target.holder], before.dtype)
         if reason:
             return reason
     return None
 
 
-def _unfit_numbers(
-    planned: PlannedFold, target: Target, weight: Tensor, bias: Tensor, dtype: torch.dtype
-) -> str | None:
+def _unfit_numbers(target: Target, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> str | None:
     info = torch.finfo(dtype)
-    seen = planned.fold.channels(weight, target.op)
+    seen = target.fold.channels(weight, target.op)
     largest = torch.linalg.vector_norm(seen, ord=torch.inf, dim=tuple(range(2, seen.dim())))
     for what, values in (("weight", largest), ("bias", bias)):
         if not bool(torch.isfinite(values).all()):

@@ -22,6 +22,7 @@ class Target:
     op: Op
     holder: str
     """Path of the module whose weight this is."""
+    fold: Fold
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,6 @@ class PlannedFold:
     norm: NormFact
     op: Op
     targets: tuple[Target, ...]
-    fold: Fold
     requires: frozenset[str] = frozenset()
     calls: tuple[str, ...] = ()
     """The norm's call sites, as a reader names them."""
@@ -96,13 +96,12 @@ class _Planner:
         producers: dict[Place, Place] = {}
         for place in norm.calls:
             producers[place] = self._producer(place)
-        fold = self._one_fold(norm, producers)
         targets: dict[tuple[int, int | None, str], Target] = {}
         for place, source in producers.items():
             op = self._op(source)
             self._alone(source, place, norm)
             target = self._target(op)
-            reason = fold.refuse(op, self._op(place), self.facts.tensors[target.weight].shape)
+            reason = target.fold.refuse(op, self._op(place), self.facts.tensors[target.weight].shape)
             if reason:
                 raise _Refused(reason)
             if op.shape != self._op(place).shape or op.dtype != self._op(place).dtype:
@@ -115,7 +114,7 @@ class _Planner:
             name for place, name in self.planned.items() if any(self._resolve(place) == s for s in producers.values())
         }
         first = self._op(norm.calls[0])
-        return PlannedFold(norm, first, tuple(targets.values()), fold, frozenset(requires), self.call_names(norm))
+        return PlannedFold(norm, first, tuple(targets.values()), frozenset(requires), self.call_names(norm))
 
     def accept(self, planned: PlannedFold) -> None:
         """From here on the norm passes its input on unchanged."""
@@ -176,13 +175,6 @@ class _Planner:
             raise _Refused(f"{producer.site} is called inside {producer.within[0]}")
         return found
 
-    def _one_fold(self, norm: NormFact, producers: Mapping[Place, Place]) -> Fold:
-        folds = {self.folds_of[self._op(s).kind] for s in producers.values()}
-        if len(folds) > 1:
-            names = sorted({self._op(s).kind for s in producers.values()})
-            raise _Refused(f"its calls follow layers of different kinds ({', '.join(names)})")
-        return folds.pop()
-
     def _alone(self, source: Place, place: Place, norm: NormFact) -> None:
         """The producer's value goes to this call of the norm and to nobody else."""
         users = [u for u in self._consumers(source) if u != place]
@@ -206,7 +198,21 @@ class _Planner:
         for name in self.facts.tensors[weight].owners:
             if name.rpartition(".")[0] in inside and name.rpartition(".")[0]:
                 owner = name
-        return Target(weight, producer.tensors.get("bias"), producer, owner.rpartition(".")[0])
+        target = Target(
+            weight, producer.tensors.get("bias"), producer, owner.rpartition(".")[0], self.folds_of[producer.kind]
+        )
+        if target.bias is None:
+            self._bias_is_its_own(target)
+        return target
+
+    def _bias_is_its_own(self, target: Target) -> None:
+        """A bias given to the module would reach every call in it that has none yet."""
+        for route in self.facts.routes:
+            for op in route.ops:
+                if op.kind in self.folds_of and "bias" not in op.tensors and op.tensors.get("weight") != target.weight:
+                    names = self.facts.tensors[op.tensors["weight"]].owners if "weight" in op.tensors else ()
+                    if target.holder in {n.rpartition(".")[0] for n in names}:
+                        raise _Refused(f"{target.op.site} has no bias of its own: {_named(op)} there has none either")
 
     def _every_use(self, target: Target, producers: Mapping[Place, Place], places: set[Place], norm: NormFact) -> None:
         """Each use of the layer's weight and bias feeds this norm; else the fold would change other outputs."""

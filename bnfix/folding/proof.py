@@ -70,12 +70,12 @@ def structure_differs(before: Facts, after: Facts, folded: Folded) -> str | None
     reads the weights it is meant to read, and each layer that took up a norm has a bias.
     """
     gone = {place for f in folded.folds for place in f.norm.calls}
-    took_up = {t.holder for f in folded.folds for t in f.targets}
+    targets = [t for f in folded.folds for t in f.targets]
     for r, (old, new) in enumerate(zip(before.routes, after.routes, strict=True)):
         expected = [op for op in _computed(old) if (r, op.index) not in gone]
         found = _computed(new)
         for left, right in zip(expected, found, strict=False):
-            reason = _op_differs(left, right, before, after, took_up)
+            reason = _op_differs(left, right, before, after, targets)
             if reason:
                 return f"{right.site}: {reason}"
         if len(expected) != len(found):
@@ -88,20 +88,23 @@ def _computed(route: Route) -> list[Op]:
     return [op for op in route.ops if op.kind not in ("input", "constant")]
 
 
-def isolate(items: Sequence[Any], works: Callable[[Sequence[Any]], bool]) -> list[Any]:
-    """The largest part of ``items`` found by halving for which ``works`` holds; the rest is at fault.
+def isolate(items: Sequence[Any], works: Callable[[Sequence[Any]], bool], attempts: int = 60) -> list[Any]:
+    """The largest part of ``items`` found by halving for which ``works`` holds; the rest is at fault, or wasn't tried.
 
-    ``works`` holds for no items at all, and is called about 2·log₂(n) times for each item at fault. What it
-    accepts was accepted as a whole.
+    ``works`` holds for no items at all, and is called about 2·log₂(n) times for each item at fault, at most
+    ``attempts`` times. What it accepts was accepted as a whole.
     """
-    if not items or works(items):
-        return list(items)
-    if len(items) == 1:
-        return []
-    middle = len(items) // 2
-    good = isolate(items[:middle], works)
-    for_rest = isolate(items[middle:], lambda part: works([*good, *part]))
-    return [*good, *for_rest]
+    good: list[Any] = []
+    pending = [list(items)]
+    while pending and attempts:
+        part = pending.pop(0)
+        attempts -= 1
+        if works([*good, *part]):
+            good += part
+        elif len(part) > 1:
+            middle = len(part) // 2
+            pending[:0] = [part[:middle], part[middle:]]
+    return good
 
 
 def _stored(before: Facts, after: Facts, target: Target, key: int | None) -> Tensor:
@@ -174,22 +177,21 @@ def _ulps(stored: Tensor, exact: Tensor, slack: Tensor) -> float:
     return float("inf") if worst != worst else max(worst, ULP_LIMIT)
 
 
-def _op_differs(left: Op, right: Op, before: Facts, after: Facts, took_up: set[str]) -> str | None:
+def _op_differs(left: Op, right: Op, before: Facts, after: Facts, targets: Sequence[Target]) -> str | None:
     if (left.kind, left.target, left.shape, left.dtype) != (right.kind, right.target, right.shape, right.dtype):
         return f"{right.target} where {left.target} was expected"
     if repr(sorted(left.attrs.items())) != repr(sorted(right.attrs.items())):  # as text: NaN is NaN
         return f"{right.target} runs with other settings than before"
+    mine = [t for t in targets if t.weight == left.tensors.get("weight")]
     gained = set(right.tensors) - set(left.tensors)
-    if set(left.tensors) - set(right.tensors) or gained - {"bias"}:
+    if set(left.tensors) - set(right.tensors) or gained - ({"bias"} if mine else set()):
         return f"{right.target} reads other tensors than before"
-    for role in left.tensors:
-        names = set(before.tensors[left.tensors[role]].owners) & set(after.tensors[right.tensors[role]].owners)
-        if not names:
+    for role, key in left.tensors.items():
+        names = set(before.tensors[key].owners)
+        if mine and role in ("weight", "bias"):  # what was written must be what is read, not another name of it
+            names = {n for n in names if n.rpartition(".")[0] in {t.holder for t in mine}} or names
+        if not names & set(after.tensors[right.tensors[role]].owners):
             return f"{right.target} reads another {role} than before"
-    if "bias" in gained:
-        holders = {n.rpartition(".")[0] for n in after.tensors[right.tensors["bias"]].owners}
-        return None if holders & took_up else f"{right.target} has gained a bias"
-    names = {n.rpartition(".")[0] for k in right.tensors.values() for n in after.tensors[k].owners}
-    if right.kind in ("conv", "conv_transpose", "linear") and names & took_up and "bias" not in right.tensors:
+    if mine and "bias" not in right.tensors:
         return f"{right.site} does not use the bias it was given"
     return None

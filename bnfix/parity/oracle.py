@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from bnfix.errors import PassError
 from bnfix.graph import copy_model
+from bnfix.parity.chance import differing, generators, other_numbers, where_drawn
 from bnfix.parity.outputs import named_tensors
 from bnfix.running import Call, preserved
 from bnfix.running.call import map_tensors
@@ -46,11 +47,18 @@ class Recorded:
     """One run: its outputs by name, and per site (a module path) the outputs of its calls, subsampled.
 
     ``order`` holds what ran at the sites, call after call: ``bn``, ``relu``, ``bn@1`` (the second of ``bn``).
+    ``drew`` names the generators that the run drew from: ``torch``, ``random``, ``numpy``.
     """
 
     outputs: Mapping[str, Tensor]
     sites: Mapping[str, list[Tensor]] = field(default_factory=dict)
     order: tuple[str, ...] = ()
+    drew: tuple[str, ...] = ()
+
+    def by_site(self, names: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+        """What was recorded, by call: ``bn``, ``bn@1``. ``names`` leads from the name to show to the site's own."""
+        shown = names if names is not None else {site: site for site in self.sites}
+        return {site_call(name, i): t for name, site in shown.items() for i, t in enumerate(self.sites[site])}
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,8 @@ class Reference:
     ``draws[0]`` is the plain run; ``moved`` holds the indices of the draws with moved inputs.
     ``dtype`` is the lowest type that a convolution or matrix product of the plain run computed in.
     ``exact`` is False where the model can't run in float64: then ``oracle`` is its plain run, and
-    nothing can be proven, only refuted; ``notes`` says why.
+    nothing can be proven, only refuted; ``notes`` says why. ``again`` is a run with other random numbers,
+    where the model draws any and they tell; then ``chance`` says where it draws them.
     """
 
     call: Call
@@ -70,6 +79,8 @@ class Reference:
     moved: tuple[int, ...] = ()
     exact: bool = True
     notes: tuple[str, ...] = ()
+    again: Recorded | None = None
+    chance: str = ""
 
 
 def _private_copy(model: nn.Module) -> nn.Module:
@@ -102,6 +113,8 @@ def record(model: nn.Module, call: Call, sites: Sequence[str] = ()) -> Recorded:
     def keep(site: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             for tensor in named_tensors(output).values():
+                if _is_wrapped(tensor):
+                    continue
                 values = kept.setdefault(site, [])
                 order.append(site_call(site, len(values)))
                 values.append(subsample(tensor))
@@ -111,14 +124,21 @@ def record(model: nn.Module, call: Call, sites: Sequence[str] = ()) -> Recorded:
     with preserved(model), torch.no_grad(), contextlib.ExitStack() as stack:
         for site in sites:
             stack.callback(modules[site].register_forward_hook(keep(site)).remove)
+        before = generators()
         outputs = named_tensors(_run(model, call))
         outputs = {name: t.detach().clone() for name, t in outputs.items()}
-    return Recorded(outputs, kept | {site: [] for site in sites if site not in kept}, tuple(order))
+        drew = tuple(name for name, state in generators().items() if before.get(name, state) != state)
+    return Recorded(outputs, kept | {site: [] for site in sites if site not in kept}, tuple(order), drew)
 
 
 def site_call(site: str, call: int) -> str:
     """One of the calls of a site by the name that reports give it: ``bn``, ``bn@1``."""
     return str(CallSite(site, call))
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    """Inside vmap and its like a tensor has no values to look at."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def subsample(tensor: Tensor) -> Tensor:
@@ -150,17 +170,25 @@ def references(
     for call in calls:
         with _Precision() as seen:
             plain = record(model, call, sites)
-        oracle, notes = _oracle(wide, call, sites)
+        oracle, notes, random = _oracle(wide, call, sites)
         if seen.dtype == torch.float64:
             notes = (*notes, "the model computes in float64: the oracle is no more exact than the model itself")
         kind = tuple(tuple(t.shape[1:]) for t in call.tensors())
         runs = [plain]
         moved: tuple[int, ...] = ()
+        again, chance = None, ""
+        if kind not in drawn and (random or seen.random or plain.drew):
+            with preserved(model), other_numbers():
+                again = record(model, call, sites)
+            if differing(plain.outputs, again.outputs) or differing(plain.by_site(), again.by_site()):
+                chance = where_drawn(random or seen.random, plain.drew)
         if kind not in drawn or oracle is None or seen.dtype == torch.float64:  # then the plain run shows no noise
             drawn.add(kind)
             extra, moved = _extra_draws(model, call, sites, draws[1:], few=_few(plain))
             runs += extra
-        found.append(Reference(call, oracle or plain, tuple(runs), seen.dtype, moved, oracle is not None, notes))
+        exact = oracle is not None
+        again = again if chance else None
+        found.append(Reference(call, oracle or plain, tuple(runs), seen.dtype, moved, exact, notes, again, chance))
     return found
 
 
@@ -181,19 +209,21 @@ def double_copy(model: nn.Module) -> nn.Module:
     return wide
 
 
-def _oracle(wide: nn.Module, call: Call, sites: Sequence[str]) -> tuple[Recorded | None, tuple[str, ...]]:
-    """The float64 run, or None with the reason where the model has none."""
+def _oracle(
+    wide: nn.Module, call: Call, sites: Sequence[str]
+) -> tuple[Recorded | None, tuple[str, ...], dict[str, str]]:
+    """The float64 run, or None with the reason where the model has none; and where it drew random numbers."""
     wide_call = call.map(_widened)
     with _paths(wide) as path, _Precision(path) as seen:
         try:
             recorded = record(wide, wide_call, sites)
         except PassError as error:
-            return None, (f"no float64 oracle, the model doesn't run in float64: {error.message}",)
+            return None, (f"no float64 oracle, the model doesn't run in float64: {error.message}",), {}
     if not seen.below:
-        return recorded, ()
+        return recorded, (), seen.random
     shown = "; ".join(f"{where or '(root)'} ({op})" for where, op in list(seen.below.items())[:3])
     more = f" and {len(seen.below) - 3} more" if len(seen.below) > 3 else ""
-    return recorded, (f"oracle contaminated at {shown}{more}: computed below float64 there",)
+    return recorded, (f"oracle contaminated at {shown}{more}: computed below float64 there",), seen.random
 
 
 def _extra_draws(
@@ -278,7 +308,10 @@ def _paths(model: nn.Module) -> Iterator[list[str]]:
 
 
 class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Which types a run computes in: ``dtype``, the lowest of its products; ``below`` float64: where, by module."""
+    """Which types a run computes in: ``dtype``, the lowest of its products; ``below`` float64: where, by module.
+
+    ``random`` holds the operations that draw random numbers, by module likewise.
+    """
 
     def __init__(self, path: list[str] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -286,6 +319,7 @@ class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._products: set[torch.dtype] = set()
         self._all: set[torch.dtype] = set()
         self.below: dict[str, str] = {}
+        self.random: dict[str, str] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -294,6 +328,8 @@ class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.random.setdefault(self._path[-1] if self._path else "", str(func._schema.name).replace("::", "."))
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if not (isinstance(t, Tensor) and t.is_floating_point()):
                 continue

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 
 @contextlib.contextmanager
@@ -23,7 +24,8 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # theirs can't be swapped
     dicts = [(m, dict(m.__dict__)) for m in modules]
     tables = [(m, dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in modules]
-    values = [(b, b.detach().clone()) for m in modules for b in m._buffers.values() if b is not None]
+    buffers = [b for m in modules for b in m._buffers.values() if b is not None and not b.is_meta and not is_lazy(b)]
+    values = [(b, b.detach().clone()) for b in buffers]
     rng = _rng_state()
     backends = (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, torch.is_grad_enabled())
     try:
@@ -32,10 +34,10 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
         for module, attributes in dicts:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-        for module, parameters, buffers, children in tables:
+        for module, parameters, own_buffers, children in tables:
             for table, kept in (
                 (module._parameters, parameters),
-                (module._buffers, buffers),
+                (module._buffers, own_buffers),
                 (module._modules, children),
             ):
                 if _changed(table, kept):
