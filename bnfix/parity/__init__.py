@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from bnfix.parity.compare import compare, compare_sites, judge
 from bnfix.parity.export import export_onnx
+from bnfix.parity.from_file import file_call
+from bnfix.parity.needs import check_export, check_verify
 from bnfix.parity.oracle import Recorded, Reference, record, references
 from bnfix.parity.probes import accepted, probe_calls
 from bnfix.parity.verify import verify, verify_file
@@ -12,9 +14,12 @@ __all__ = [
     "Recorded",
     "Reference",
     "accepted",
+    "check_export",
+    "check_verify",
     "compare",
     "compare_sites",
     "export_onnx",
+    "file_call",
     "judge",
     "probe_calls",
     "record",

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bnfix.parity.oracle import Recorded, Reference, site_call
+from bnfix.parity.chance import differing
+from bnfix.parity.oracle import Recorded, Reference
 from bnfix.parity.rule import K_FAILS, Case, Judged, judge_case, pooled_noise, roundoff
 from bnfix.types import OutputParity, Parity, Verdict
 
@@ -60,6 +61,8 @@ def compare(
         references, [r.oracle.outputs for r in references], [[d.outputs for d in r.draws] for r in references],
         outputs, k, candidate or "the candidate",
     )  # fmt: skip
+    chance = {r.chance: differing(r.draws[0].outputs, r.again.outputs) for r in references if r.again}
+    judged = tuple(_left_to_chance(o, chance) for o in judged)
     return Parity(
         outputs=judged,
         passed=(verdict := overall(judged)) in ("passed", "warned"),
@@ -86,15 +89,14 @@ def compare_sites(
     """
     sites = list(references[0].oracle.sites) if references else []
     named = {site: (pairs or {}).get(site, site) for site in sites if pairs is None or site in pairs}
-
-    def flat(run: Recorded, names: Mapping[str, str]) -> dict[str, Tensor]:
-        return {site_call(shown, i): t for shown, site in names.items() for i, t in enumerate(run.sites[site])}
-
     own = {site: site for site in named}
     judged = _judge_all(
-        references, [flat(r.oracle, own) for r in references], [[flat(d, own) for d in r.draws] for r in references],
-        [flat(c, named) for c in candidates], k, "the candidate",
+        references, [r.oracle.by_site(own) for r in references],
+        [[d.by_site(own) for d in r.draws] for r in references],
+        [c.by_site(named) for c in candidates], k, "the candidate",
     )  # fmt: skip
+    chance = {r.chance: differing(r.draws[0].by_site(own), r.again.by_site(own)) for r in references if r.again}
+    judged = tuple(_left_to_chance(o, chance) for o in judged)
     ran = {name: i for i, name in enumerate(references[0].draws[0].order if references else ())}
     ordered = sorted(judged, key=lambda o: ran.get(o.name, len(ran)))
     return tuple(replace(o, worst_sample="") for o in ordered)  # subsampled: there are no samples to point at
@@ -149,6 +151,12 @@ def _judge_all(
     unknown = dict.fromkeys(n for run in candidates for n in run if n not in cases)
     judged += [_none(n, "failed", f"{label} has it, the model doesn't") for n in unknown]
     return tuple(judged)
+
+
+def _left_to_chance(output: OutputParity, chance: Mapping[str, set[str]]) -> OutputParity:
+    """``output``, or that nothing can be said of it: ``chance`` leads from a reason to the names it holds for."""
+    reason = next((why for why, names in chance.items() if output.name in names), "")
+    return _none(output.name, "inconclusive", reason) if reason else output
 
 
 def _none(name: str, verdict: Verdict, reason: str) -> OutputParity:

@@ -18,11 +18,12 @@ from bnfix.errors import BnfixError, ExportError, PassError
 from bnfix.files import check_target
 from bnfix.graph import quiet_export
 from bnfix.parity.modes import norms_without_statistics, training_modules
+from bnfix.parity.needs import check_export
 from bnfix.parity.onnx_graph import check_file, norms_left, onnx_package, opset_of
 from bnfix.parity.oracle import _private_copy, record
 from bnfix.parity.outputs import nesting
 from bnfix.parity.probes import accepted, batch_size, probe_calls
-from bnfix.parity.sessions import LEVELS, OnnxModel, runtime, spelling
+from bnfix.parity.sessions import LEVELS, OnnxModel, spelling
 from bnfix.parity.tracing import TranslationError, depends_on_the_batch, to_onnx, trace
 from bnfix.parity.verify import direct_calls, named_inputs, verify_file
 from bnfix.running import Call
@@ -64,10 +65,11 @@ def export_onnx(
     Raises:
         ExportError: the model is in training mode or depends on its batch, torch can't export it, or the file is not
             what was asked for. Nothing was written.
-        MissingDependencyError: onnx, onnxscript or (to verify) onnxruntime is absent.
+        MissingDependencyError: onnx, onnxscript or onnxruntime is absent.
+        ValueError: ``path`` does not end in .onnx.
     """
+    check_export(opset, path)
     onnx = onnx_package()
-    runtime()
     check_target(path)
     _refuse(training_modules(model), "in training mode", "model.eval()")
     _refuse(
@@ -96,7 +98,8 @@ def export_onnx(
             try:
                 program = _program(model, _traced(call, probes) if free else call, opset, names, dynamic=free)
                 _save(program, file, opset)
-                misfits = _misfits(model, file, probes) if free else ()
+                opened = OnnxModel(file, providers)
+                misfits = _misfits(model, opened, probes) if free else ()
             except TranslationError as error:
                 if not free:
                     raise ExportError(error.message, hint=error.hint) from error
@@ -109,12 +112,12 @@ def export_onnx(
             notes.append(f"the batch is frozen to {size}: {reasons[0]}")
             probes = [p for p in probes if batch_size(p) == size]
         proto = onnx.load(str(file), load_external_data=False)
-        opened = OnnxModel(file, providers)
+        notes += _fixed_sizes(model, opened, [call, *inputs])
         if structure != "tensor":
             notes.append(f"the model returns {structure}; the file's outputs are {', '.join(opened.outputs)}")
         parity: Parity | None = None
         if verify:
-            parity = verify_file(reference or model, file, [*probes, *inputs], k=k, providers=providers)
+            parity = verify_file(reference or model, opened, [*probes, *inputs], k=k)
         result = Export(
             path=os.fspath(path),
             opset=opset_of(proto),
@@ -160,13 +163,33 @@ def _save(program: Any, file: Path, opset: int | None) -> None:
     if opset is not None and got != opset:
         raise ExportError(
             f"opset {opset} was asked for, torch's exporter wrote opset {got}: nothing was written",
-            hint=f"--opset {got}",
+            hint=f"ask for opset {got}, or for none",
         )
 
 
-def _misfits(model: nn.Module, file: Path, probes: Sequence[Call]) -> tuple[str, ...]:
+def _fixed_sizes(model: nn.Module, opened: OnnxModel, calls: Sequence[Call]) -> list[str]:
+    """What is fixed in the file although the calls come in several sizes (the batch aside)."""
+    found: list[str] = []
+    for call in calls:
+        try:
+            given = [named_inputs(model, direct) for direct in direct_calls(model, call)]
+            orders = [(named, opened.order(named)) for named in given]
+        except PassError:  # an input of another kind: the comparison says so
+            continue
+        for named, order in orders:
+            for slot in opened.inputs:
+                tensor = named[order[slot.name]]
+                axes = [axis for axis in slot.wrong_axes(tensor) if axis > 0]
+                if axes:
+                    image = tensor.dim() == 4 and axes[0] >= 2
+                    size = slot.sizes.split("x", 2)[2] if image else slot.sizes
+                    what = "image size" if image else f"size of {slot.name}"
+                    found.append(f"the {what} is fixed at {size} in this file")
+    return list(dict.fromkeys(found))
+
+
+def _misfits(model: nn.Module, opened: OnnxModel, probes: Sequence[Call]) -> tuple[str, ...]:
     """Why the file does not run with every batch size that the model runs with."""
-    opened = OnnxModel(file)
     found: list[str] = []
     for probe in probes:
         named = named_inputs(model, probe)

@@ -34,15 +34,26 @@ TYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Slot:
-    """An input of a file: None in ``shape`` is a size that may vary."""
+    """An input of a file: None in ``shape`` is a size that may vary; ``dims`` holds their names in the file."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int | None, ...] | None
+    dims: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        sizes = ("?" if s is None else str(s) for s in self.shape or ())
-        return f"{self.name}: {'x'.join(sizes) or 'any'} {_short(self.dtype)}"
+        return f"{self.name}: {self.sizes or 'any'} {_short(self.dtype)}"
+
+    @property
+    def sizes(self) -> str:
+        """The shape for a reader: ``Nx3x224x224``, where N is any batch; other sizes that may vary are ``?``."""
+        free = ("N" if axis == 0 else "?" for axis in range(len(self.shape or ())))
+        return "x".join(f if s is None else str(s) for s, f in zip(self.shape or (), free, strict=True))
+
+    @property
+    def sample(self) -> str:
+        """As :attr:`sizes`, without a batch that may vary: ``3x224x224``."""
+        return self.sizes.removeprefix("Nx")
 
     def admits(self, tensor: Tensor) -> bool:
         """Whether kind and rank fit: only then it can be this input at all."""
@@ -51,14 +62,22 @@ class Slot:
 
     def misfit(self, tensor: Tensor) -> str:
         """Why ``tensor`` can't be fed here although it is meant for it; empty if it can."""
-        for axis, (wanted, got) in enumerate(zip(self.shape or (), tensor.shape, strict=False)):
-            if wanted is not None and wanted != got:
-                return f"the file's batch is frozen to {wanted}" if axis == 0 else f"the file takes {self}"
-        return ""
+        wrong = self.wrong_axes(tensor)
+        if not wrong:
+            return ""
+        if wrong[0] == 0:
+            return f"the file's batch is frozen to {(self.shape or ())[0]}"
+        which = f"axis {wrong[0]}" if len(wrong) == 1 else f"axes {' and '.join(map(str, wrong))}"
+        return f"the file takes {self.name} as {self.sizes}, not {_sizes(tensor)} ({which})"
+
+    def wrong_axes(self, tensor: Tensor) -> list[int]:
+        """The axes along which ``tensor`` has not the size that the file fixes."""
+        pairs = enumerate(zip(self.shape or (), tensor.shape, strict=False))
+        return [axis for axis, (wanted, got) in pairs if wanted is not None and wanted != got]
 
 
 class OnnxModel:
-    """Sessions of ONNX Runtime over one file, one for each of :data:`LEVELS`, one thread each.
+    """Sessions of ONNX Runtime over one file, one for each of :data:`LEVELS` that is asked for, one thread each.
 
     Raises:
         LoadError: ONNX Runtime can't open the file.
@@ -74,8 +93,9 @@ class OnnxModel:
         unknown = [p for p in wanted if p not in self._ort.get_available_providers()]
         if unknown:
             raise ValueError(f"ONNX Runtime here has no {unknown[0]}, only {self._ort.get_available_providers()}")
-        self._sessions = {level: self._session(level, wanted) for level in LEVELS}
-        first = self._sessions[LEVELS[0]]
+        self._wanted = wanted
+        self._sessions: dict[str, Any] = {}
+        first = self._session(LEVELS[1])
         self.providers: tuple[str, ...] = tuple(first.get_providers())
         self.inputs = tuple(self._slot(i) for i in first.get_inputs())
         self.outputs = tuple(str(o.name) for o in first.get_outputs())
@@ -118,8 +138,8 @@ class OnnxModel:
         """
         feed = {s.name: _cast(named[order[s.name]], s).numpy() for s in self.inputs}
         try:
-            values = self._sessions[level].run(None, feed)
-        except self._errors as error:
+            values = self._session(level).run(None, feed)
+        except _errors(self._ort) as error:
             raise PassError(f"ONNX Runtime failed on {self.path.name} ({level}): {_said(error)}") from error
         for name, value in zip(self.outputs, values, strict=True):
             if not hasattr(value, "__array__"):
@@ -138,28 +158,27 @@ class OnnxModel:
     def _by_name(self) -> dict[str, Slot]:
         return {s.name: s for s in self.inputs}
 
-    @property
-    def _errors(self) -> tuple[type[Exception], ...]:
-        state = self._ort.capi.onnxruntime_pybind11_state
-        named = (getattr(state, n) for n in dir(state))
-        own = tuple(e for e in named if isinstance(e, type) and issubclass(e, Exception))
-        return (*own, RuntimeError, ValueError)
+    def _session(self, level: str) -> Any:
+        if level not in self._sessions:
+            self._sessions[level] = self._opened(level)
+        return self._sessions[level]
 
-    def _session(self, level: str, providers: list[str]) -> Any:
+    def _opened(self, level: str) -> Any:
         options = self._ort.SessionOptions()
         options.graph_optimization_level = getattr(self._ort.GraphOptimizationLevel, level)
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 4
         try:
-            return self._ort.InferenceSession(os.fspath(self.path), options, providers=providers)
-        except self._errors as error:
+            return self._ort.InferenceSession(os.fspath(self.path), options, providers=self._wanted)
+        except _errors(self._ort) as error:
             raise LoadError(f"ONNX Runtime can't open {self.path.name}: {_said(error)}") from error
 
     def _slot(self, value: Any) -> Slot:
         if value.type not in TYPES:
             raise LoadError(f"{self.path.name}: the input {value.name} is a {value.type}, which bnfix can't feed")
         shape = tuple(d if isinstance(d, int) else None for d in value.shape)
-        return Slot(str(value.name), TYPES[value.type], shape)
+        dims = tuple(d if isinstance(d, str) else "" for d in value.shape)
+        return Slot(str(value.name), TYPES[value.type], shape, dims)
 
 
 def runtime() -> ModuleType:
@@ -172,6 +191,26 @@ def runtime() -> ModuleType:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise MissingDependencyError("onnxruntime", "onnx", "running an ONNX file") from error
+
+
+def opens(model: Any) -> bool:
+    """Whether ONNX Runtime can open ``model``, a proto in memory."""
+    ort = runtime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except _errors(ort):
+        return False
+    return True
+
+
+def _errors(ort: ModuleType) -> tuple[type[Exception], ...]:
+    state = ort.capi.onnxruntime_pybind11_state
+    named = (getattr(state, n) for n in dir(state))
+    own = tuple(e for e in named if isinstance(e, type) and issubclass(e, Exception))
+    return (*own, RuntimeError, ValueError)
 
 
 def match_outputs(expected: Sequence[str], file_names: Sequence[str], values: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -209,7 +248,11 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _described(tensor: Tensor) -> str:
-    return f"{'x'.join(map(str, tensor.shape)) or 'scalar'} {_short(tensor.dtype)}"
+    return f"{_sizes(tensor)} {_short(tensor.dtype)}"
+
+
+def _sizes(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"
 
 
 def _said(error: Exception) -> str:

@@ -18,7 +18,7 @@ from bnfix.parity.modes import training_modules
 from bnfix.parity.oracle import Recorded, Reference, record, references
 from bnfix.parity.outputs import named_tensors
 from bnfix.parity.rule import K_FAILS
-from bnfix.parity.sessions import LEVELS, OnnxModel, match_outputs
+from bnfix.parity.sessions import LEVELS, OnnxModel, Slot, match_outputs
 from bnfix.running import Call, as_call, preserved
 from bnfix.running.call import Forward
 from bnfix.types import Parity
@@ -61,14 +61,17 @@ def verify(
 
 def verify_file(
     reference: nn.Module,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | OnnxModel,
     calls: Sequence[Call],
     *,
     k: float = K_FAILS,
     providers: Sequence[str] | None = None,
 ) -> Parity:
-    """:func:`verify` for an ONNX file: run with all of ONNX Runtime's optimizations and with none; both must pass."""
-    file = OnnxModel(path, providers)
+    """:func:`verify` for an ONNX file: run with all of ONNX Runtime's optimizations and with none; both must pass.
+
+    ``path`` may be a file that is open already; ``providers`` are its own then.
+    """
+    file = path if isinstance(path, OnnxModel) else OnnxModel(path, providers)
     direct = [d for call in calls for d in direct_calls(reference, call)]
     named = [named_inputs(reference, call) for call in direct]
     orders = [file.order(tensors) for tensors in named]
@@ -76,10 +79,9 @@ def verify_file(
     fitting = [i for i, why in enumerate(misfits) if not why]
     reasons = list(dict.fromkeys(why for why in misfits if why))
     if not fitting:
-        raise PassError(
-            f"no input fits {file.path.name}: {reasons[0]}",
-            hint="give inputs of that size, or export again with a dynamic batch:  bnfix.export(model, path, example)",
-        )
+        pairs = ((slot, t[order[slot.name]]) for t, order in zip(named, orders, strict=True) for slot in file.inputs)
+        first = next((slot, slot.wrong_axes(t)) for slot, t in pairs if slot.wrong_axes(t))
+        raise PassError(f"no input fits {file.path.name}: {reasons[0]}", hint=_next_input(*first))
     notes = [f"{why}: {misfits.count(why)} of {len(direct)} inputs were not judged" for why in reasons]
     notes += file.rounds(named[fitting[0]], orders[fitting[0]])
     refs = references(reference, [direct[i] for i in fitting])
@@ -93,6 +95,12 @@ def verify_file(
         label, where = file.path.name, file.providers
         parities.append(compare(refs, runs, k=k, candidate=label, notes=notes, versions=found, providers=where))
     return worse(parities[0], parities[1], LEVELS)
+
+
+def _next_input(slot: Slot, wrong: Sequence[int]) -> str:
+    if wrong == [0]:
+        return f"give inputs of {slot.sizes}, or export the model again with a batch that may vary"
+    return f"give inputs of {slot.sample}{'' if slot.sample == slot.sizes else ', any batch'}"
 
 
 def versions(*packages: str) -> dict[str, str]:
