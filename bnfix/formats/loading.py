@@ -82,7 +82,9 @@ def load(
     notes = [*_wrapper_notes(info), *content.notes]
     if content.recipe is not None:
         recipes.replay(model, content.recipe, info.path)
-        notes.append(f"folded by bnfix: {len(content.recipe['edits'])} norms are placeholders, as its recipe says")
+        gone = len(content.recipe["edits"])
+        are = "is a placeholder" if gone == 1 else "are placeholders"
+        notes.append(f"folded by bnfix: {_count(gone, 'norm')} {are}, as its recipe says")
     notes += fitting.fit(model, content, where=info.path, arch=shown)
     return Loaded(model, info, shown, tuple(notes), hint)
 

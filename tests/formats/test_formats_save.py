@@ -143,7 +143,7 @@ def test_folded_weights_bring_their_recipe_and_load_into_the_original_class(tmp_
     assert torch.equal(loaded.value(IMAGE), folded()(IMAGE))
     # one rounding of the weights, and sums of at most 27 products of numbers around 1
     assert torch.allclose(loaded.value(IMAGE), net()(IMAGE), rtol=1e-4, atol=1e-4)
-    assert "1 norms are placeholders" in loaded.notes[0]
+    assert "1 norm is a placeholder" in loaded.notes[0]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
