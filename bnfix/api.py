@@ -176,7 +176,7 @@ def verify(
         model: right by definition, in evaluation mode.
         other: a module, an exported program, or the path of an ONNX file (of the dynamo or the legacy exporter, or of
             another tool).
-        inputs: examples, each as for :func:`fold`; a single tensor is one example.
+        inputs: a list of examples, or one, each as for :func:`fold` (a tuple is one: its positional arguments).
         k: more than ``k`` times the noise fails, more than half of that warns.
 
     Raises:
@@ -189,7 +189,7 @@ def verify(
 
     _check(model, k)
     model, _ = unwrap(model)
-    calls = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
+    calls = inputs if isinstance(inputs, list) else [inputs]
     (progress or _silent)(f"comparing on {len(calls)} inputs")
     return parity.verify(model, other, calls, forward=forward, k=k)
 

@@ -96,7 +96,7 @@ class FoldProof:
         return tuple(refusals)
 
     def _attempt(self, folds: Sequence[PlannedFold]) -> Attempt:
-        self.say(f"folding {len(folds)} norms")
+        self.say(f"folding {len(folds)} norms" if folds else "nothing to fold: holding the model against itself")
         copy, memo = copy_model(self.model)
         folded = folding.compute(self.facts, folds)
         try:

@@ -70,7 +70,7 @@ def test_without_an_example_one_is_deduced_and_said() -> None:
 
 
 def test_without_an_example_that_can_be_deduced_it_is_asked_for() -> None:
-    with pytest.raises(PassError, match="--input 1x3x224x224"):
+    with pytest.raises(PassError, match="--input x=1x8,scale=1x8"):
         bnfix.fold(lived_in(TwoInputs()))
 
 

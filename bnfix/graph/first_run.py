@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import random
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from bnfix.errors import PassError
 
@@ -57,11 +59,17 @@ class _Producers(TorchFunctionMode):
                     self.seen.append((key, StorageWeakRef(out.untyped_storage())))  # type: ignore[no-untyped-call]
         return out
 
-    def alive(self) -> set[int]:
-        """Weights whose layer's output is still there; a mere reference cycle is not someone who keeps it."""
-        if any(not ref.expired() for _, ref in self.seen):  # type: ignore[no-untyped-call]
+    def alive(self, returned: Any = ()) -> set[int]:
+        """Weights whose layer's output is still there, and not because it is ``returned`` (that shows in the graph).
+
+        A mere reference cycle is not someone who keeps it.
+        """
+        leaves = [t for t in tree_leaves(returned) if type(t) is Tensor]
+        expected = {StorageWeakRef(t.untyped_storage()).cdata for t in leaves}  # type: ignore[no-untyped-call]
+        kept = [(key, ref) for key, ref in self.seen if not ref.expired() and ref.cdata not in expected]  # type: ignore[no-untyped-call]
+        if kept:
             gc.collect()
-        return {key for key, ref in self.seen if not ref.expired()}  # type: ignore[no-untyped-call]
+        return {key for key, ref in kept if not ref.expired()}  # type: ignore[no-untyped-call]
 
 
 def first_run(copy: nn.Module, call: Any, key_of: Callable[[Tensor], int | None]) -> FirstRun:
@@ -76,7 +84,7 @@ def first_run(copy: nn.Module, call: Any, key_of: Callable[[Tensor], int | None]
     watch = _Producers(key_of)
     held: set[int] = set()
     # At the end of the model's own forward its locals are gone, but what came in as an argument is still there.
-    at_end = copy.register_forward_hook(lambda *_: held.update(watch.alive()))
+    at_end = copy.register_forward_hook(lambda _module, _inputs, out: held.update(watch.alive(out)))
     before = {path: (m, _attributes(m)) for path, m in copy.named_modules()}
     dice = _dice()
     try:
@@ -86,7 +94,7 @@ def first_run(copy: nn.Module, call: Any, key_of: Callable[[Tensor], int | None]
         first = next(iter(str(error).strip().splitlines()), "")
         raise PassError(
             f"the model's forward failed on {call.signature}: {type(error).__name__}: {first}",
-            hint="give an example input that the model accepts",
+            hint=f"its forward takes {inspect.signature(copy.forward)}: give an example that it accepts",
         ) from error
     finally:
         at_end.remove()

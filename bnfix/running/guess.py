@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -40,8 +42,21 @@ def guess_call(model: nn.Module, *, batch: int = 1, seed: int = 0) -> Call:
             return call
         tried.append(f"{call.signature} ({reason})")
     raise PassError(
-        "no example input was given, and none could be deduced" + (f"; tried {'; '.join(tried[:3])}" if tried else ""),
-        hint="give one:  --input 1x3x224x224\nin Python:  bnfix.fold(model, torch.randn(1, 3, 224, 224))",
+        "no example input was given, and none could be deduced" + (f"; tried {tried[0]}" if tried else ""),
+        hint=input_hint(model),
+    )
+
+
+def input_hint(model: nn.Module) -> str:
+    """How an input for this model is given, with the names that its forward has for them."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if len(required) > 1:
+        named = ",".join(f"{name}=1x8" for name in required)
+        return f"its forward takes ({', '.join(required)}); give a shape for each:  --input {named}"
+    shape = next(iter(_candidates(model)), (3, 224, 224))
+    return (
+        f"give one:  --input {'x'.join(map(str, (1, *shape)))}\nin Python:  bnfix.fold(model, torch.randn{(1, *shape)})"
     )
 
 
