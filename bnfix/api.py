@@ -136,6 +136,7 @@ def export(
 
     say = progress or _silent
     check_target(path)
+    parity.check_export(opset, path)
     _check(model, k)
     model, notes = unwrap(model)
     calls, assumed = _calls(model, example, None, forward)
@@ -277,16 +278,17 @@ def examples(
     input: Sequence[str] | None = None,
     data: str | None = None,
     forward: str | None = None,
+    file: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[list[Call], tuple[str, ...]]:
     """What the command line runs a model on: the calls, and the lines that say what was assumed.
 
-    ``input`` holds shapes, ``data`` names batches, ``forward`` is a Python expression; without any, the shape that
-    the architecture states, or one deduced from its layers. Where one input came out, a second
-    batch size and a second spatial size join it if the model accepts them.
+    ``input`` holds shapes, ``data`` names batches, ``forward`` is a Python expression. Without any: what the ONNX
+    ``file`` to compare with takes, the shape that the architecture states, or one deduced from the layers. Where
+    one input came out, a second batch size and a second spatial size join it if the model accepts them.
     """
-    from bnfix import formats
+    from bnfix import formats, parity
     from bnfix.graph import copy_model, unwrap
     from bnfix.running import Call, as_call, batch_call, guess_call, variations
     from bnfix.running.call import fit_call
@@ -301,6 +303,9 @@ def examples(
         if batch is None:
             raise ValueError(f"--data {data} holds no batch")
         calls = [batch_call(batch, model, way)]
+    elif file is not None and (taken := parity.file_call(model, file, seed=seed)) is not None:
+        calls = [taken]
+        notes.append(f"input {taken.signature}, as {file} takes it; another one: --input")
     elif loaded.input_hint is not None:
         shape, source = loaded.input_hint
         calls = [as_call(formats.load_input("x".join(map(str, (1, *shape))), seed=seed), way)]

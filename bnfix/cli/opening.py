@@ -109,8 +109,8 @@ def check_installed(packages: Sequence[str], purpose: str) -> None:
             raise MissingDependencyError(package, "onnx", purpose)
 
 
-def open_model(asked: Asked, steps: Steps) -> Opened:
-    """Load the model and make the calls it is traced and proven with."""
+def open_model(asked: Asked, steps: Steps, *, file: str | None = None) -> Opened:
+    """Load the model and make the calls it is traced and proven with, or compared with the ONNX ``file`` on."""
     steps(f"loading {asked.model}")
     from bnfix import api
 
@@ -123,6 +123,7 @@ def open_model(asked: Asked, steps: Steps) -> Opened:
             input=list(asked.input) or None,
             data=asked.data,
             forward=asked.forward,
+            file=file,
             seed=asked.seed,
             progress=steps,
         )

@@ -64,7 +64,7 @@ class _Producers(TorchFunctionMode):
 
         A mere reference cycle is not someone who keeps it.
         """
-        leaves = [t for t in tree_leaves(returned) if type(t) is Tensor]
+        leaves = [t for t in tree_leaves(returned) if type(t) is Tensor and t.layout is torch.strided]
         expected = {StorageWeakRef(t.untyped_storage()).cdata for t in leaves}  # type: ignore[no-untyped-call]
         kept = [(key, ref) for key, ref in self.seen if not ref.expired() and ref.cdata not in expected]  # type: ignore[no-untyped-call]
         if kept:

@@ -126,7 +126,7 @@ def record(model: nn.Module, call: Call, sites: Sequence[str] = ()) -> Recorded:
             stack.callback(modules[site].register_forward_hook(keep(site)).remove)
         before = generators()
         outputs = named_tensors(_run(model, call))
-        outputs = {name: t.detach().clone() for name, t in outputs.items()}
+        outputs = {name: _dense(t).detach().clone() for name, t in outputs.items()}
         drew = tuple(name for name, state in generators().items() if before.get(name, state) != state)
     return Recorded(outputs, kept | {site: [] for site in sites if site not in kept}, tuple(order), drew)
 
@@ -134,6 +134,10 @@ def record(model: nn.Module, call: Call, sites: Sequence[str] = ()) -> Recorded:
 def site_call(site: str, call: int) -> str:
     """One of the calls of a site by the name that reports give it: ``bn``, ``bn@1``."""
     return str(CallSite(site, call))
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
 def _is_wrapped(tensor: Tensor) -> bool:
@@ -313,6 +317,8 @@ class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ``random`` holds the operations that draw random numbers, by module likewise.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, path: list[str] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._path = path
@@ -328,6 +334,8 @@ class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if not isinstance(func, torch._ops.OpOverload):  # torch.cond and its like: what runs inside comes by itself
+            return out
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.random.setdefault(self._path[-1] if self._path else "", str(func._schema.name).replace("::", "."))
         for t in out if isinstance(out, (tuple, list)) else (out,):

@@ -54,10 +54,8 @@ def input_hint(model: nn.Module) -> str:
     if len(required) > 1:
         named = ",".join(f"{name}=1x8" for name in required)
         return f"its forward takes ({', '.join(required)}); give a shape for each:  --input {named}"
-    shape = next(iter(_candidates(model)), (3, 224, 224))
-    return (
-        f"give one:  --input {'x'.join(map(str, (1, *shape)))}\nin Python:  bnfix.fold(model, torch.randn{(1, *shape)})"
-    )
+    shape = (1, *next(iter(_candidates(model)), (3, 224, 224)))
+    return f"give one:  --input {'x'.join(map(str, shape))}\nin Python:  bnfix.fold(model, torch.randn{shape})"
 
 
 def random_call(shapes: tuple[tuple[int, ...], ...], model: nn.Module, *, seed: int = 0) -> Call:

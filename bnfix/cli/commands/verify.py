@@ -56,7 +56,7 @@ def verify(
     if _is_onnx(other):
         check_installed(("onnx", "onnxruntime"), "comparing with an ONNX file")
     with working() as steps:
-        opened = open_model(asked, steps)
+        opened = open_model(asked, steps, file=other if _is_onnx(other) else None)
         from bnfix import api
 
         candidate = _candidate(asked, other, other_arch, steps)
