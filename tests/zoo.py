@@ -65,6 +65,6 @@ def disturb(model: nn.Module, x: Tensor) -> None:
             deviation = norm.running_var.sqrt()
             norm.running_mean += deviation * draw(deviation)
             norm.running_var *= torch.exp(draw(deviation))
-            if norm.weight is not None:
-                norm.weight.mul_(torch.exp(draw(deviation))).add_(0.2 * (norm.weight.abs() < 1e-3))  # no zero init left
+            if norm.weight is not None:  # a zero-initialised branch is opened a little: it would hide every error
+                norm.weight.mul_(torch.exp(draw(deviation))).add_(0.02 * (norm.weight.abs() < 1e-3))
                 norm.bias.add_(draw(deviation))

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=zoo.NAMES)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    folded = norms = right = wrong = refused = 0
+    folded = norms = right = wrong = unjudged = refused = 0
     for name in options.names:
         model, x = zoo.build(name)
         start = time.process_time()
@@ -49,8 +49,12 @@ def main() -> None:
         with torch.no_grad():
             error_ = relative_error(_first(result.model(x)), _first(model(x)))
         own = max(o.noise or 0.0 for o in result.parity.outputs)
-        good = error_ < max(1e-3, 2 * own) and result.parity.verdict in ("passed", "warned")
-        right, wrong = right + good, wrong + (not good)
+        if result.parity.verdict not in ("passed", "warned"):
+            unjudged += 1
+        elif error_ < max(1e-3, 2 * own):
+            right += 1
+        else:
+            wrong += 1
         folded, norms = folded + len(result.edits), norms + result.norms
         worst = max((o.noise_ratio or 0.0 for o in result.parity.outputs), default=0.0)
         print(
@@ -58,9 +62,16 @@ def main() -> None:
             f"{result.parity.verdict}  {seconds:.1f} s",
             flush=True,
         )
-    head = ("architectures", "folded right", "silently wrong", "refused in one clear error", "norms folded")
+    head = (
+        "architectures",
+        "folded right",
+        "silently wrong",
+        "inconclusive",
+        "refused in one clear error",
+        "norms folded",
+    )
     share = f"{folded} of {norms} ({folded / max(norms, 1):.1%})"
-    summary = table(head, [(len(options.names), right, wrong, refused, share)])
+    summary = table(head, [(len(options.names), right, wrong, unjudged, refused, share)])
     publish("zoo", f"{summary}\n\n{machine()}. `python tests/benchmarks/bench_zoo.py`", options.readme)
 
 
