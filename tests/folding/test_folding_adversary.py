@@ -169,9 +169,7 @@ def test_plain_norm_called_by_its_parts() -> None:
     class Parts(nets.TwoConsumers):
         def forward(self, x: Tensor) -> Tensor:
             bn = self.bn
-            return F.batch_norm(
-                self.conv(x), bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps
-            )
+            return F.batch_norm(self.conv(x), bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
 
     assert "functional call" in reasons(fold(Parts()))
 

@@ -13,7 +13,7 @@ EPILOG = """**Examples**
 
 `bnfix demo`
 
-`bnfix demo --dir /tmp/bnfix-demo`
+`bnfix demo --dir my-demo`
 
 **Exit codes**  0 all went well · otherwise the code of the step that did not"""
 
