@@ -36,7 +36,8 @@ def fold(
     Every norm is either folded or comes back with the reason why not. Weights are computed in float64
     and rounded once; the result is traced again, each stored number is checked against its exact
     value, and the outputs are compared with the float64 model. A fold that fails its proof is undone
-    and reported as a refusal marked ``defect``. Folded models are for inference.
+    and reported as a refusal marked ``defect``. Folded models are for inference; everything is traced and run
+    without gradients, so a forward that goes another way with gradients on is proven for the way without.
 
     Args:
         model: in evaluation mode (a norm in training mode is refused, not folded).

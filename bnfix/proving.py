@@ -20,9 +20,12 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Attempt:
-    """One choice of folds, carried out on a copy and judged. ``failure`` is empty where all of the proof holds."""
+    """One choice of folds, carried out on a copy and judged. ``failure`` is empty where all of the proof holds.
 
-    model: nn.Module
+    ``model`` is None after a failure.
+    """
+
+    model: nn.Module | None
     folded: Folded
     edits: tuple[Edit, ...]
     parity: Parity | None
@@ -72,8 +75,12 @@ class FoldProof:
         """The attempt at these folds; made once."""
         key = tuple(f.norm.path for f in folds)
         if key not in self._attempts:
-            self._attempts = {k: a for k, a in self._attempts.items() if not a.failure}  # drop failed copies
-            self._attempts[key] = self._attempt(folds)
+            attempt = self._attempt(folds)
+            if attempt.failure:
+                attempt = replace(attempt, model=None)
+            else:  # one good copy is enough: the last, which holds most
+                self._attempts = {k: a for k, a in self._attempts.items() if a.failure}
+            self._attempts[key] = attempt
         return self._attempts[key]
 
     def undone(
