@@ -291,7 +291,7 @@ def examples(
     """
     from bnfix import formats, parity
     from bnfix.graph import copy_model, unwrap
-    from bnfix.running import Call, as_call, batch_call, guess_call, variations
+    from bnfix.running import as_call, batch_call, guess_call, variations
     from bnfix.running.call import fit_call
 
     model, _ = copy_model(unwrap(loaded.value)[0])  # type: ignore[arg-type]
@@ -316,7 +316,7 @@ def examples(
         calls = [guess_call(model, seed=seed)]
         notes.append(f"no --input given: a random {calls[0].signature}, as the first layers take it")
     calls = [fit_call(call, model) for call in calls]
-    if len(calls) == 1 and isinstance(calls[0], Call) and way is None:
+    if len(calls) == 1 and way is None:
         more, refused = variations(model, calls[0])
         calls += more
         notes += refused

@@ -19,6 +19,12 @@ what, and what to do next.
 from __future__ import annotations
 
 
+def one_line(error: BaseException, limit: int = 400) -> str:
+    """An exception of somebody else's as part of a message: its type and the first line of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:limit]}" if lines else type(error).__name__
+
+
 class BnfixError(Exception):
     """Base of all errors raised on purpose.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from bnfix.folding.fold import Fold
@@ -92,14 +92,11 @@ class _Planner:
     def decide(self, norm: NormFact) -> PlannedFold:
         """The plan for one norm. Raises :class:`_Refused` with the reason."""
         self._norm_itself(norm)
-        places = set(norm.calls)
-        producers: dict[Place, Place] = {}
-        for place in norm.calls:
-            producers[place] = self._producer(place)
+        producers = {place: self._producer(place) for place in norm.calls}
         targets: dict[tuple[int, int | None, str], Target] = {}
         for place, source in producers.items():
             op = self._op(source)
-            self._alone(source, place, norm)
+            self._alone(source, place)
             target = self._target(op)
             reason = target.fold.refuse(op, self._op(place), self.facts.tensors[target.weight].shape)
             if reason:
@@ -109,7 +106,7 @@ class _Planner:
             self._unseen(op, self._op(place), norm, target)
             targets.setdefault((target.weight, target.bias, target.holder), target)
         for target in targets.values():
-            self._every_use(target, producers, places, norm)
+            self._every_use(target, set(producers.values()))
         requires = {
             name for place, name in self.planned.items() if any(self._resolve(place) == s for s in producers.values())
         }
@@ -175,7 +172,7 @@ class _Planner:
             raise _Refused(f"{producer.site} is called inside {producer.within[0]}")
         return found
 
-    def _alone(self, source: Place, place: Place, norm: NormFact) -> None:
+    def _alone(self, source: Place, place: Place) -> None:
         """The producer's value goes to this call of the norm and to nobody else."""
         users = [u for u in self._consumers(source) if u != place]
         if users:
@@ -214,9 +211,8 @@ class _Planner:
                     if target.holder in {n.rpartition(".")[0] for n in names}:
                         raise _Refused(f"{target.op.site} has no bias of its own: {_named(op)} there has none either")
 
-    def _every_use(self, target: Target, producers: Mapping[Place, Place], places: set[Place], norm: NormFact) -> None:
+    def _every_use(self, target: Target, sources: set[Place]) -> None:
         """Each use of the layer's weight and bias feeds this norm; else the fold would change other outputs."""
-        sources = set(producers.values())
         for key, role in ((target.weight, "weight"), (target.bias, "bias")):
             if key is None:
                 continue

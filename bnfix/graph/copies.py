@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bnfix.errors import TraceError
+from bnfix.errors import TraceError, one_line
 from bnfix.graph.owners import Owners, closure_values, find_owners
 
 Memo = dict[int, Any]
@@ -133,8 +133,8 @@ def _culprit(owners: Owners, error: Exception) -> str:
                 copy.deepcopy(value, dict(owners.modules) | dict(owners.tensors))
             except Exception as inner:  # noqa: BLE001  # as in copy_model
                 path = (owners.paths(module) or ("",))[0]
-                return f"{f'{path}.' if path else ''}{name} ({type(value).__name__}): {_first_line(inner)}"
-    return _first_line(error)
+                return f"{f'{path}.' if path else ''}{name} ({type(value).__name__}): {one_line(inner)}"
+    return one_line(error)
 
 
 def _shared(owners: Owners, duplicate: nn.Module) -> str | None:
@@ -150,8 +150,3 @@ def _shared(owners: Owners, duplicate: nn.Module) -> str | None:
         if key is not None:
             return (owners.paths(owners.tensors[key]) or ("a tensor",))[0]
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

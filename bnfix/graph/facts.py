@@ -57,13 +57,11 @@ def gather(model: nn.Module, calls: Sequence[Any]) -> Facts:
         seen = first_run(copy, call, _KeyOf(owners, keys, memo))
         kept |= seen.held
         blockers += seen.blockers
-        if seen.wrote:  # what is traced now may differ from what ran first: both ways count
-            written += seen.wrote
-            fresh, fresh_memo = copy_model(model)
-            route, _ = exported.trace(fresh, call, _KeyOf(owners, keys, fresh_memo))
+        written += seen.wrote
+        # Where the first run wrote something, a second may go another way: both ways count.
+        for traced, its_memo in [copy_model(model), (copy, memo)] if seen.wrote else [(copy, memo)]:
+            route = exported.trace(traced, call, _KeyOf(owners, keys, its_memo))
             routes.append(name_frozen_norms(route, roles, tensors.__getitem__))
-        route, _ = exported.trace(copy, call, _KeyOf(owners, keys, memo))
-        routes.append(name_frozen_norms(route, roles, tensors.__getitem__))
     facts_of_norms, modules = _norm_facts(owners, norms, keys, routes)
     return Facts(
         source="exported",

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from bnfix.errors import PassError
+from bnfix.errors import PassError, one_line
 
 _PRODUCERS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
@@ -91,9 +91,8 @@ def first_run(copy: nn.Module, call: Any, key_of: Callable[[Tensor], int | None]
         with torch.no_grad(), watch:
             out = call.run(copy)
     except Exception as error:  # the user's own forward may raise anything
-        first = next(iter(str(error).strip().splitlines()), "")
         raise PassError(
-            f"the model's forward failed on {call.signature}: {type(error).__name__}: {first}",
+            f"the model's forward failed on {call.signature}: {one_line(error)}",
             hint=f"its forward takes {inspect.signature(copy.forward)}: give an example that it accepts",
         ) from error
     finally:

@@ -53,10 +53,6 @@ class Owners:
         slots = self.tensor_slots.get(id(obj)) or self.module_slots.get(id(obj)) or []
         return tuple(s.path for s in sorted(slots, key=lambda s: not s.registered))
 
-    def holder(self, slot: Slot) -> nn.Module | None:
-        """The module whose attribute ``slot`` is; None for an element of a list or dict."""
-        return slot.container if isinstance(slot.container, nn.Module) else None
-
     def module_at(self, path: str) -> nn.Module | None:
         """The module called ``path``, whichever of its names that is."""
         if path == "":

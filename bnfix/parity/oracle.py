@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bnfix.errors import PassError
+from bnfix.errors import PassError, one_line
 from bnfix.graph import copy_model
 from bnfix.parity.chance import differing, generators, other_numbers, where_drawn
 from bnfix.parity.outputs import named_tensors
-from bnfix.running import Call, preserved
+from bnfix.running import FAILURES, Call, preserved
 from bnfix.running.call import map_tensors
 from bnfix.types import CallSite
 
@@ -34,9 +34,6 @@ DRAWS = ("plain", "ulp", "kernels")
 
 FEW = 64
 """An output with fewer numbers says too little about its own noise: more draws are made, all calls are pooled."""
-
-FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
-"""What a forward raises when it doesn't fit its inputs (NotImplementedError is a RuntimeError)."""
 
 PRODUCTS = ("convolution", "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product", "linear")
 """Operations (their names without ``aten.``) whose type is the type that a model computes in."""
@@ -288,12 +285,7 @@ def _run(model: nn.Module, call: Call) -> Any:
     try:
         return call.run(model)
     except FAILURES as error:
-        raise PassError(f"the forward failed on {call.signature}: {_line(error)}") from error
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+        raise PassError(f"the forward failed on {call.signature}: {one_line(error)}") from error
 
 
 @contextlib.contextmanager

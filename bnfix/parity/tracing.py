@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_map
 
 from bnfix.errors import ExportError
 from bnfix.graph import quiet_export
-from bnfix.parity.oracle import FAILURES
-from bnfix.running import Call
+from bnfix.running import FAILURES, Call
 from bnfix.types import Refusal
 
 RANDOM = ("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.native_dropout", "aten.rrelu")

@@ -1,10 +1,11 @@
 """A call of a model, a pass over data, a model left as it was found."""
 
 from bnfix.running.call import Call, as_call, batch_call, map_tensors
-from bnfix.running.guess import accepts, guess_call, random_call, variations
+from bnfix.running.guess import FAILURES, accepts, guess_call, random_call, variations
 from bnfix.running.preserved import preserved
 
 __all__ = [
+    "FAILURES",
     "Call",
     "accepts",
     "as_call",

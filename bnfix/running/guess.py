@@ -7,12 +7,12 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from bnfix.errors import PassError
+from bnfix.errors import PassError, one_line
 from bnfix.running.call import Call
 from bnfix.running.preserved import preserved
 
 FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
-"""What a forward raises on an input that it doesn't fit."""
+"""What a forward raises on an input that it does not fit (NotImplementedError is a RuntimeError)."""
 
 _SIZES = {1: ((128,), (1024,)), 2: ((224, 224), (32, 32), (299, 299)), 3: ((8, 64, 64), (16, 112, 112))}
 
@@ -23,8 +23,7 @@ def accepts(model: nn.Module, call: Call) -> str | None:
         with preserved(model), torch.no_grad():
             call.run(model)
     except FAILURES as error:
-        first = next(iter(str(error).strip().splitlines()), "")
-        return f"{type(error).__name__}: {first[:160]}"
+        return one_line(error, 160)
     return None
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bnfix.errors import TraceError
+from bnfix.errors import TraceError, one_line
 from bnfix.types import CallSite, Op, Route
 
 KeyOf = Callable[[Tensor], "int | None"]
@@ -73,7 +73,7 @@ class _Layout:
         return len(self.ops) - 1
 
 
-def trace(copy: nn.Module, call: Any, key_of: KeyOf) -> tuple[Route, torch.export.ExportedProgram]:
+def trace(copy: nn.Module, call: Any, key_of: KeyOf) -> Route:
     """Trace ``copy`` (a private one: export may leave fake tensors on it) on ``call``.
 
     ``key_of`` gives the key of a parameter, buffer or constant of the copy, None for a tensor that is
@@ -89,7 +89,7 @@ def trace(copy: nn.Module, call: Any, key_of: KeyOf) -> tuple[Route, torch.expor
             program = torch.export.export(root, (call.args, dict(call.kwargs)), strict=False)
     except Exception as error:  # export raises whatever torch or the user's forward raises
         raise TraceError(
-            f"torch.export can't trace this model on {call.signature}: {_reason(error)}",
+            f"torch.export can't trace this model on {call.signature}: {one_line(error, 200)}",
             hint=_hint(copy, error),
         ) from error
     layout = _Layout(key_of)
@@ -97,7 +97,7 @@ def trace(copy: nn.Module, call: Any, key_of: KeyOf) -> tuple[Route, torch.expor
     outputs = _lay_out(program.graph_module, env, layout, within=())
     returned = {f"output[{i}]": key for i, key in enumerate(_keys_in(outputs))}
     layout.add(kind="output", target="output", site=CallSite(""), inputs=tuple(_ops_in(outputs)), tensors=returned)
-    return Route(call.signature, tuple(layout.ops)), program
+    return Route(call.signature, tuple(layout.ops))
 
 
 # ------------------------------------------------------------------------------ values of nodes
@@ -331,11 +331,6 @@ def _hint(model: nn.Module, error: BaseException) -> str:
     if any(m.training for m in model.modules()):
         return "the model is in training mode: call model.eval() first"
     return "fold the part of the model that can be traced, or say with forward= how it is called and what it returns"
-
-
-def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 @contextlib.contextmanager
