@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from bnfix.api import export, fold, info, load, save, verify
+    from bnfix.api import export, fold, info, load, recalibrate, save, verify
     from bnfix.running import Call
-    from bnfix.types import Edit, Export, FileInfo, Parity, Refusal, Result
+    from bnfix.types import Edit, Export, FileInfo, LayerStats, Parity, Recalibration, Refusal, Residual, Result
 
 _HOMES = {
-    **dict.fromkeys(("export", "fold", "info", "load", "save", "verify"), "bnfix.api"),
+    **dict.fromkeys(("export", "fold", "info", "load", "recalibrate", "save", "verify"), "bnfix.api"),
     **dict.fromkeys(("Call",), "bnfix.running"),
-    **dict.fromkeys(("Edit", "Export", "FileInfo", "Parity", "Refusal", "Result"), "bnfix.types"),
+    **dict.fromkeys(
+        ("Edit", "Export", "FileInfo", "LayerStats", "Parity", "Recalibration", "Refusal", "Residual", "Result"),
+        "bnfix.types",
+    ),
 }
 
 __all__ = [
@@ -26,13 +29,17 @@ __all__ = [
     "Edit",
     "Export",
     "FileInfo",
+    "LayerStats",
     "Parity",
+    "Recalibration",
     "Refusal",
+    "Residual",
     "Result",
     "export",
     "fold",
     "info",
     "load",
+    "recalibrate",
     "save",
     "verify",
 ]

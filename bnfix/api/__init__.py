@@ -1,0 +1,19 @@
+"""One short function per verb; the verbs are the public names. Here, and only here, rooms of one floor meet."""
+
+from bnfix.api.asked import examples, read_forward
+from bnfix.api.calibrating import recalibrate
+from bnfix.api.deploying import export, fold, verify
+from bnfix.api.storing import info, load, open_model, save
+
+__all__ = [
+    "examples",
+    "export",
+    "fold",
+    "info",
+    "load",
+    "open_model",
+    "read_forward",
+    "recalibrate",
+    "save",
+    "verify",
+]

@@ -1,0 +1,187 @@
+"""What ``recalibrate`` returns: per layer what was stored, measured and written, and how good it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bnfix.types.values import NOT_IN_JSON, Value
+
+
+@dataclass(frozen=True)
+class Residual(Value):
+    """How far a model is from the fixed point of some data: over all layers and channels, the worst.
+
+    Run in evaluation mode over the data, ``mean`` is |measured mean − running mean| in standard deviations (of the
+    running variance), ``var`` is |measured variance / running variance − 1|. Channels without any spread (variance
+    below 1e-12, or not above the rounding of their mean) count with their absolute distance.
+    """
+
+    mean: float
+    var: float
+
+
+@dataclass(frozen=True)
+class LayerStats(Value):
+    """One norm at one call site: its statistics before and after, and how sure they are.
+
+    All sequences have one number a channel, computed in float64. ``n`` counts values a channel (all samples and
+    positions, masked ones left out), ``samples`` the independent ones. ``mean_before`` and ``var_before`` were
+    stored in the model, ``mean`` and ``var`` (unbiased) were measured at this call site, ``mean_after`` and
+    ``var_after`` are what the norm has now: with one call site the same as measured, with several
+    those of all of them pooled.
+
+    ``se_mean`` and ``se_var`` are standard errors of ``mean`` and ``var`` with the sample as the unit (the pixels of
+    one image are not independent), in the units of the mean and of the variance; NaN with fewer than two samples.
+    ``z`` is (mean − mean_before)/se_mean, ``kl`` the divergence
+    KL(measured ‖ stored) = ½(v1/v0 − 1 − ln(v1/v0) + (μ1 − μ0)²/v0) of normal distributions, in nats.
+    """
+
+    site: str
+    call: int
+    n: int
+    samples: int
+    mean_before: tuple[float, ...]
+    var_before: tuple[float, ...]
+    mean: tuple[float, ...]
+    var: tuple[float, ...]
+    mean_after: tuple[float, ...]
+    var_after: tuple[float, ...]
+    se_mean: tuple[float, ...]
+    se_var: tuple[float, ...]
+    z: tuple[float, ...]
+    kl: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        """``b.bn@1`` for the second call of ``b.bn`` in one forward."""
+        return f"{self.site or '(root)'}@{self.call}" if self.call else self.site or "(root)"
+
+    @property
+    def channels(self) -> int:
+        """How many channels the norm has."""
+        return len(self.mean_after)
+
+    @property
+    def mean_shift(self) -> float:
+        """The largest |mean_after − mean_before| over the channels, in standard deviations of the new variance."""
+        pairs = zip(self.mean_after, self.mean_before, self.var_after, strict=True)
+        return _largest(abs(a - b) / math.sqrt(v) for a, b, v in pairs if v > 0)
+
+    @property
+    def var_ratio(self) -> float:
+        """var_after / var_before of the channel where it is furthest from 1."""
+        ratios = [a / b for a, b in zip(self.var_after, self.var_before, strict=True) if a > 0 and b > 0]
+        return max(ratios, key=lambda r: abs(math.log(r)), default=math.nan)
+
+    @property
+    def se(self) -> float:
+        """The largest standard error of a mean in this layer, in standard deviations; NaN where unknown."""
+        pairs = zip(self.se_mean, self.var, strict=True)
+        return _largest(s / math.sqrt(v) for s, v in pairs if v > 0)
+
+    @property
+    def worst_kl(self) -> float:
+        """The largest divergence of a channel, in nats."""
+        return _largest(self.kl)
+
+
+@dataclass(frozen=True)
+class Recalibration(Value):
+    """What was done to the statistics of a model, why in this way, and how good the result is.
+
+    ``method`` is ``staged``, ``population`` or ``online``; ``why`` says in one sentence why, ``engine`` how the model
+    was run (``threads``, ``one chunk``, ``plain passes``, ``stream``). ``n`` counts samples, ``batches`` what the
+    loader gave, ``passes`` how often the loader was gone through, ``forwards`` (over all samples) how often the
+    model was run over them. ``changed`` is False after a dry run, or where ``when="needed"`` found no need.
+
+    ``residual`` was measured by plain forwards over the very same tensors (``certify="full"``, else None; for
+    iterated norms see ``notes``), ``residual_fresh`` on a new draw of a loader that draws at random,
+    ``residual_before`` with the statistics as they were. ``replay`` is the largest distance between what one chunk
+    contributed and what it contributes alone (0.0: nothing leaked between chunks; None: nothing to check).
+    ``output_change`` is rms(outputs before − after)/std(after) on ``probe`` samples, ``output_null`` the same
+    between recalibrations on two halves of the data: a change below a few times that is noise.
+
+    ``frozen``, ``left`` (not selected) and ``never_called`` name norms that stay as they were; ``left_why`` has the
+    reasons. ``used`` says which elements of a batch went where. ``advice`` is what to do beside or instead.
+    """
+
+    layers: tuple[LayerStats, ...]
+    method: str
+    why: str
+    n: int
+    batches: int = 0
+    passes: int = 1
+    forwards: float = 1.0
+    engine: str = "threads"
+    changed: bool = True
+    dry_run: bool = False
+    residual_before: Residual | None = None
+    residual: Residual | None = None
+    residual_fresh: Residual | None = None
+    replay: float | None = None
+    iterations: int = 1
+    output_change: float | None = None
+    output_null: float | None = None
+    probe: int = 0
+    frozen: tuple[str, ...] = ()
+    never_called: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    left_why: Mapping[str, str] = field(default_factory=dict)
+    used: str = ""
+    ranks: int = 1
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    advice: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    handle: Any = field(default=None, repr=False, compare=False, metadata=NOT_IN_JSON)
+
+    def worst(self, k: int = 5) -> tuple[LayerStats, ...]:
+        """The ``k`` call sites that drifted most, by the largest divergence of a channel; the worst first."""
+        known = sorted(self.layers, key=lambda s: -s.worst_kl if not math.isnan(s.worst_kl) else math.inf)
+        return tuple(known[:k])
+
+    def needed_samples(self, tol: float = 0.01) -> int:
+        """How many more samples bring every standard error down to ``tol``; 0 if none are needed.
+
+        Of means in standard deviations, of variances relative: N·((SE/tol)² − 1), the worst over layers and channels.
+
+        Raises:
+            ValueError: ``tol`` is not positive, or no standard error is known (fewer than two samples).
+        """
+        if not tol > 0:
+            raise ValueError(f"tol is a positive number, not {tol}")
+        worst = 0.0
+        known = False
+        for s in self.layers:
+            for se_mean, se_var, var in zip(s.se_mean, s.se_var, s.var, strict=True):
+                if var > 0 and not math.isnan(se_mean) and not math.isnan(se_var):
+                    known = True
+                    worst = max(worst, s.samples * ((max(se_mean / math.sqrt(var), se_var / var) / tol) ** 2 - 1))
+        if not known:
+            raise ValueError("no standard error is known: it takes at least two samples")
+        return math.ceil(worst)
+
+    def undo(self) -> None:
+        """Give the model the statistics back that it had, to the bit.
+
+        Raises:
+            CalibrationError: nothing was changed, it was undone already, or the statistics have moved since.
+        """
+        self.handle.undo()
+
+    def plot(self, path: str | None = None) -> Any:
+        """A matplotlib figure: drift and standard error of each layer; written to ``path`` if one is given.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed (the extra ``report``).
+        """
+        import importlib
+
+        return importlib.import_module("bnfix.render").plot(self, path)
+
+
+def _largest(values: Any) -> float:
+    known = [v for v in values if not math.isnan(v)]
+    return max(known, default=math.nan)
