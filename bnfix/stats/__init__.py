@@ -1,6 +1,21 @@
-"""Statistics: the per-channel affine map of a norm in evaluation mode, and rounding."""
+"""Statistics: moments of a norm's inputs, its affine map in evaluation mode, drift, and rounding."""
 
 from bnfix.stats.affine import Affine, affine_of
+from bnfix.stats.drift import kl
+from bnfix.stats.moments import Moments, merge_all
+from bnfix.stats.pooling import pool
 from bnfix.stats.rounding import round_once, ulp
+from bnfix.stats.sums import SampleSums, sample_sums
 
-__all__ = ["Affine", "affine_of", "round_once", "ulp"]
+__all__ = [
+    "Affine",
+    "Moments",
+    "SampleSums",
+    "affine_of",
+    "kl",
+    "merge_all",
+    "pool",
+    "round_once",
+    "sample_sums",
+    "ulp",
+]

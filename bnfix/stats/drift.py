@@ -1,0 +1,22 @@
+"""How far stored statistics are from measured ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def kl(mean1: Tensor, var1: Tensor, mean0: Tensor, var0: Tensor) -> Tensor:
+    """KL(N(mean1, var1) ‖ N(mean0, var0)) in nats, float64, elementwise: the price of taking 0 for the true 1.
+
+    ½(v1/v0 − 1 − ln(v1/v0) + (μ1 − μ0)²/v0). Inf where one of the variances is 0 and the other is not, or both are
+    and the means differ; 0 where both are 0 and the means are the same; NaN for a negative or NaN variance or a NaN
+    mean.
+    """
+    m1, v1, m0, v0 = (t.double() for t in (mean1, var1, mean0, var0))
+    excess = (v1 - v0) / v0
+    value = 0.5 * (excess - torch.log1p(excess) + (m1 - m0) ** 2 / v0)
+    points = (v1 == 0) & (v0 == 0)
+    value = torch.where((v0 == 0) & ~points & (v1 > 0), torch.inf, value)
+    value = torch.where(points, torch.where(m1 == m0, 0.0, torch.where((m1 - m0).isnan(), torch.nan, torch.inf)), value)
+    return torch.where((v1 < 0) | (v0 < 0), torch.nan, value.clamp(min=0))
