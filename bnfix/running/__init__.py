@@ -1,18 +1,32 @@
 """A call of a model, a pass over data, a model left as it was found."""
 
-from bnfix.running.call import Call, as_call, batch_call, map_tensors
+from bnfix.running.batches import Bound, batch_call, bind
+from bnfix.running.call import Call, as_call, fit_call, map_tensors
 from bnfix.running.guess import FAILURES, accepts, guess_call, random_call, variations
+from bnfix.running.memory import Footprint, free_bytes, parse_bytes
 from bnfix.running.preserved import preserved
+from bnfix.running.samples import check_finite, join, replayable, size, split
 
 __all__ = [
     "FAILURES",
+    "Bound",
     "Call",
+    "Footprint",
     "accepts",
     "as_call",
     "batch_call",
+    "bind",
+    "check_finite",
+    "fit_call",
+    "free_bytes",
     "guess_call",
+    "join",
     "map_tensors",
+    "parse_bytes",
     "preserved",
     "random_call",
+    "replayable",
+    "size",
+    "split",
     "variations",
 ]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from bnfix.errors import PassError
+from torch.nn.utils.rnn import PackedSequence
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -53,8 +52,8 @@ class Call:
     @property
     def signature(self) -> str:
         """Shapes and types for a reader, such as ``2x3x224x224`` or ``(1x3x8x8, mask=1x8 bool)``."""
-        parts = [_describe(a) for a in self.args]
-        parts += [f"{k}={_describe(v)}" for k, v in self.kwargs.items()]
+        parts = [describe(a) for a in self.args]
+        parts += [f"{k}={describe(v)}" for k, v in self.kwargs.items()]
         return parts[0] if len(parts) == 1 and not self.kwargs else f"({', '.join(parts)})"
 
 
@@ -81,79 +80,56 @@ def as_call(example: Any, forward: Forward | None = None) -> Call:
     )
 
 
-def batch_call(batch: Any, model: nn.Module, forward: Forward | None = None) -> Call:
-    """What a training loop would call ``model`` with, given one ``batch`` of its loader.
-
-    A tensor goes to the first parameter of the forward; of a tuple or list, as many elements as there
-    are required positional parameters; of a dict, the keys that the signature names. A batch that
-    could be meant in several ways is refused.
-
-    Raises:
-        PassError: the batch is ambiguous or does not fit; the message holds the lines that resolve it.
-    """
-    if forward is not None or isinstance(batch, Call):
-        return as_call(batch, forward)
-    if isinstance(batch, Tensor):
-        return Call((batch,))
-    params = [
-        p
-        for p in inspect.signature(model.forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
-    if isinstance(batch, Mapping):
-        kwargs = {p.name: batch[p.name] for p in params if p.name in batch}
-        if not kwargs:
-            wanted = ", ".join(p.name for p in params)
-            raise PassError(
-                f"the batch has the keys {sorted(map(str, batch))}, and forward({wanted}) names none of them",
-                hint="say how a batch is fed:  forward=lambda m, b: m(b['image'])",
-            )
-        return Call((), kwargs)
-    if isinstance(batch, (tuple, list)):
-        required = [p for p in params if p.default is p.empty and p.kind is not p.KEYWORD_ONLY]
-        taken, rest = batch[: len(required)], batch[len(required) :]
-        if len(taken) < len(required) or not taken:
-            raise PassError(
-                f"the batch has {len(batch)} elements, and the forward requires {len(required)}",
-                hint="say how a batch is fed:  forward=lambda m, b: m(b[0])",
-            )
-        nested = any(isinstance(t, (list, tuple)) for t in taken)
-        first = next((t for t in taken if isinstance(t, Tensor)), None)
-        twins = first is not None and any(
-            isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 1 and t.shape[1:] == first.shape[1:]
-            for t in rest
-        )
-        if nested or twins:
-            raise PassError(
-                "the batch holds several inputs that the model could be called with, one by one or together",
-                hint="separate:  forward=lambda m, b: [m(v) for v in b[0]]\n"
-                "joint:     forward=lambda m, b: m(torch.cat(b[0]))",
-            )
-        return Call(tuple(taken))
-    raise PassError(
-        f"a batch of type {type(batch).__name__} can't be bound to the forward",
-        hint="say how a batch is fed:  forward=lambda m, b: m(b.pixels)",
-    )
-
-
 def fit_call(call: Call, model: nn.Module) -> Call:
-    """``call`` on the device of the model, floating tensors in float32 in the dtype of its parameters."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    """``call`` on the device of the model, floating tensors in float32 in the dtype of its parameters.
+
+    Device and dtype are those of the first floating parameter in the order of registration (of the first buffer where
+    there is none). In a model of mixed precision, half convolutions and float32 norms, this is the type of the layers
+    that see the input first. Integers and other floating types keep theirs: a float64 input is somebody's intention.
+    Objects with a ``to`` of their own are moved by it, a shallow copy of them, and keep their dtype.
+    """
+    like = home(model)
     if like is None:
         return call
-    return call.map(lambda t: t.to(like.device, like.dtype if t.dtype == torch.float32 else t.dtype))
+
+    def fit(tensor: Tensor) -> Tensor:
+        return tensor.to(like.device, like.dtype if tensor.dtype == torch.float32 else tensor.dtype)
+
+    def move(value: Any) -> Any:
+        return copy.copy(value).to(like.device)
+
+    return replace(call, args=map_tensors(call.args, fit, move), kwargs=map_tensors(dict(call.kwargs), fit, move))
 
 
-def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with every tensor in its nested tuples, lists, dicts and dataclasses replaced."""
+def home(model: nn.Module) -> Tensor | None:
+    """The tensor that says on which device and in which floating dtype ``model`` works; None if it has none."""
+    return next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), None)
+
+
+def movable(value: Any) -> bool:
+    """Whether ``value`` is an object of inputs that moves itself: a BatchEncoding, a graph, a PackedSequence."""
+    return not isinstance(value, (Tensor, nn.Module, type)) and callable(getattr(value, "to", None))
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor], move: Callable[[Any], Any] | None = None) -> Any:
+    """``value`` with every tensor in its nested tuples, lists, dicts and dataclasses replaced.
+
+    Of a PackedSequence the data are replaced; its sizes are bookkeeping and have to stay on the CPU. Other objects
+    with a ``to`` of their own (:func:`movable`) become ``move(object)`` where that is given.
+    """
     if isinstance(value, Tensor):
         return change(value)
+    if isinstance(value, PackedSequence):
+        data = change(value.data)
+        return value.to(device=data.device)._replace(data=data)  # type: ignore[call-arg]
+    if move is not None and movable(value):
+        return move(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(v, change) for v in value))
+        return type(value)(*(map_tensors(v, change, move) for v in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(v, change) for v in value)
+        return type(value)(map_tensors(v, change, move) for v in value)
     if isinstance(value, Mapping):
-        changed = {k: map_tensors(v, change) for k, v in value.items()}
+        changed = {k: map_tensors(v, change, move) for k, v in value.items()}
         if type(value) is dict:
             return changed
         try:
@@ -161,16 +137,17 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         except TypeError:  # a mapping with a constructor of its own
             return changed
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{k: map_tensors(v, change) for k, v in vars(value).items()})
+        return replace(value, **{k: map_tensors(v, change, move) for k, v in vars(value).items()})
     return value
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """A value for a reader: ``2x3x224x224``, ``32 int64``, ``{boxes: 4x4}``."""
     if isinstance(value, Tensor):
         shape = "x".join(map(str, value.shape)) or "scalar"
         return shape if value.dtype == torch.float32 else f"{shape} {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, (tuple, list)):
-        return f"[{', '.join(_describe(v) for v in value)}]"
+        return f"[{', '.join(describe(v) for v in value)}]"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k}: {_describe(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{k}: {describe(v)}" for k, v in value.items()) + "}"
     return repr(value) if len(repr(value)) < 24 else type(value).__name__

@@ -71,17 +71,18 @@ class _TakesOne(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "batch",
+    ("batch", "views"),
     [
-        (torch.ones(2, 3, 8, 8), torch.ones(2, 3, 8, 8), torch.ones(2, 3, 8, 8)),
-        ([torch.ones(2, 3, 8, 8), torch.ones(2, 3, 8, 8)], torch.tensor([1])),
+        ((torch.ones(2, 3, 8, 8), torch.ones(2, 3, 8, 8), torch.ones(2, 3, 8, 8)), "b"),
+        (([torch.ones(2, 3, 8, 8), torch.ones(2, 3, 8, 8)], torch.tensor([1])), "b[0]"),
     ],
     ids=["anchor positive negative", "two views"],
 )
-def test_batch_that_could_be_meant_in_several_ways_is_refused(batch: object) -> None:
+def test_batch_that_could_be_meant_in_several_ways_is_refused(batch: object, views: str) -> None:
     with pytest.raises(PassError) as caught:
         batch_call(batch, _TakesOne(nets.conv_bn()))
-    assert "m(torch.cat(b[0]))" in (caught.value.hint or "")
+    assert f"[m(v) for v in {views}]\n" in (caught.value.hint or "")
+    assert f"m(torch.cat({views}))\n" in (caught.value.hint or "")
 
 
 def test_batch_that_does_not_fit_names_both_sides() -> None:
