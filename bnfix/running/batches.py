@@ -100,7 +100,7 @@ def _bind(batch: Any, signature: _Signature) -> tuple[Call, str]:
     if isinstance(batch, Mapping) and (found := _by_name(batch, signature)) is not None:
         return found
     if isinstance(batch, Tensor) or movable(batch):
-        _check_count(1, "1 element", signature)
+        _check_count(1, signature)
         return Call((batch,)), "the batch" if isinstance(batch, Tensor) else f"the batch, a {type(batch).__name__}"
     if isinstance(batch, Mapping):
         raise PassError(
@@ -114,7 +114,7 @@ def _bind(batch: Any, signature: _Signature) -> tuple[Call, str]:
 
 def _by_position(batch: Sequence[Any], signature: _Signature) -> tuple[Call, str]:
     count = max(1, len(signature.required))
-    _check_count(len(batch), f"{len(batch)} elements", signature)
+    _check_count(len(batch), signature)
     taken, rest = batch[:count], batch[count:]
     for i, value in enumerate(taken):
         if _is_nested(value):
@@ -162,7 +162,7 @@ def _by_name(batch: Mapping[Any, Any], signature: _Signature) -> tuple[Call, str
     return Call(args, kwargs), f"keys {', '.join(keys)} of {', '.join(map(str, batch))}"
 
 
-def _check_count(count: int, shown: str, signature: _Signature) -> None:
+def _check_count(count: int, signature: _Signature) -> None:
     """Whether ``count`` positional inputs are enough for the forward, and it needs none by name."""
     if signature.required_by_name:
         keywords = ", ".join(f"{name}=b[{i}]" for i, name in enumerate(signature.required_by_name, 1))
@@ -173,7 +173,9 @@ def _check_count(count: int, shown: str, signature: _Signature) -> None:
         )
     if count < max(1, len(signature.required)):
         raise PassError(
-            f"the batch has {shown}, and the forward requires {len(signature.required)}", hint=f"{_FEED}m(b[0])"
+            f"the batch has {count} element{'' if count == 1 else 's'}, and the forward requires "
+            f"{max(1, len(signature.required))}",
+            hint=f"{_FEED}m(b[0])",
         )
 
 

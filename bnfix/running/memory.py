@@ -33,10 +33,11 @@ def parse_bytes(text: int | str) -> int:
     if isinstance(text, int) and not isinstance(text, bool):
         amount = text
     else:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip(), re.IGNORECASE)
-        if isinstance(text, bool) or match is None or match[2].upper() not in _UNITS:
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip() if isinstance(text, str) else "", re.I)
+        if match is None or match[2].upper() not in _UNITS:
             raise ValueError(f"{text!r} is no amount of memory such as 2GB, 512MiB or a number of bytes")
-        amount = int(float(match[1]) * _UNITS[match[2].upper()]) if match[2] or "." in match[1] else int(match[1])
+        unit = _UNITS[match[2].upper()]
+        amount = int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
     if amount < 1:
         raise ValueError(f"{text!r} leaves no memory at all")
     return amount
@@ -140,7 +141,7 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     A storage counts once, however many views it has, and no longer once it is freed; one that came from outside (the
     inputs, parameters, ``excluded``) never does, nor do views of it and what is written into it. Not seen: workspace
-    inside one operation, sparse and opaque tensors, and memory that no operation of PyTorch allocates. Seen only in
+    inside one operation, and sparse and opaque tensors. Arrays that ``torch.from_numpy`` takes in count. Seen only in
     the thread that entered it. Meant for one small forward: each operation looks at every storage alive.
     """
 
