@@ -3,21 +3,25 @@
 from bnfix.graph.copies import copy_model, unwrap
 from bnfix.graph.facts import Binding, gather
 from bnfix.graph.footprints import no_footprints
-from bnfix.graph.owners import Slot
+from bnfix.graph.owners import Slot, find_owners
+from bnfix.graph.replicas import Replicator, replicator
 from bnfix.graph.sources.exported import quiet_export
 from bnfix.graph.surgery import Surgeon, all_or_nothing, as_parameter, placeholder, replay
 
 __all__ = [
     "Binding",
+    "Replicator",
     "Slot",
     "Surgeon",
     "all_or_nothing",
     "as_parameter",
     "copy_model",
+    "find_owners",
     "gather",
     "no_footprints",
     "placeholder",
     "quiet_export",
     "replay",
+    "replicator",
     "unwrap",
 ]

@@ -1,0 +1,260 @@
+"""What a model consists of, object by object, and which of them a replica needs for itself."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
+
+from bnfix.errors import TraceError
+from bnfix.graph.kinds import IMMUTABLE, Kind, Kinds, base_of, is_global, slots_of, state_of
+
+_LARGE = 1000
+_LARGE_ARRAY = 1 << 20
+_WITH_STATE = frozenset({"module", "object", "dict", "list", "set", "deque", "namespace", "tuple"})
+_COMPILED = (
+    "is compiled by torch.compile: its run cannot be observed",
+    "pass the model as it was before that was compiled",
+)
+
+Part = tuple[Any, "int | None"]
+
+
+@dataclass(slots=True)
+class Node:
+    """One object of the model's. ``parts`` is what it holds: a value, and the number of its node if it has one."""
+
+    value: Any
+    kind: Kind
+    parent: int
+    name: str | None
+    parts: list[Part] = field(default_factory=list)
+    state: dict[str, Any] | None = None
+    links: list[tuple[str, int]] = field(default_factory=list)
+    slots: list[tuple[Any, Part]] = field(default_factory=list)
+    changed: bool | None = True  # False: a replica can use the original; None: as its parts decide
+
+    def nodes(self) -> list[int]:
+        """The nodes that it leads to."""
+        parts = [*self.parts, *(p for _, p in self.slots)]
+        return [j for _, j in parts if j is not None] + [j for _, j in self.links]
+
+
+class Plan:
+    """Every object that a model holds on to, and in what order they are made again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.nodes: list[Node] = []
+        self.shared: dict[int, str] = {}
+        self._kinds = Kinds()
+        self._index: dict[int, int] = {}
+        self.order: list[int] = []  # the immutable ones: parts before wholes
+        self._add(model, 0, "")
+        explored = 0
+        while explored < len(self.nodes):
+            self._open(explored)
+            explored += 1
+        for i, node in enumerate(self.nodes):
+            if node.kind in ("ref", "proxy"):
+                self._find_referent(node)
+            elif node.kind == "object" and hasattr(type(node.value), "__del__") and not self._leads_to_model(i):
+                node.changed = False  # its end would take away what the original uses still
+                self._note(node.value, i)
+        self._find_ids()
+        for i in range(len(self.nodes)):
+            self._settle(i)
+
+    def _path(self, i: int) -> str:
+        names: list[str] = []
+        while i:
+            names.append(self.nodes[i].name or "")
+            i = self.nodes[i].parent
+        return "".join(reversed(names)).removeprefix(".")
+
+    def _note(self, value: Any, i: int) -> None:
+        self.shared[id(value)] = f"{self._path(i) or 'the model'} ({type(value).__qualname__})"
+
+    def _refuse(self, i: int, why: str, hint: str) -> TraceError:
+        return TraceError(f"{self._path(i) or 'the model'} {why}", hint=hint)
+
+    def _add(self, value: Any, parent: int, name: str | None) -> int | None:
+        """The number of the node that ``value`` is; None where a replica uses the value itself."""
+        cls = type(value)
+        kind = self._kinds[cls]
+        if kind == "atom":
+            return None
+        known = self._index.get(id(value))
+        if known is not None:
+            return known
+        if kind == "function":
+            if is_global(value):
+                return None
+            if "_torchdynamo_orig_callable" in vars(value):
+                kind = "compiled"
+        elif kind == "tuple" and cls is tuple and all(self._kinds[type(v)] == "atom" for v in value):
+            return None
+        i = len(self.nodes)
+        node = Node(value, kind, parent, name, changed=None if kind in IMMUTABLE else True)
+        self.nodes.append(node)
+        if kind == "function" and not value.__closure__:
+            node.changed = None
+        if kind == "shared" or self._is_large(value, kind):
+            node.changed = False
+            node.kind = "shared"
+            self._note(value, i)
+        self._index[id(value)] = i
+        return i
+
+    def _is_large(self, value: Any, kind: Kind) -> bool:
+        if kind == "flat":
+            return not isinstance(value, bytearray) and (
+                type(value) is not np.ndarray
+                or value.dtype.hasobject
+                or value.nbytes > _LARGE_ARRAY
+                or not value.flags.owndata
+            )
+        return kind in ("dict", "list", "set", "deque", "tuple") and len(value) > _LARGE and _inert(value, self._kinds)
+
+    def _part(self, value: Any, parent: int, name: str | None) -> Part:
+        return value, self._add(value, parent, name)
+
+    def _open(self, i: int) -> None:
+        """Look into a node: what it holds becomes nodes too."""
+        node = self.nodes[i]
+        value = node.value
+        match node.kind:
+            case "module":
+                self._check_module(i, value)
+            case "dict":
+                items = list(base_of(type(value)).items(value))  # type: ignore[attr-defined]
+                if isinstance(value, defaultdict):
+                    node.parts.append(self._part(value.default_factory, i, ".default_factory"))
+                for k, v in items:
+                    text = f".{k}" if node.name is None else f"[{k!r}]"
+                    node.parts += [self._part(k, i, text), self._part(v, i, text)]
+            case "list" | "tuple" | "deque":
+                base = base_of(type(value))
+                node.parts = [self._part(v, i, f"[{n}]") for n, v in enumerate(base.__iter__(value))]  # type: ignore[attr-defined]
+            case "set" | "frozenset":
+                node.parts = [self._part(v, i, "[…]") for v in base_of(type(value)).__iter__(value)]  # type: ignore[attr-defined]
+            case "function":
+                code = value.__code__
+                for variable, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
+                    node.parts.append(self._part(cell, i, f".<{variable}>"))
+                node.parts += [self._part(v, i, ".<default>") for v in value.__defaults__ or ()]
+                node.parts += [self._part(v, i, f".<{k}>") for k, v in (value.__kwdefaults__ or {}).items()]
+                node.parts += [self._part(v, i, f".{k}") for k, v in vars(value).items()]
+            case "cell":
+                with contextlib.suppress(ValueError):  # empty
+                    node.parts = [self._part(value.cell_contents, i, "")]
+            case "method":
+                node.parts = [self._part(value.__func__, i, ""), self._part(value.__self__, i, ".__self__")]
+            case "builtin":
+                node.parts = [self._part(value.__self__, i, ".__self__")]
+            case "partial":
+                parts = (value.func, *value.args, *value.keywords.values(), *vars(value).values())
+                node.parts = [self._part(v, i, f"({n})") for n, v in enumerate(parts)]
+            case "cached":
+                node.parts = [self._part(value.__wrapped__, i, "")]
+            case "compiled":
+                node.parts = [self._part(value._torchdynamo_orig_callable, i, "")]
+            case "ref":
+                node.parts = [self._part(value.__callback__, i, ".__callback__")]
+        if node.kind in _WITH_STATE:
+            self._open_state(i, node)
+
+    def _open_state(self, i: int, node: Node) -> None:
+        state = state_of(node.value)
+        if state is not None:
+            node.state = dict(state)
+            for key, value in state.items():
+                j = self._add(value, i, None if key == "_modules" and node.kind == "module" else f".{key}")
+                if j is not None:
+                    node.links.append((key, j))
+            if node.kind == "module" and "training" in state:
+                node.state["training"] = False
+        for slot in slots_of(type(node.value)):
+            with contextlib.suppress(AttributeError):  # not set
+                value = slot.__get__(node.value)
+                node.slots.append((slot, self._part(value, i, f".{slot.__name__}")))
+
+    def _check_module(self, i: int, module: nn.Module) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise self._refuse(
+                i, "is a ScriptModule: its run cannot be observed", "pass the Python module that it was scripted from"
+            )
+        if type(module).__name__ == "OptimizedModule" or vars(module).get("_compiled_call_impl") is not None:
+            raise self._refuse(i, *_COMPILED)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and is_lazy(tensor):
+                raise self._refuse(i, "is not initialised yet", "run the model once on an example, then call bnfix")
+
+    def _find_referent(self, node: Node) -> None:
+        """The node that a weak reference refers to, if the model holds that object by other ways too."""
+        if node.kind == "ref":
+            j = self._index.get(id(node.value()))
+        else:
+            j = next((n for n, o in enumerate(self.nodes) if _has_proxy(o.value, node.value)), None)
+        if j is not None:
+            node.parts.insert(0, (None, j))
+        else:
+            node.changed = False
+
+    def _find_ids(self) -> None:
+        """``{id(module): ...}`` is a table of modules: its keys are to be those of the replica's."""
+        for node in [n for n in self.nodes if n.kind == "dict" and n.changed]:
+            for n in range(len(node.parts) % 2, len(node.parts), 2):
+                key = node.parts[n][0]
+                j = self._index.get(key) if type(key) is int else None
+                if j is not None and self.nodes[j].kind == "module":
+                    self.nodes.append(Node(key, "id", j, "", [(None, j)], changed=None))
+                    node.parts[n] = (key, len(self.nodes) - 1)
+
+    def _leads_to_model(self, i: int) -> bool:
+        seen, pending = {i}, [i]
+        while pending:
+            node = self.nodes[pending.pop()]
+            if node.kind == "module" or isinstance(node.value, RemovableHandle):
+                return True
+            new = [j for j in node.nodes() if j not in seen]
+            seen.update(new)
+            pending += new
+        return False
+
+    def _settle(self, i: int) -> bool:
+        """Whether a replica needs its own: an immutable object does if one of its parts is another."""
+        node = self.nodes[i]
+        if node.changed is None:
+            node.changed = False  # while it is decided
+            changed = [self._settle(j) for j in node.nodes()]
+            node.changed = any(changed)
+            if node.changed and node.kind == "compiled":
+                raise self._refuse(i, *_COMPILED)
+            if node.changed and node.kind != "function":
+                self.order.append(i)
+        return node.changed
+
+
+def _inert(value: Any, kinds: Kinds, depth: int = 3) -> bool:
+    """Whether there is nothing in it but plain values: no tensor, no module, no object with a state of its own."""
+    if isinstance(value, Tensor) or depth == 0:
+        return False
+    if kinds[type(value)] == "atom":
+        return True
+    if isinstance(value, dict):
+        value = (*value, *value.values())
+    elif type(value) not in (list, tuple, set, frozenset, deque):
+        return False
+    return all(_inert(v, kinds, depth - 1) for v in value)
+
+
+def _has_proxy(value: Any, proxy: Any) -> bool:
+    return any(reference is proxy for reference in weakref.getweakrefs(value))
