@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
-from bnfix.api.asked import Progress
+from bnfix.api.asked import Progress, check_model, silent
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,9 +38,94 @@ def recalibrate(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Recalibration:
-    """Set the running statistics of every norm of ``model`` to those of ``data``: in place, all or nothing.
+    """Set the running statistics of every norm to those of ``data``: changes ``model`` in place, all or nothing.
 
     Afterwards they are mean and variance of each norm's input when the model runs in evaluation mode over the same
-    data (the fixed point). Also called precise BN, BN re-estimation, update_bn.
+    data: the fixed point of the data seen (precise BN, BN re-estimation; torch's ``update_bn`` only comes near it).
+    Everything but the norms is in evaluation mode while it runs. Whatever goes wrong, Ctrl-C included, the model is as
+    it was to the bit; ``report.undo()`` takes a finished one back. ``torch.compile``, ``DataParallel`` and DDP
+    wrappers are looked through. With ``torch.distributed`` set up, every rank calls this with its own share of the data,
+    and all end with the same bits.
+
+    Args:
+        model: in any mode. Norms in evaluation mode inside a model in training mode count as frozen and stay; in a
+            model that is in evaluation mode itself, nothing does. Modes are left as they are.
+        data: what a training loop iterates over. Use training data with the transform of evaluation.
+        method: ``"staged"``: exact, one pass, the samples go from norm to norm together and so must fit into memory (or
+            into ``spill_dir``; else those that fit are used). ``"population"``: one streaming pass, each batch normalised
+            with its own statistics, moments pooled. ``"online"``: the same, normalised with what was pooled so
+            far, for tiny batches. ``"auto"`` takes staged where all samples fit, and says why in ``report.why``.
+        when: ``"needed"`` leaves the model alone unless its outputs change by more than .35 of their spread and by
+            more than 4 times what recalibrations on two halves of the data differ by.
+        forward: ``forward(model, batch)`` where the model isn't simply called with the batch.
+        select: which norms: a regular expression, module paths, or a function of path and module. Default: all.
+        include_frozen: recalibrate frozen norms too.
+        mask: for padded positions: a key of the batch, or a function of it, that gives a boolean tensor
+            (N, positions …), True where a position counts.
+        max_samples: stop reading there.
+        tol: for the streaming methods: stop once every standard error is at most ``tol`` (of means in standard
+            deviations, of variances relative). A stream of unknown length stops at .01.
+        certify: ``"replay"`` runs one chunk alone and compares what it contributed to the bit; ``"full"`` also measures
+            ``residual`` with plain forwards over all samples, and ``residual_fresh`` where the loader draws anew; None
+            leaves both out.
+        memory_budget: bytes, or such as ``"2GB"``, for what parked samples hold; default: a quarter of what is free on
+            the model's device.
+        spill_dir: a folder for the activations of parked samples: then all samples fit (Linux, CPU).
+        unbiased: store M2/(n - 1), as PyTorch does; False stores M2/n.
+        group: process group; None the default one where one is set up, False this process alone.
+        dry_run: measure the drift, change nothing.
+        progress: called with a line before each step.
+
+    Returns:
+        What was measured, with its standard errors, and how good the result is.
+
+    Raises:
+        CalibrationError: the data raises, holds NaN or Inf, or is empty; a forward fails; nothing is there to be
+            recalibrated. Names batch and layer; the model is as it was.
+        TraceError: a module of the model can't be observed (a ScriptModule, a compiled submodule).
+        TypeError, ValueError: wrong arguments.
     """
-    raise NotImplementedError
+    from bnfix import calibration
+    from bnfix.graph import unwrap
+    from bnfix.running import parse_bytes
+
+    check_model(model)
+    _check_options(method, when, certify, max_samples, tol)
+    model, notes = unwrap(model)
+    options = calibration.Options(
+        method=method,
+        when=when,
+        forward=forward,
+        mask=mask,
+        max_samples=max_samples,
+        tol=tol,
+        certify=certify,
+        memory_budget=None if memory_budget is None else parse_bytes(memory_budget),
+        spill_dir=spill_dir,
+        unbiased=unbiased,
+        dry_run=dry_run,
+    )
+    return calibration.recalibrate(
+        model,
+        data,
+        options,
+        select=select,
+        include_frozen=include_frozen,
+        ranks=calibration.ranks_of(group),
+        say=progress or silent,
+        notes=notes,
+    )
+
+
+def _check_options(method: str, when: str, certify: str | None, max_samples: int | None, tol: float | None) -> None:
+    for name, given, known in (
+        ("method", method, ("auto", "staged", "population", "online")),
+        ("when", when, ("always", "needed")),
+        ("certify", certify, ("replay", "full", None)),
+    ):
+        if given not in known:
+            raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, not {given!r}")
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples is at least 1, not {max_samples}")
+    if tol is not None and not 0 < tol < float("inf"):
+        raise ValueError(f"tol is a positive number, not {tol}")

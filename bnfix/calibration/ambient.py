@@ -1,0 +1,112 @@
+"""What a new thread lacks, and what threads that take turns must not leave behind for one another."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+
+class Ambient:
+    """The surroundings of the caller: entered again in each thread that works for it.
+
+    Carried: the device context and default device, autocast, the user's function and dispatch modes, context
+    variables, the current CUDA device and stream. Gradients are off. The default dtype, backend flags and random
+    generators belong to the process (see :class:`Turn`).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._variables = contextvars.copy_context()
+        self._functions: list[TorchFunctionMode] = list(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+        self._dispatch = list(_get_current_dispatch_mode_stack())
+        self._autocast = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in dict.fromkeys(("cpu", device.type))
+        ]
+        self._cached = torch.is_autocast_cache_enabled()
+        self._cuda = device if device.type == "cuda" else None
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def run(self, work: Callable[[], None]) -> None:
+        """``work()`` in a context of its own that looks like the caller's."""
+        self._variables.copy().run(self._inside, work)
+
+    def _inside(self, work: Callable[[], None]) -> None:
+        with self._entered():
+            work()
+
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self._cuda is not None:
+                stack.enter_context(torch.cuda.device(self._cuda))
+                stack.enter_context(torch.cuda.stream(self._stream))
+            for kind, enabled, dtype in self._autocast:
+                if enabled:
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=self._cached))
+            for mode in self._functions:
+                # A device context keeps a note of the one before it: each thread needs one of its own.
+                stack.enter_context(torch.device(mode.device) if isinstance(mode, DeviceContext) else mode)
+            for dispatch in self._dispatch:
+                stack.enter_context(dispatch)
+            stack.enter_context(torch.no_grad())
+            yield
+
+
+@dataclass
+class Turn:
+    """Backend flags and random generators of the process, as one thread left them: swapped in for its next turn."""
+
+    flags: tuple[Any, ...]
+    rng: torch.Tensor
+    cuda: torch.Tensor | None = None
+
+    @classmethod
+    def now(cls, device: torch.device) -> Turn:
+        """As they are."""
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(_flags(), torch.get_rng_state(), cuda)
+
+    @classmethod
+    def seeded(cls, like: Turn, number: int, device: torch.device) -> Turn:
+        """The flags of ``like``, and random numbers of its own for chunk ``number``: the same on each run."""
+        seed = (int(like.rng[:8].view(torch.int64).item()) + 0x9E3779B97F4A7C15 * (number + 1)) % 2**63
+        rng = torch.Generator().manual_seed(seed).get_state()
+        cuda = torch.Generator(device).manual_seed(seed).get_state() if device.type == "cuda" else None
+        return cls(like.flags, rng, cuda)
+
+    def put(self, device: torch.device, flags_now: tuple[Any, ...] | None = None) -> None:
+        """Make them those of the process."""
+        torch.set_rng_state(self.rng)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, device)
+        if self.flags != (flags_now if flags_now is not None else _flags()):
+            _set_flags(self.flags)
+
+
+def _flags() -> tuple[Any, ...]:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    return (
+        torch.backends.mkldnn.enabled,
+        cudnn.enabled,
+        cudnn.benchmark,
+        cudnn.deterministic,
+        cudnn.allow_tf32,
+        matmul.allow_tf32,
+        torch.get_default_dtype(),
+    )
+
+
+def _set_flags(flags: tuple[Any, ...]) -> None:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    torch.backends.mkldnn.enabled = flags[0]
+    cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = flags[1:5]
+    matmul.allow_tf32 = flags[5]
+    torch.set_default_dtype(flags[6])

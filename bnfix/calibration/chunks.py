@@ -1,0 +1,163 @@
+"""The pieces of the data that go through the model together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bnfix.errors import CalibrationError
+from bnfix.running import Call, join, size, split
+
+TARGET = 64
+"""Samples a chunk: below 32 the switches between chunks cost more than they save, above 128 memory does."""
+MOST = 96
+"""Chunks, that is threads, before they grow beyond the target."""
+
+
+@dataclass
+class Chunk:
+    """One call of the model: ``samples`` independent samples, from the loader's batches ``origin`` (one a sample).
+
+    ``mask`` (N, *positions) is True where a position counts; None: all do.
+    """
+
+    call: Call
+    samples: int
+    origin: tuple[int, ...]
+    mask: Tensor | None = None
+
+    @property
+    def where(self) -> str:
+        """The loader's batches it came from, for a person."""
+        first, last = min(self.origin), max(self.origin)
+        return f"batch {first}" if first == last else f"batches {first} to {last}"
+
+    def batch_of(self, row: int, rows: int) -> str:
+        """The batch that row ``row`` of ``rows`` came from."""
+        if rows == len(self.origin):
+            return f"batch {self.origin[row]}"
+        return self.where
+
+
+def pieces(batches: Sequence[Chunk], *, sentinel: int, target: int = TARGET) -> list[Chunk]:
+    """The same samples in chunks of about ``target``: small batches joined, large ones split.
+
+    The first chunk and the last are small ones of ``sentinel`` samples, where there is more than one chunk: the first is
+    what is replayed, the last has its shape, so that nothing is kept for it under its shape alone.
+    Samples keep their order within batches of one signature.
+    """
+    found: list[Chunk] = []
+    ends: list[Chunk] = []
+    runs = _alike(batches)
+    for number, run in enumerate(runs):
+        total = sum(c.samples for c in run)
+        sizes = _sizes(total, target)
+        if number == 0 and (len(sizes) > 1 or len(runs) > 1) and total >= 4 * sentinel:
+            sizes = [sentinel, *_sizes(total - 2 * sentinel, target), sentinel]
+            made = list(_cut(run, sizes))
+            found += made[:-1]
+            ends.append(made[-1])
+        else:
+            found += _cut(run, sizes)
+    return found + ends
+
+
+def _sizes(total: int, target: int) -> list[int]:
+    count = max(1, -(-total // target))
+    small, more = divmod(total, count)
+    return [small + 1] * more + [small] * (count - more)
+
+
+def _alike(batches: Sequence[Chunk]) -> list[list[Chunk]]:
+    """Batches that can be joined, together; in the order in which their signatures first come."""
+    runs: list[list[Chunk]] = []
+    for batch in batches:
+        for run in runs:
+            if _joinable(run[0], batch):
+                run.append(batch)
+                break
+        else:
+            runs.append([batch])
+    return runs
+
+
+def _joinable(a: Chunk, b: Chunk) -> bool:
+    # Empty slices: only the signatures are compared.
+    none = [Chunk(c.call.map(lambda t: t[:0]), 0, (), None if c.mask is None else c.mask[:0]) for c in (a, b)]
+    return joined(none) is not None
+
+
+def _cut(run: list[Chunk], sizes: list[int]) -> Iterator[Chunk]:
+    """Chunks of exactly these sizes out of consecutive batches; views where one batch is enough."""
+    pending = list(run)
+    for wanted in sizes:
+        taken: list[Chunk] = []
+        while wanted:
+            head = pending.pop(0)
+            if head.samples > wanted:
+                head, rest = halves(head, wanted)
+                pending.insert(0, rest)
+            taken.append(head)
+            wanted -= head.samples
+        made = joined(taken)
+        assert made is not None  # _alike saw to it
+        yield made
+
+
+def halves(chunk: Chunk, at: int) -> tuple[Chunk, Chunk]:
+    """The first ``at`` samples, and the rest; views."""
+    one, two = split(chunk.call, [at])
+    masks = (None, None) if chunk.mask is None else (chunk.mask[:at], chunk.mask[at:])
+    return (
+        Chunk(one, at, chunk.origin[:at], masks[0]),
+        Chunk(two, chunk.samples - at, chunk.origin[at:], masks[1]),
+    )
+
+
+def joined(taken: Sequence[Chunk]) -> Chunk | None:
+    """The samples of several chunks in one; None where they don't fit together."""
+    if len(taken) == 1:
+        return taken[0]
+    call = join([c.call for c in taken])
+    masks = [c.mask for c in taken if c.mask is not None]
+    if call is None or len(masks) not in (0, len(taken)) or len({m.shape[1:] for m in masks}) > 1:
+        return None
+    origin = tuple(o for c in taken for o in c.origin)
+    return Chunk(call, sum(c.samples for c in taken), origin, torch.cat(masks) if masks else None)
+
+
+def splittable(chunk: Chunk) -> bool:
+    """Whether the samples of a chunk lie along the first axis of all of its tensors."""
+    return size(chunk.call) == chunk.samples
+
+
+def first_samples(chunk: Chunk, count: int) -> Chunk:
+    """A chunk of the first ``count`` samples."""
+    return chunk if chunk.samples <= count else halves(chunk, count)[0]
+
+
+def mask_at(chunk: Chunk, x: Tensor, site: str) -> Tensor | None:
+    """The chunk's mask as it applies to the input (R, C, *positions) of a norm; None where everything counts.
+
+    Raises:
+        CalibrationError: the positions of ``x`` are not those of the mask.
+    """
+    mask = chunk.mask
+    if mask is None:
+        return None
+    positions = tuple(x.shape[2:])
+    if tuple(mask.shape) == (x.shape[0], *positions):
+        return mask
+    if not positions and mask.numel() == x.shape[0]:
+        return mask.reshape(-1)
+    if not positions and mask.shape[0] == x.shape[0]:  # pooled over positions: padding is gone by then
+        return mask.flatten(1).any(1)
+    if mask.dim() == 2 and positions and mask.shape[0] == x.shape[0] and positions[0] == mask.shape[1]:
+        return mask.reshape(*mask.shape, *(1,) * (len(positions) - 1)).expand(x.shape[0], *positions)
+    raise CalibrationError(
+        f"{site}: its input has the positions {(x.shape[0], *positions)}, the mask {tuple(mask.shape)}",
+        hint="give the mask at the resolution of the norms, or leave it out:  mask=None",
+    )

@@ -1,0 +1,78 @@
+"""Whether recalibration changes what the model does: outputs before and after, against what chance would do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from bnfix.calibration.chunks import Chunk, halves, splittable
+from bnfix.calibration.engines import Outcome, staged
+from bnfix.calibration.listening import Stats
+from bnfix.calibration.plain import listen
+from bnfix.calibration.session import Session
+
+CHANGE = 0.35
+"""Change of the outputs, in their spread, below which statistics are not worth replacing."""
+OVER_NULL = 4.0
+"""Multiples of the change between two halves of the data that a change has to exceed."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """rms(before − after)/std(after) of the outputs on ``probe`` samples; ``null`` is the same between two halves."""
+
+    value: float | None
+    null: float | None = None
+    probe: int = 0
+
+    @property
+    def worth_it(self) -> bool:
+        """Whether the change is large, and larger than chance."""
+        if self.value is None:
+            return True
+        return not self.value <= max(CHANGE, OVER_NULL * (self.null or 0.0))
+
+
+def outputs(session: Session, chunk: Chunk, stats: dict[int, Stats]) -> Any:
+    """The model's outputs with these statistics."""
+    with session.using(stats):
+        return listen(session.model, chunk, session.norms)[2]
+
+
+def change(before: Any, after: Any) -> float | None:
+    """The worst over all floating outputs; None where there are none to compare, inf where shapes differ."""
+    pairs = list(zip(_floating(before), _floating(after), strict=False))
+    if not pairs:
+        return None
+    worst = 0.0
+    for a, b in pairs:
+        if a.shape != b.shape:
+            return float("inf")
+        a, b = a.double(), b.double()
+        spread = b.std(unbiased=False).item()
+        moved = (a - b).square().mean().sqrt().item()
+        worst = max(worst, moved / spread if spread > 0 else (0.0 if moved == 0 else float("inf")))
+    return worst
+
+
+def null(session: Session, chunks: Sequence[Chunk], probe: Chunk) -> float | None:
+    """The change between recalibrations on two disjoint halves; None where the data can't be halved."""
+    if len(chunks) > 1:
+        two = [list(chunks[0::2]), list(chunks[1::2])]
+    elif len(chunks) == 1 and chunks[0].samples > 3 and splittable(chunks[0]):
+        two = [[half] for half in halves(chunks[0], chunks[0].samples // 2)]
+    else:
+        return None
+    session.say("recalibrating on two halves, to see what chance does")
+    done: list[Outcome] = [staged(session, half, None, quiet=True) for half in two]
+    return change(*(outputs(session, probe, half.stats) for half in done))
+
+
+def _floating(value: Any) -> list[Tensor]:
+    leaves = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+    return [t.detach() for t in leaves if torch.is_floating_point(t) and t.numel()]

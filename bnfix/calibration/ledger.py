@@ -1,0 +1,123 @@
+"""What was measured at each call site, and the statistics that follow from it.
+
+A norm whose contributions were all in before it was first used gets its exact statistics at once. One that was used
+before (several call sites, a recurrent cell, chunks on different routes) is *iterated*: the whole is run again
+with what was pooled, until that no longer moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bnfix.calibration.listening import Stats
+from bnfix.calibration.norms import Norm, Norms
+from bnfix.errors import CalibrationError
+from bnfix.stats import Moments, round_once
+from bnfix.types import Residual
+
+Place = tuple[int, int]
+
+
+@dataclass
+class Ledger:
+    """The state of one run over all chunks; ``given`` are the statistics that iterated norms use from the start."""
+
+    norms: Norms
+    unbiased: bool = True
+    given: dict[int, Stats] = field(default_factory=dict)
+    used: dict[int, Stats] = field(default_factory=dict)
+    pooled: dict[int, Moments] = field(default_factory=dict)
+    sites: dict[Place, Moments] = field(default_factory=dict)
+    iterated: set[int] = field(default_factory=set)
+
+    def settle(self, norm: Norm, place: Place, moments: Moments) -> Stats | None:
+        """Take the contributions at one call site; return what the norm normalises with from here on."""
+        key = norm.key
+        known = self.sites.get(place)
+        self.sites[place] = moments if known is None else known.merge(moments)
+        before = self.pooled.get(key)
+        self.pooled[key] = moments if before is None else before.merge(moments)
+        if key in self.given:
+            return self.given[key]
+        if key in self.used:
+            self.iterated.add(key)
+        stats = stored(norm, self.pooled[key], self.unbiased)
+        if stats is not None:
+            self.used[key] = stats
+        return stats
+
+    def again(self, damping: float) -> Ledger:
+        """A ledger for the next run: iterated norms use what was pooled in this one.
+
+        With ``damping`` below 1 only that part of the step is taken.
+        """
+        given: dict[int, Stats] = {}
+        for key in self.iterated:
+            norm = self.norms.by_key(key)
+            now = stored(norm, self.pooled[key], self.unbiased)
+            last = self.given.get(key)
+            if now is not None and last is not None and damping < 1:
+                now = (torch.lerp(last[0], now[0], damping), torch.lerp(last[1], now[1], damping))
+            if now is not None:
+                given[key] = now
+        return Ledger(self.norms, self.unbiased, given, dict(given), iterated=set(self.iterated))
+
+    def moved(self) -> Residual:
+        """How far what iterated norms used is from what was pooled over them in the end."""
+        return residual(
+            (self.used[k], stored(self.norms.by_key(k), self.pooled[k], self.unbiased))
+            for k in sorted(self.iterated)
+            if k in self.used and k in self.pooled
+        )
+
+    def final(self) -> dict[int, Stats]:
+        """What each norm gets: what it was normalised with in the last run."""
+        return {key: self.used[key] for key in sorted(self.used) if key in self.pooled}
+
+
+def stored(norm: Norm, moments: Moments, unbiased: bool) -> Stats | None:
+    """Mean and variance as the norm's buffers hold them, rounded once; None where one value leaves no variance.
+
+    Raises:
+        CalibrationError: they are not finite, or too large for the type of the buffers.
+    """
+    if float(moments.n.max()) <= 1:
+        return None
+    mean, var = moments.mean, moments.variance(unbiased)
+    wanted = norm.var.shape
+    found = round_once(mean, norm.mean.dtype).reshape(norm.mean.shape), round_once(var, norm.var.dtype).reshape(wanted)
+    if not bool(torch.isfinite(torch.stack((found[0].sum(), found[1].sum()))).all()):
+        _refuse(norm, mean, var, found)
+    return found
+
+
+def _refuse(norm: Norm, mean: Tensor, var: Tensor, found: Stats) -> None:
+    exact = torch.isfinite(mean) & torch.isfinite(var)
+    if not bool(exact.all()):
+        raise CalibrationError(f"{norm.path}: its input holds NaN or Inf")
+    if not all(bool(torch.isfinite(f).all()) for f in found):
+        kind = str(norm.var.dtype).removeprefix("torch.")
+        raise CalibrationError(
+            f"{norm.path}: a variance of {var.max().item():.3g} does not fit its {kind} buffers",
+            hint="keep norms in float32:  for m in model.modules(): isinstance(m, nn.BatchNorm2d) and m.float()",
+        )
+
+
+def residual(pairs: Iterable[tuple[Stats, Stats | None]]) -> Residual:
+    """The worst distance of (statistics in use, measured ones), as :class:`~bnfix.types.Residual` defines it."""
+    worst_mean = worst_var = 0.0
+    for (mean, var), measured in pairs:
+        if measured is None:
+            continue
+        m0, v0 = mean.double().flatten(), var.double().flatten()
+        m1, v1 = measured[0].double().flatten(), measured[1].double().flatten()
+        flat = (v0 <= 1e-12) | (v0 <= (1e-6 * m0) ** 2)
+        sigma = torch.where(flat, torch.ones_like(v0), v0).sqrt()
+        worst_mean = max(worst_mean, ((m1 - m0).abs() / sigma).max().item())
+        change = torch.where(flat, (v1 - v0).abs(), (v1 / torch.where(flat, torch.ones_like(v0), v0) - 1).abs())
+        worst_var = max(worst_var, change.max().item())
+    return Residual(worst_mean, worst_var)

@@ -1,0 +1,96 @@
+"""Every batch norm that a forward runs, caught where modules, functions and exported graphs all come by.
+
+A TorchFunctionMode sees ``F.batch_norm`` whoever calls it; hooks on modules miss functional calls, and a patched
+``F`` would be seen by the user's other threads. Modes belong to one thread: each thread enters its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from bnfix.calibration.norms import Norm, Norms
+
+_aten = torch.ops.aten
+_LEGACY = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
+_NAMES: Mapping[Any, tuple[str, ...]] = {
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    torch.batch_norm: _LEGACY,
+    torch.native_batch_norm: _LEGACY[:-1],
+    _aten.batch_norm: _LEGACY,
+    _aten.batch_norm.default: _LEGACY,
+    _aten.native_batch_norm: _LEGACY[:-1],
+    _aten.native_batch_norm.default: _LEGACY[:-1],
+    _aten._native_batch_norm_legit_no_training: (*_LEGACY[:5], *_LEGACY[6:8]),
+    _aten._native_batch_norm_legit_no_training.default: (*_LEGACY[:5], *_LEGACY[6:8]),
+}
+"""Functions that normalise with running statistics, and the names of their arguments by position."""
+
+Stats = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call of a norm in a forward: its input (R, C, *positions)."""
+
+    norm: Norm
+    x: Tensor
+
+
+Normaliser = Callable[[Seen], "Stats | None"]
+"""Gets the input of a norm; returns the statistics to normalise with, or None for those that it has."""
+
+
+class Listener(TorchFunctionMode):
+    """Calls ``ask`` at every norm of ``norms`` that is to be re-estimated, and normalises with what it returns.
+
+    A norm that works on the batch's own statistics in evaluation mode as well is let through, but never writes
+    its running ones; ``mixing`` is set then. Statistics that are no buffers of the model are counted in ``norms.odd``.
+    ``watch`` is told what every other operation returns.
+    """
+
+    def __init__(self, norms: Norms, ask: Normaliser, watch: Callable[[Any], None] | None = None) -> None:
+        super().__init__()
+        self.norms, self.ask, self.watch = norms, ask, watch
+        self.mixing = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Let everything through but batch norms."""
+        try:
+            names = _NAMES.get(func)
+        except TypeError:  # an unhashable callable
+            names = None
+        if names is None:
+            result = func(*args, **(kwargs or {}))
+            if self.watch is not None:
+                self.watch(result)
+            return result
+        given = dict(zip(names, args, strict=False)) | dict(kwargs or {})
+        mean, var = given.get("running_mean"), given.get("running_var")
+        if given.get("training", False) or mean is None:
+            self.mixing = True
+            if mean is not None:  # it normalises with the batch: its running statistics would only be written
+                norm = self.norms.of(mean, var)
+                if norm is not None and not norm.why:
+                    norm.why = "normalises with the batch in evaluation mode too: nothing reads its running statistics"
+                given |= {"running_mean": mean.clone(), "running_var": None if var is None else var.clone()}
+            return func(**given) if func is F.batch_norm else func(*(given[n] for n in names if n in given))
+        norm = self.norms.of(mean, var)
+        if norm is None:
+            self.norms.odd.add(f"{tuple(given['input'].shape)}")
+        elif not norm.why:
+            found = self.ask(Seen(norm, given["input"]))
+            if found is not None:
+                given |= {"running_mean": found[0], "running_var": found[1]}
+        if func is F.batch_norm:
+            return func(**given)
+        positional = [given.pop(n) for n in names[: len(args)]]
+        return func(*positional, **given)

@@ -1,0 +1,159 @@
+"""The norms of a model as calibration sees them: pairs of running buffers, whoever holds and whoever uses them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from bnfix.errors import CalibrationError
+from bnfix.graph import find_owners
+
+Select = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
+
+FROZEN = "in evaluation mode while the model trains: frozen on purpose (include_frozen=True takes it along)"
+
+
+@dataclass(eq=False)
+class Norm:
+    """Running statistics of one norm: known by the identity of its buffers.
+
+    ``key`` is the same on all ranks. ``why`` is empty for a norm to be re-estimated, else the reason why it stays;
+    ``frozen`` marks one that the user froze.
+    """
+
+    key: int
+    path: str
+    module: nn.Module
+    mean: Tensor
+    var: Tensor
+    tracked: Tensor | None = None
+    why: str = ""
+    frozen: bool = False
+
+    @property
+    def channels(self) -> int:
+        """How many channels it has."""
+        return self.mean.numel()
+
+
+@dataclass
+class Norms:
+    """All norms of one model, by the identity of their ``running_mean``; those in code of the model's are found as seen."""
+
+    model: nn.Module
+    known: dict[int, Norm] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+    instance: tuple[str, ...] = ()
+    odd: set[str] = field(default_factory=set)
+    _tensors: dict[int, tuple[int, str, nn.Module, str]] = field(default_factory=dict)
+    _decide: Callable[[str, nn.Module], tuple[str, bool]] = lambda _path, _module: ("", False)
+
+    def of(self, mean: Tensor | None, var: Tensor | None) -> Norm | None:
+        """The norm that these buffers belong to; None if they are no buffers of the model."""
+        if mean is None or var is None:
+            return None
+        norm = self.known.get(id(mean))
+        if norm is not None:
+            return norm if norm.var is var else None
+        home, other = self._tensors.get(id(mean)), self._tensors.get(id(var))
+        if home is None or other is None:
+            return None
+        key, path, module, name = home  # functional: statistics that the model's own code hands to F.batch_norm
+        site = path if name in ("running_mean", "") else f"{path}.{name}" if path else name
+        why, frozen = self._decide(site, module)
+        norm = Norm(key, site, module, mean, var, None, why, frozen)
+        self.known[id(mean)] = norm
+        return norm
+
+    def __iter__(self) -> Iterator[Norm]:
+        return iter(sorted(self.known.values(), key=lambda n: n.key))
+
+    def by_key(self, key: int) -> Norm:
+        """The norm with this key, also one that only other ranks have met."""
+        for norm in self.known.values():
+            if norm.key == key:
+                return norm
+        tensor = self._by_position[key]
+        raise CalibrationError(f"the ranks disagree about {tensor}")
+
+    @property
+    def _by_position(self) -> dict[int, str]:
+        return {key: path for key, path, _, _ in self._tensors.values()}
+
+
+def find_norms(model: nn.Module, select: Select = None, include_frozen: bool = False) -> Norms:
+    """Every norm with running statistics in ``model``, and what is to be done with it.
+
+    Raises:
+        CalibrationError: a norm is not initialised yet; a name in ``select`` fits no norm.
+    """
+    owners = find_owners(model)
+    decide = _decider(model, select, include_frozen)
+    places: dict[int, tuple[int, str, nn.Module, str]] = {}
+    for position, key in enumerate(owners.tensors):
+        slot = next((s for s in owners.tensor_slots[key] if s.registered), None)
+        if slot is not None:
+            path = slot.path.rpartition(".")[0]
+            places[key] = (position, path, slot.container, str(slot.key))
+    norms = Norms(model, _tensors=places, _decide=decide)
+    without, instance = [], []
+    for module in owners.modules.values():
+        path = (owners.paths(module) or ("",))[0]
+        mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+            if isinstance(mean, Tensor):
+                instance.append(path)
+            continue
+        if isinstance(mean, Tensor) and isinstance(var, Tensor):
+            if is_lazy(mean) or is_lazy(var):
+                raise CalibrationError(
+                    f"{path or 'the model'} is not initialised yet",
+                    hint="run the model once on an example, then call bnfix",
+                )
+            if id(mean) not in places or id(mean) in norms.known:
+                continue
+            tracked = getattr(module, "num_batches_tracked", None)
+            why, frozen = decide(path, module)
+            norms.known[id(mean)] = Norm(
+                places[id(mean)][0], path, module, mean, var,
+                tracked if isinstance(tracked, Tensor) else None, why, frozen,
+            )  # fmt: skip
+        elif isinstance(module, nn.modules.batchnorm._NormBase):
+            without.append(path)
+    norms.without, norms.instance = tuple(without), tuple(instance)
+    if isinstance(select, str | list | tuple | set | frozenset) and not any(not n.why for n in norms.known.values()):
+        names = ", ".join(n.path for n in list(norms.known.values())[:5])
+        raise CalibrationError(f"select={select!r} fits no norm of the model", hint=f"its norms:  {names} …")
+    return norms
+
+
+def _decider(model: nn.Module, select: Select, include_frozen: bool) -> Callable[[str, nn.Module], tuple[str, bool]]:
+    chosen = _chooser(select)
+
+    def decide(path: str, module: nn.Module) -> tuple[str, bool]:
+        if not chosen(path, module):
+            return "not selected", False
+        if model.training and not module.training and not include_frozen:
+            return FROZEN, True
+        return "", False
+
+    return decide
+
+
+def _chooser(select: Select) -> Callable[[str, nn.Module], bool]:
+    if select is None:
+        return lambda _path, _module: True
+    if callable(select):
+        return select
+    if isinstance(select, str):
+        try:
+            pattern = re.compile(select)
+        except re.error as error:
+            raise ValueError(f"select={select!r} is no regular expression: {error}") from error
+        return lambda path, _module: pattern.search(path) is not None
+    names = frozenset(select)
+    return lambda path, _module: path in names or any(path.startswith(f"{n}.") for n in names)

@@ -1,0 +1,87 @@
+"""The model as it is, one chunk after the other, with an ear at its norms: the measure of everything else."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnfix.calibration.chunks import Chunk, mask_at
+from bnfix.calibration.ledger import Place, residual, stored
+from bnfix.calibration.listening import Listener, Seen, Stats
+from bnfix.calibration.norms import Norms
+from bnfix.calibration.ranks import Ranks
+from bnfix.calibration.staged import out_of_memory
+from bnfix.errors import CalibrationError, one_line
+from bnfix.stats import Moments, SampleSums, pool, sample_sums
+from bnfix.types import Residual
+
+
+def listen(model: nn.Module, chunk: Chunk, norms: Norms) -> tuple[dict[Place, SampleSums], dict[Place, Moments], Any]:
+    """One plain forward: per call site the sums and the moments of its input, and the outputs.
+
+    Raises:
+        CalibrationError: the forward fails; names the batch.
+    """
+    sums: dict[Place, SampleSums] = {}
+    moments: dict[Place, Moments] = {}
+    calls: dict[int, int] = defaultdict(int)
+
+    def ask(seen: Seen) -> None:
+        place = (seen.norm.key, calls[seen.norm.key])
+        calls[seen.norm.key] += 1
+        mask = mask_at(chunk, seen.x, seen.norm.path)
+        sums[place] = sample_sums(seen.x, chunk.samples, mask)
+        moments[place] = pool([sums[place]], [seen.x], [mask])
+
+    try:
+        with torch.no_grad(), Listener(norms, ask):
+            outputs = chunk.call.run(model)
+    except CalibrationError:
+        raise
+    except Exception as error:  # the user's own forward
+        if out_of_memory(error):
+            raise
+        raise CalibrationError(f"{chunk.where}: the forward failed: {one_line(error)}") from error
+    return sums, moments, outputs
+
+
+def measure(model: nn.Module, chunks: Iterable[Chunk], norms: Norms) -> dict[Place, Moments]:
+    """The moments of every call site over all chunks, as the model stands."""
+    found: dict[Place, Moments] = {}
+    for chunk in chunks:
+        for place, moments in listen(model, chunk, norms)[1].items():
+            found[place] = found[place].merge(moments) if place in found else moments
+    return found
+
+
+def merged(found: dict[Place, Moments], norms: Norms, ranks: Ranks) -> dict[Place, Moments]:
+    """The same over all ranks; call sites that only some of them met are there on each."""
+    if ranks.world == 1:
+        return found
+    places = sorted({place for said in ranks.all_of(list(found)) for place in said})
+    out: dict[Place, Moments] = {}
+    for place in places:
+        norm = norms.by_key(place[0])
+        mine = found.get(place)
+        out[place] = ranks.merged(Moments.empty(norm.channels, norm.mean.device) if mine is None else mine)
+    return out
+
+
+def by_norm(found: dict[Place, Moments]) -> dict[int, Moments]:
+    """Call sites of one norm together."""
+    out: dict[int, Moments] = {}
+    for (key, _), moments in sorted(found.items(), key=lambda item: item[0]):
+        out[key] = out[key].merge(moments) if key in out else moments
+    return out
+
+
+def residual_of(found: dict[Place, Moments], stats: dict[int, Stats], norms: Norms, unbiased: bool) -> Residual:
+    """How far these statistics are from what was measured with them in use."""
+    pooled = by_norm(found)
+    return residual(
+        (stats[key], stored(norms.by_key(key), moments, unbiased)) for key, moments in pooled.items() if key in stats
+    )

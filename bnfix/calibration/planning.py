@@ -1,0 +1,193 @@
+"""How it will be done: what fits into memory, which method, why; said before the work starts."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bnfix.calibration.chunks import MOST, TARGET, Chunk, first_samples, joined, pieces, splittable
+from bnfix.calibration.reading import Reader, length
+from bnfix.calibration.scouting import Scouted, scout
+from bnfix.calibration.session import Session
+from bnfix.calibration.streaming import rejoined
+from bnfix.errors import CalibrationError
+from bnfix.running import free_bytes
+
+PLAIN_BATCHES = 256
+"""Chunks (threads) at most where batches can't be joined."""
+SMALL = 32
+"""Batches from which on a batch's own statistics are good enough to normalise with."""
+TOL = 0.01
+"""Standard error at which a stream without an end is enough."""
+
+
+@dataclass
+class Plan:
+    """``chunks`` for the staged method, ``stream`` for the others; ``scouted`` is None where this rank has no data."""
+
+    method: str
+    why: str
+    reader: Reader
+    scouted: Scouted | None
+    chunks: Sequence[Chunk] = ()
+    stream: Iterable[Chunk] = ()
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one rank knows; all of it is exchanged."""
+
+    samples: int = 0
+    held: int = 0
+    fits: bool = True
+    inseparable: str = ""
+    largest: int = 0
+    budget: int = 0
+    total: str = ""
+    crowded: bool = False
+
+
+def make_plan(session: Session) -> Plan:
+    """Read as much of the data as the staged method can hold, and decide. All ranks decide alike.
+
+    Raises:
+        CalibrationError: there is no data, it is not usable, or a rank failed.
+    """
+    options, ranks = session.options, session.ranks
+    reader = Reader(session.data, session.model, options.forward, options.mask, options.max_samples)
+    error: BaseException | None = None
+    scouted: Scouted | None = None
+    held: list[Chunk] = []
+    mine = _Found()
+    try:
+        scouted, held = _scouted(session, reader)
+        if scouted is not None and options.method in ("auto", "staged"):
+            held, mine = _read(session, reader, scouted, held)
+    except BaseException as caught:
+        if ranks.world == 1:
+            raise
+        error = caught
+    ranks.agree(error)
+    said = ranks.all_of((len(held), mine, scouted is not None))
+    if not any(has for _, _, has in said):
+        raise CalibrationError("the data holds no batch", hint="a generator that was used up gives nothing any more")
+    return _decided(session, reader, scouted, held, [found for _, found, has in said if has])
+
+
+def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chunk]]:
+    session.say("looking at the first samples")
+    first = reader.next()
+    if first is None:
+        return None, []
+    held = [first]
+    if first.samples == 1 and splittable(first) and (second := reader.next()) is not None:
+        held.append(second)
+    lead = joined(held) or first
+    if splittable(lead):
+        lead = first_samples(lead, _sentinel(session, first))
+    return scout(lead, session.replicate, session.norms), held
+
+
+def _sentinel(session: Session, first: Chunk) -> int:
+    """Samples of a chunk that is run more often than the others: so few that its time does not count."""
+    batches = length(session.data)
+    total = batches * first.samples if batches is not None else 512
+    if session.options.max_samples is not None:
+        total = min(total, session.options.max_samples)
+    return min(8, max(2, total // 128))
+
+
+def _read(session: Session, reader: Reader, scouted: Scouted, held: list[Chunk]) -> tuple[list[Chunk], _Found]:
+    options = session.options
+    budget = options.memory_budget
+    if budget is None:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if session.ranks.world > 1 else 1
+        budget = free_bytes(session.device) // 4 // local
+    room = max(1, int(budget / max(scouted.parked, 1.0))) if options.spill_dir is None else None
+    most = PLAIN_BATCHES if scouted.inseparable else None
+    while (room is None or reader.samples <= room) and (most is None or len(held) <= most):
+        chunk = reader.next()
+        if chunk is None:
+            break
+        held.append(chunk)
+        if reader.batches % 16 == 0:
+            session.say(f"reading: {reader.samples:,} samples")
+    crowded = most is not None and len(held) > most
+    fits = reader.ended and not crowded and (room is None or reader.samples <= room)
+    count = reader.samples if room is None else min(reader.samples, room)
+    found = _Found(
+        reader.samples, count, fits, scouted.inseparable, reader.largest, budget, _total(session, reader), crowded
+    )
+    return held, found
+
+
+def _total(session: Session, reader: Reader) -> str:
+    batches = length(session.data)
+    if reader.ended:
+        return f"{reader.samples:,}"
+    if batches is None:
+        return "an unknown number of"
+    total = batches * reader.largest
+    return f"{min(total, session.options.max_samples or total):,}"
+
+
+def _decided(
+    session: Session, reader: Reader, scouted: Scouted | None, held: list[Chunk], said: Sequence[_Found]
+) -> Plan:
+    method = session.options.method
+    fits = all(f.fits for f in said)
+    apart = next((f.inseparable for f in said if f.inseparable), "")
+    budget = _gigabytes(min(f.budget for f in said))
+    asked = "as asked for" if method != "auto" else ""
+    stream = itertools.chain(held, reader)
+    if method in ("population", "online"):
+        return Plan(method, f"{asked}; one pass over the loader", reader, scouted, stream=stream)
+    if method == "staged" or fits:
+        held = held if fits else _that_fit(held, min(f.held for f in said))
+        count = sum(c.samples for c in held)
+        kept = f"; its batches are kept as they are ({apart})" if apart else ""
+        share = f"all {count:,} samples" if fits else f"{count:,} of {said[0].total} samples"
+        room = "in files" if session.options.spill_dir is not None else f"in memory ({budget})"
+        why = f"{share} fit {room} together{kept}; one pass over the loader"
+        why = f"{asked}: {why}" if asked else why
+        session.say(f"method staged: {why}")
+        return Plan("staged", why, reader, scouted, chunks=_chunks(session, held, scouted, apart))
+    largest = max(f.largest for f in said)
+    chosen = "population" if not apart or largest >= SMALL else "online"
+    short = f"{min(f.held for f in said):,} of {said[0].total} samples fit ({budget})"
+    if any(f.crowded for f in said):
+        short = f"more than {PLAIN_BATCHES} batches that can't be joined ({apart})"
+    way = "batches joined to 64" if not apart else f"batches of {largest} as they are ({apart})"
+    why = f"{short}: {way}; one pass over the loader; spill_dir=, max_samples= or memory_budget= make it exact"
+    session.say(f"method {chosen}: {why}")
+    return Plan(chosen, why, reader, scouted, stream=iter(stream) if apart else rejoined(stream))
+
+
+def _that_fit(held: list[Chunk], room: int) -> list[Chunk]:
+    kept: list[Chunk] = []
+    for chunk in held:
+        if room <= 0:
+            break
+        part = first_samples(chunk, room) if splittable(chunk) else chunk
+        if part.samples > room and kept:
+            break
+        kept.append(part)
+        room -= part.samples
+    return kept
+
+
+def _chunks(session: Session, held: list[Chunk], scouted: Scouted | None, apart: str) -> Sequence[Chunk]:
+    if scouted is None or apart or not held:
+        return held
+    room = session.options.memory_budget or free_bytes(session.device) // 4
+    target = min(TARGET, max(8, int(room / 4 / max(scouted.forward, 1.0))))
+    total = sum(c.samples for c in held)
+    return pieces(
+        held, sentinel=scouted.chunk.samples, target=max(target, -(-total // MOST) if target == TARGET else 0)
+    )
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

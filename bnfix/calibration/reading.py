@@ -1,0 +1,125 @@
+"""The loader, one batch after the other, as chunks: bound, moved, looked at; its failures with the batch's number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfix.calibration.chunks import Chunk, first_samples, splittable
+from bnfix.errors import BnfixError, CalibrationError, PassError, one_line
+from bnfix.running import Call, bind, check_finite, size
+from bnfix.running.call import Forward
+
+Mask = str | Callable[[Any], Any] | None
+
+
+class Reader:
+    """One pass over ``data``.
+
+    ``batches`` and ``samples`` count what was read, ``used`` says what of a batch went into the model, ``ended``
+    that the data has no more, ``largest`` the samples of the largest batch. ``pure`` counts batches whose labels are all alike,
+    ``labels`` the different ones met.
+    """
+
+    def __init__(
+        self,
+        data: Iterable[Any],
+        model: nn.Module,
+        forward: Forward | None = None,
+        mask: Mask = None,
+        max_samples: int | None = None,
+    ) -> None:
+        self._model, self._forward, self._mask = model, forward, mask
+        self._max = max_samples
+        self.batches = self.samples = self.largest = self.pure = 0
+        self.used = ""
+        self.ended = False
+        self.labels: set[int] = set()
+        try:
+            self._data: Iterator[Any] = iter(data)
+        except TypeError as error:
+            raise TypeError(f"data is what a training loop iterates over, not {type(data).__name__}: {error}") from None
+        except Exception as error:  # a loader's own start, workers included
+            raise CalibrationError(f"the data can't be gone through: {one_line(error)}") from error
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while (chunk := self.next()) is not None:
+            yield chunk
+
+    def next(self) -> Chunk | None:
+        """The next batch; None where there are no more, or ``max_samples`` have been read.
+
+        Raises:
+            CalibrationError: the loader raised; a batch is ambiguous, holds NaN or Inf, or has no mask.
+        """
+        if self.ended or (self._max is not None and self.samples >= self._max):
+            self.ended = True
+            return None
+        try:
+            batch = next(self._data)
+        except StopIteration:
+            self.ended = True
+            return None
+        except Exception as error:  # whatever a dataset, its workers or a collate function raises
+            after = f"after batch {self.batches - 1}" if self.batches else "at its first batch"
+            raise CalibrationError(f"the data raised {after}: {one_line(error)}") from error
+        chunk = self._chunk(batch)
+        if self._max is not None and self.samples + chunk.samples > self._max and splittable(chunk):
+            chunk = first_samples(chunk, self._max - self.samples)
+        self.batches += 1
+        self.samples += chunk.samples
+        self.largest = max(self.largest, chunk.samples)
+        return chunk
+
+    def _chunk(self, batch: Any) -> Chunk:
+        number = self.batches
+        try:
+            bound = bind(batch, self._model, self._forward)
+        except PassError as error:
+            raise CalibrationError(f"batch {number}: {error.message}", hint=error.hint) from error
+        if not self.used:
+            self.used = bound.used
+        bad = check_finite(bound.call)
+        if bad is not None:
+            raise CalibrationError(
+                f"batch {number} holds NaN or Inf ({bad})",
+                hint="find out where it comes from: statistics keep it for ever",
+            )
+        samples = size(bound.call)
+        if samples is None:
+            samples = next((t.shape[0] for t in bound.call.tensors() if t.dim()), 1)
+        if samples == 0:
+            raise CalibrationError(f"batch {number} is empty")
+        self._look_at_labels(batch)
+        return Chunk(bound.call, samples, (number,) * samples, self._masked(batch, bound.call, number))
+
+    def _masked(self, batch: Any, call: Call, number: int) -> Tensor | None:
+        if self._mask is None:
+            return None
+        try:
+            found = batch[self._mask] if isinstance(self._mask, str) else self._mask(batch)
+        except Exception as error:  # the user's own function or mapping
+            raise CalibrationError(f"batch {number}: no mask: {one_line(error)}") from error
+        if not isinstance(found, Tensor) or found.dim() == 0:
+            raise CalibrationError(f"batch {number}: the mask is no tensor (N, *positions), but {type(found).__name__}")
+        device = next((t.device for t in call.tensors()), torch.device("cpu"))
+        return found.to(device).bool()
+
+    def _look_at_labels(self, batch: Any) -> None:
+        values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+        labels = [v for v in values if isinstance(v, Tensor) and v.dim() == 1 and len(v) > 1 and v.dtype == torch.int64]
+        if len(labels) == 1:
+            found = set(labels[0].tolist()) if len(labels[0]) < 10_000 else set()
+            self.pure += len(found) == 1
+            self.labels |= found if len(self.labels) < 1000 else set()
+
+
+def length(data: Any) -> int | None:
+    """How many batches ``data`` has, where it says so."""
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError, AttributeError, BnfixError):
+        return None

@@ -1,0 +1,296 @@
+"""From a model and its data to new statistics: plan, estimate, prove, judge, and only then write."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnfix.calibration import judging, summary
+from bnfix.calibration.chunks import Chunk, first_samples, splittable
+from bnfix.calibration.engines import Outcome, staged
+from bnfix.calibration.norms import Norms, Select, find_norms
+from bnfix.calibration.plain import measure, merged, residual_of
+from bnfix.calibration.planning import TOL, Plan, make_plan
+from bnfix.calibration.ranks import Ranks
+from bnfix.calibration.reading import Reader, length
+from bnfix.calibration.session import Options, Say, Session
+from bnfix.calibration.staged import MemoryFullError
+from bnfix.calibration.streaming import stream
+from bnfix.calibration.transaction import Handle, commit
+from bnfix.errors import CalibrationError
+from bnfix.graph import no_footprints, replicator
+from bnfix.running import preserved, replayable
+from bnfix.types import Recalibration, Residual
+
+PROBE = 32
+"""Samples on which outputs are compared where a decision hangs on it."""
+
+
+def recalibrate(
+    model: nn.Module,
+    data: Iterable[Any],
+    options: Options,
+    *,
+    select: Select,
+    include_frozen: bool,
+    ranks: Ranks,
+    say: Say,
+    notes: Iterable[str] = (),
+) -> Recalibration:
+    """The work of :func:`bnfix.recalibrate`; ``model`` is unwrapped, the options are checked."""
+    began = time.process_time()
+    norms = find_norms(model, select, include_frozen)
+    _refuse_nothing(norms)
+    device = next((n.mean.device for n in norms.known.values()), None) or _device(model)
+    with preserved(model), no_footprints(model, options.forward), torch.no_grad():
+        replicate = replicator(model)
+        for module in model.modules():
+            module.training = False
+        session = Session(model, norms, data, options, ranks, say, replicate, device, notes=list(notes))
+        shared = replicate.shared
+        if shared:
+            session.notes.append(f"shared by all chunks, since it can't be copied: {', '.join(shared[:3])}")
+        report, stats, batches = _Work(session).report()
+    # Only now, with the model back in its own modes: the one step that changes it.
+    error: BaseException | None = None
+    handle = Handle()
+    if report.changed:
+        try:
+            handle = commit(list(norms), stats, batches)
+        except BaseException as caught:
+            if ranks.world == 1:
+                raise
+            error = caught
+        try:
+            ranks.agree(error)
+        except BaseException:
+            if handle.done:
+                handle.undo()
+            raise
+    return dataclasses.replace(report, handle=handle, seconds={"total": time.process_time() - began, **session.seconds})
+
+
+class _Work:
+    """One recalibration, step by step."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.options, self.ranks = session, session.options, session.ranks
+
+    def report(self) -> tuple[Recalibration, dict[int, Any], int]:
+        """Everything but the writing."""
+        session, options = self.session, self.options
+        with self._timed("reading"):
+            plan = make_plan(session)
+        with self._timed("estimating"):
+            plan, outcome = self._estimated(plan)
+        chunks, reader, scouted = plan.chunks, plan.reader, plan.scouted
+        before = residual = fresh = None
+        with self._timed("certifying"):
+            if options.certify == "full" and chunks:
+                before, residual = self._residual(chunks, {}, outcome), self._residual(chunks, outcome.stats, outcome)
+            if options.certify == "full":
+                fresh = self._fresh(chunks, outcome)
+        with self._timed("judging"):
+            change = self._change(plan, outcome)
+        samples = sum(self._everywhere(sum(c.samples for c in chunks) if chunks else reader.samples))
+        batches = sum(self._everywhere(reader.batches))
+        changed = not options.dry_run and bool(outcome.stats) and (options.when == "always" or change.worth_it)
+        reached = scouted.reached if scouted is not None else set()
+        frozen, never, left_why = summary.left_alone(session.norms, outcome, reached)
+        found = summary.layers(outcome, session.norms)
+        if not found:
+            raise CalibrationError(
+                "no batch norm was reached by any forward" + (f": {_first(left_why)}" if left_why else ""),
+                hint="is the data what the model is called with?  forward=lambda m, b: m(b[0])",
+            )
+        self._note_iterations(outcome)
+        report = Recalibration(
+            layers=found,
+            method=plan.method,
+            why=plan.why,
+            n=samples,
+            batches=batches,
+            passes=1 + (fresh is not None),
+            forwards=outcome.forwards,
+            engine=outcome.engine,
+            changed=changed,
+            dry_run=options.dry_run,
+            residual_before=before,
+            residual=residual,
+            residual_fresh=fresh,
+            replay=outcome.replay,
+            iterations=outcome.iterations,
+            output_change=change.value,
+            output_null=change.null,
+            probe=change.probe,
+            frozen=frozen,
+            never_called=never,
+            left=tuple(left_why),
+            left_why=left_why,
+            used=reader.used,
+            ranks=self.ranks.world,
+            advice=(*self._leave_it(change), *summary.advice(outcome, session.norms, reader, chunks)),
+            notes=(*session.notes, *self._odd(scouted is not None and scouted.mixing)),
+        )
+        return report, outcome.stats, batches
+
+    def _estimated(self, plan: Plan) -> tuple[Plan, Outcome]:
+        session = self.session
+        if plan.method == "staged":
+            try:
+                return plan, staged(session, plan.chunks, plan.scouted)
+            except MemoryFullError as error:
+                if self.options.method == "staged":
+                    raise CalibrationError(
+                        f"out of memory: {error}",
+                        hint="memory_budget='1GB', max_samples=…, spill_dir=… or method='population'",
+                    ) from error
+                why = "out of memory with all chunks at once: one pass over the same samples, batch by batch"
+                session.notes.append(why)
+                session.say(f"method population: {why}")
+                plan = dataclasses.replace(plan, method="population", why=why, stream=iter(plan.chunks), chunks=())
+        if length(session.data) is None and self.options.max_samples is None and self.options.tol is None:
+            session.options = self.options = dataclasses.replace(self.options, tol=TOL)
+            session.notes.append(
+                f"a stream of unknown length: it ends where every standard error is at most {TOL:g} (tol=)"
+            )
+        return plan, stream(session, plan.stream, plan.method)
+
+    def _residual(self, chunks: Iterable[Chunk], stats: dict[int, Any], outcome: Outcome) -> Residual:
+        session = self.session
+        session.say("certifying: plain forwards over the same tensors")
+        norms = session.norms
+        with session.using(stats):
+            found = self._together(lambda: measure(session.model, chunks, norms))
+            in_use = {n.key: (n.mean.detach().clone(), n.var.detach().clone()) for n in norms if n.key in outcome.stats}
+        return residual_of(found, in_use, norms, self.options.unbiased)
+
+    def _together(self, work: Callable[[], Any]) -> Any:
+        """``work()``, merged over all ranks; if it fails on one, it fails on all."""
+        error: BaseException | None = None
+        found: Any = {}
+        try:
+            found = work()
+        except BaseException as caught:
+            if self.ranks.world == 1:
+                raise
+            error = caught
+        self.ranks.agree(error)
+        return merged(found, self.session.norms, self.ranks)
+
+    def _fresh(self, chunks: Iterable[Chunk], outcome: Outcome) -> Residual | None:
+        session, options = self.session, self.options
+        if not all(self._everywhere(int(replayable(session.data)))):
+            return None
+        reader = Reader(session.data, session.model, options.forward, options.mask, options.max_samples)
+        first = reader.next()
+        old = next(iter(chunks), None)
+        same = first is None or (old is not None and _starts_with(old, first))
+        if all(self._everywhere(int(same))):
+            return None  # the loader gives the same tensors again
+        session.say("certifying: a new draw of the data")
+        batches = [first] if first is not None else []
+        with session.using(outcome.stats):
+            found = self._together(lambda: measure(session.model, (*batches, *reader), session.norms))
+        return residual_of(found, outcome.stats, session.norms, options.unbiased)
+
+    def _change(self, plan: Plan, outcome: Outcome) -> judging.Change:
+        session, scouted = self.session, plan.scouted
+        thorough = self.options.when == "needed" or self.options.dry_run or self.options.certify == "full"
+        found = judging.Change(None)
+        if scouted is not None:
+            probe, before = scouted.chunk, scouted.outputs
+            if thorough and plan.chunks:
+                largest = max(plan.chunks, key=lambda c: c.samples)
+                probe = first_samples(largest, PROBE) if splittable(largest) else largest
+                before = judging.outputs(session, probe, {})
+            after = outcome.outputs
+            if after is None or probe is not scouted.chunk or not plan.chunks or plan.chunks[0].origin != probe.origin:
+                after = judging.outputs(session, probe, outcome.stats)
+            found = judging.Change(judging.change(before, after), None, probe.samples)
+            if thorough and plan.chunks and self.ranks.world == 1:
+                found = dataclasses.replace(found, null=judging.null(session, plan.chunks, probe))
+        if self.ranks.world == 1:
+            return found
+        return next((c for c in self.ranks.all_of(found) if c.value is not None), found)
+
+    def _leave_it(self, change: judging.Change) -> tuple[str, ...]:
+        if change.value is None or change.null is None or change.worth_it:
+            return ()
+        return (
+            f"recalibration changes nothing here (outputs by {change.value:.2g} of their spread, two halves of the data "
+            f"differ by {change.null:.2g}): leave the model as it is",
+        )
+
+    def _note_iterations(self, outcome: Outcome) -> None:
+        if outcome.moved is None:
+            return
+        far = max(outcome.moved.mean, outcome.moved.var)
+        settled = f"settled to {far:.1g} σ" if far <= 1e-4 else f"did NOT settle: still {far:.2g} σ apart (unshare)"
+        text = f"norms with several call sites were pooled and iterated {outcome.iterations} times: {settled}"
+        self.session.notes.append(text)
+
+    def _odd(self, mixing: bool) -> tuple[str, ...]:
+        odd = self.session.norms.odd
+        said = (
+            [f"{len(odd)} kinds of norms use statistics that are no buffers of the model (computed or sliced): left"]
+            if odd
+            else []
+        )
+        if mixing:
+            said.append(
+                "a norm uses the batch's own statistics in evaluation mode: the result holds for batches like these"
+            )
+        return tuple(said)
+
+    def _everywhere(self, number: int) -> list[int]:
+        return [said[0] for said in self.ranks.numbers([number])]
+
+    def _timed(self, name: str) -> _Clock:
+        return _Clock(self.session.seconds, name)
+
+
+class _Clock:
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self._seconds, self._name = seconds, name
+
+    def __enter__(self) -> None:
+        self._start = time.process_time()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._name] = time.process_time() - self._start
+
+
+def _starts_with(old: Chunk, new: Chunk) -> bool:
+    pairs = zip(old.call.tensors(), new.call.tensors(), strict=False)
+    return all(
+        a.shape[1:] == b.shape[1:] and torch.equal(a[: len(b)], b[: len(a)]) for a, b in pairs if a.dim() and b.dim()
+    )
+
+
+def _refuse_nothing(norms: Norms) -> None:
+    todo = [n for n in norms.known.values() if not n.why]
+    if todo or not norms.known:  # none known: functional ones may still turn up
+        return
+    if any(n.frozen for n in norms.known.values()):
+        raise CalibrationError(
+            f"all {len(norms.known)} norms are frozen (in evaluation mode while the model is in training mode)",
+            hint="include_frozen=True   recalibrates them; or model.eval() first: then none counts as frozen",
+        )
+    raise CalibrationError(
+        "no norm is selected", hint=f"norms:  {', '.join(n.path for n in list(norms.known.values())[:5])}"
+    )
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _first(why: Any) -> str:
+    name, reason = next(iter(why.items()))
+    return f"{name} {reason}"

@@ -1,0 +1,165 @@
+"""A look ahead with a handful of samples: the route, the memory it takes, and whether samples can be told apart."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfix.calibration.chunks import Chunk, halves, mask_at, splittable
+from bnfix.calibration.ledger import Place
+from bnfix.calibration.listening import Listener, Seen
+from bnfix.calibration.norms import Norms
+from bnfix.calibration.staged import out_of_memory
+from bnfix.errors import CalibrationError, one_line
+from bnfix.running import Footprint
+from bnfix.stats import SampleSums, sample_sums
+
+SEPARABLE = 1e-3
+"""Standard deviations (and relative, of the mean square) by which samples may differ alone and together: kernels
+differ by some 1e-6 with the batch size, layers that mix a batch by 1e-1."""
+
+
+@dataclass
+class Scouted:
+    """What was found out with the statistics that the model came with.
+
+    ``parked`` and ``forward`` are bytes a sample: alive at the worst norm, and at the peak of a forward. ``tail`` is the
+    share of the time that comes after the last norm. ``inseparable`` says why samples can't be put together and cut
+    apart at will; empty if they can. ``reached`` holds the norm modules that were called at all. ``outputs`` are those of ``chunk``.
+    """
+
+    chunk: Chunk
+    route: tuple[Place, ...] = ()
+    parked: float = 0.0
+    forward: float = 0.0
+    tail: float = 0.0
+    inseparable: str = ""
+    mixing: bool = False
+    reached: set[int] = field(default_factory=set)
+    outputs: Any = None
+
+
+@dataclass
+class _Trip:
+    sums: dict[Place, SampleSums]
+    outputs: Any
+    seconds: float
+    last: float
+    parked: int
+    peak: int
+    mixing: bool
+
+
+def scout(chunk: Chunk, replicate: Callable[[], nn.Module], norms: Norms) -> Scouted:
+    """Run ``chunk`` whole and, where that is possible, in two parts; nothing is kept of it but figures.
+
+    Raises:
+        CalibrationError: the forward fails; names the batch.
+    """
+    found = Scouted(chunk)
+    # The measured forward is the smallest: watching each operation has its price.
+    parts = halves(chunk, 1) if splittable(chunk) and chunk.samples > 1 else ()
+    small = parts[0] if parts else chunk
+    try:
+        first = _trip(small, replicate(), norms, found.reached, measured=True)
+    except CalibrationError:
+        if not parts:
+            raise
+        small, parts, first = chunk, (), _trip(chunk, replicate(), norms, found.reached, measured=True)
+        found.inseparable = "the model does not take one sample alone"
+    whole = first
+    if parts:
+        whole = _trip(chunk, replicate(), norms, found.reached)
+        second = _trip(parts[1], replicate(), norms, found.reached)
+        found.inseparable = _difference(whole, (first, second), norms)
+    elif not found.inseparable:
+        one = chunk.samples == 1 and splittable(chunk)
+        found.inseparable = "a single sample is all there is" if one else "the inputs have no common axis of samples"
+    found.route, found.mixing = tuple(whole.sums), whole.mixing
+    found.parked, found.forward = first.parked / small.samples, first.peak / small.samples
+    found.tail = 1 - whole.last / whole.seconds if whole.seconds > 0 else 0.0
+    found.outputs = whole.outputs
+    return found
+
+
+def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: set[int], *, measured: bool = False) -> _Trip:
+    sums: dict[Place, SampleSums] = {}
+    calls: dict[int, int] = defaultdict(int)
+    parked, last = 0, 0.0
+    held = Footprint(t for t in (*replica.parameters(), *replica.buffers())) if measured else None
+
+    def ask(seen: Seen) -> None:
+        nonlocal parked, last
+        place = (seen.norm.key, calls[seen.norm.key])
+        calls[seen.norm.key] += 1
+        if held is not None:
+            parked = max(parked, held.now())
+        sums[place] = sample_sums(seen.x, chunk.samples, mask_at(chunk, seen.x, seen.norm.path))
+        last = time.perf_counter()
+
+    handles = [
+        m.register_forward_pre_hook(lambda module, _args: reached.add(id(_origin(module))))
+        for m in _norm_modules(replica)
+    ]
+    start = last = time.perf_counter()
+    try:
+        with torch.no_grad(), Listener(norms, ask) as listener:
+            if held is None:
+                outputs = chunk.call.run(replica)
+            else:
+                with held:
+                    outputs = chunk.call.run(replica)
+    except CalibrationError:
+        raise
+    except Exception as error:  # the user's own forward
+        if out_of_memory(error):
+            raise
+        raise CalibrationError(f"{chunk.where}: the forward failed: {one_line(error)}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    given = sum(t.numel() * t.element_size() for t in chunk.call.tensors())
+    end = time.perf_counter()
+    return _Trip(
+        sums, outputs, end - start, last - start, parked + given, (held.peak if held else 0) + given, listener.mixing
+    )
+
+
+def _norm_modules(replica: nn.Module) -> list[nn.Module]:
+    return [m for m in replica.modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
+
+
+def _origin(module: nn.Module) -> Any:
+    return module.running_mean  # shared by identity with the model: what a replica's norm is known by
+
+
+def _difference(whole: _Trip, parts: Sequence[_Trip], norms: Norms) -> str:
+    """Where the samples behave differently together and alone; empty where they nowhere do."""
+    if any(tuple(p.sums) != tuple(whole.sums) for p in parts):
+        return "samples go other ways together than alone"
+    for place, together in whole.sums.items():
+        apart = [p.sums[place] for p in parts]
+        n = [_count(s) for s in (together, *apart)]
+        path = norms.by_key(place[0]).path
+        if n[0] != sum(n[1:]):
+            return f"{path} sees other positions where samples come together"
+        s, q = together.s.double().sum(0), together.q.double().sum(0)
+        ds = s - sum(a.s.double().sum(0) for a in apart)
+        dq = q - sum(a.q.double().sum(0) for a in apart)
+        scale = (q / max(n[0], 1)).clamp(min=1e-30)
+        if not bool(torch.isfinite(scale).all()):
+            continue  # the run itself names the batch
+        worst = torch.maximum(ds.abs() / n[0] / scale.sqrt(), dq.abs() / n[0] / scale).max().item() if n[0] else 0.0
+        if worst > SEPARABLE:
+            return f"samples are mixed within a batch before {path}"
+    return ""
+
+
+def _count(sums: SampleSums) -> float:
+    return sums.n * sums.s.shape[0] if isinstance(sums.n, int) else float(sums.n.sum())

@@ -1,0 +1,70 @@
+"""What one recalibration works with, from beginning to end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnfix.calibration.listening import Stats
+from bnfix.calibration.norms import Norms
+from bnfix.calibration.ranks import Ranks
+from bnfix.calibration.reading import Mask
+from bnfix.graph import Replicator
+from bnfix.running.call import Forward
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for; the meanings are those of :func:`bnfix.recalibrate`."""
+
+    method: str = "auto"
+    when: str = "always"
+    forward: Forward | None = None
+    mask: Mask = None
+    max_samples: int | None = None
+    tol: float | None = None
+    certify: str | None = "replay"
+    memory_budget: int | None = None
+    spill_dir: str | os.PathLike[str] | None = None
+    unbiased: bool = True
+    dry_run: bool = False
+
+
+@dataclass
+class Session:
+    """The model (in evaluation mode, inside ``preserved``), its norms, the data and who takes part."""
+
+    model: nn.Module
+    norms: Norms
+    data: Iterable[Any]
+    options: Options
+    ranks: Ranks
+    say: Say
+    replicate: Replicator
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def using(self, stats: Mapping[int, Stats]) -> Iterator[None]:
+        """The model with these statistics in its buffers; inside only."""
+        written = [(norm, stats[norm.key]) for norm in self.norms if norm.key in stats]
+        kept = [(n.mean.detach().clone(), n.var.detach().clone()) for n, _ in written]
+        with torch.no_grad():
+            try:
+                for norm, (mean, var) in written:
+                    norm.mean.copy_(mean)
+                    norm.var.copy_(var)
+                yield
+            finally:
+                for (norm, _), (mean, var) in zip(written, kept, strict=True):
+                    norm.mean.copy_(mean)
+                    norm.var.copy_(var)

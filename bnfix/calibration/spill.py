@@ -1,0 +1,100 @@
+"""Activations of parked chunks in files instead of memory.
+
+At a norm a parked forward needs its tensors again only when its turn comes. Until then they lie in an unlinked file,
+mapped into the same tensor objects: the user's code notices nothing.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from bnfix.errors import CalibrationError
+
+LEAST = 1 << 16
+"""Bytes of a storage that is worth a file."""
+
+
+class Spiller:
+    """Files under ``folder``; they have no names and go with the process, however it ends."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._folder = os.fspath(folder)
+        self._mappings: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
+        if not hasattr(mmap, "MADV_DONTNEED") or not hasattr(os, "posix_fallocate"):
+            raise CalibrationError("spilling to files needs Linux", hint="leave out spill_dir, or set memory_budget")
+        if not os.path.isdir(self._folder):
+            raise CalibrationError(f"spill_dir={self._folder!r} is no folder", hint="make it, or name another one")
+
+    def strand(self) -> SpilledStrand:
+        """For one chunk."""
+        return SpilledStrand(self)
+
+    def mapped(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        """The bytes of a storage in a file; not in memory until they are read.
+
+        Raises:
+            CalibrationError: the disk is full or can't be written.
+        """
+        size = storage.nbytes()
+        try:
+            with tempfile.TemporaryFile(dir=self._folder, prefix="bnfix-") as file:
+                # Room is taken at once: a mapped page that finds no room later ends the process.
+                os.posix_fallocate(file.fileno(), 0, size)
+                mapping = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise CalibrationError(f"spill_dir={self._folder!r} can't take {size:,} bytes: {error.strerror}") from error
+        there = torch.frombuffer(mapping, dtype=torch.uint8)
+        there.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))  # type: ignore[call-overload]
+        mapping.madvise(mmap.MADV_DONTNEED)
+        self._mappings[there.data_ptr()] = mapping
+        return there.untyped_storage()
+
+    def drop(self, storage: torch.UntypedStorage) -> bool:
+        """Whether a storage lies in a file already; its pages leave the memory again."""
+        mapping = self._mappings.get(storage.data_ptr())
+        if mapping is not None:
+            mapping.madvise(mmap.MADV_DONTNEED)
+        return mapping is not None
+
+
+class SpilledStrand:
+    """Watches the tensors that one forward makes, and moves those alive into files when it parks."""
+
+    def __init__(self, spiller: Spiller) -> None:
+        self._spiller = spiller
+        self._made: list[weakref.ref[Tensor]] = []
+
+    def watch(self, result: Any) -> None:
+        """Take note of what an operation returned."""
+        self._made += [
+            weakref.ref(t)
+            for t in tree_leaves(result)
+            if type(t) is Tensor and t.device.type == "cpu" and t.layout == torch.strided
+        ]
+
+    def park(self) -> None:
+        """Move what is alive, in memory and large."""
+        alive: dict[int, list[Tensor]] = {}
+        kept: list[weakref.ref[Tensor]] = []
+        for ref in self._made:
+            tensor = ref()
+            if tensor is not None:
+                kept.append(ref)
+                alive.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+        self._made = kept
+        for tensors in alive.values():
+            storage = tensors[0].untyped_storage()
+            if storage.nbytes() < LEAST or self._spiller.drop(storage):
+                continue
+            there = self._spiller.mapped(storage)
+            with torch.no_grad():
+                for tensor in tensors:
+                    tensor.set_(there, tensor.storage_offset(), tensor.shape, tensor.stride())

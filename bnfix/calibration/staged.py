@@ -1,0 +1,175 @@
+"""All chunks go from norm to norm together: at each, their moments are merged and the norm gets its statistics.
+
+Never a deadlock: whatever routes the chunks take, as long as one is unfinished, some place has chunks parked, and
+the place with the fewest norms before it is served. A norm that other chunks reach only later is iterated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+
+from bnfix.calibration.ledger import Ledger
+from bnfix.calibration.norms import Norm
+from bnfix.calibration.ranks import Ranks
+from bnfix.calibration.strands import Place, Strand, StuckError, contributions
+from bnfix.errors import BnfixError, CalibrationError, one_line
+from bnfix.stats import Moments
+
+T = TypeVar("T")
+Watch = Callable[[Place, Sequence[Strand]], None]
+_DONE, _PARKED, _FAILED, _STUCK, _FULL = range(5)
+
+
+class MemoryFullError(RuntimeError):
+    """The device has no memory left for all chunks at once."""
+
+
+class Run:
+    """One run of all chunks over all norms.
+
+    Args:
+        strands: the chunks of this rank; may be none where there are several ranks.
+        ledger: takes what is measured, gives what norms are normalised with.
+        order: where each place came in a forward that was watched before: of several places with parked chunks the earliest
+            is served first, unknown ones before all, so that chunks on a side route catch up with the others.
+        stop: end the chunks behind the last norm: the first one runs to its end, and the others are ended where it
+            met no more norms, as long as all chunks went the same way so far.
+        watch: called at each place with the chunks parked there, before they go on.
+    """
+
+    def __init__(
+        self,
+        strands: Sequence[Strand],
+        ledger: Ledger,
+        ranks: Ranks,
+        *,
+        order: Mapping[Place, int] | None = None,
+        stop: bool = False,
+        watch: Watch | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        self.strands, self.ledger, self.ranks = strands, ledger, ranks
+        self.order = order or {}
+        self.stop, self.watch, self.progress = stop, watch, progress
+        self._error: BaseException | None = None
+        self._served = 0
+
+    def through(self) -> None:
+        """Bring every chunk to its end.
+
+        Raises:
+            CalibrationError: a chunk, or another rank, failed.
+            StuckError: the chunks wait for one another.
+            MemoryFullError: out of memory. In each case all forwards are unwound, on all ranks.
+        """
+        try:
+            self._attempt(lambda: self._advance(self.strands, first=True))
+            while (place := self._next()) is not None:
+                norm = self.ledger.norms.by_key(place[0])
+                self._served += 1
+                if self.progress is not None:
+                    self.progress(f"norm {self._served}: {norm.path or '(root)'}")
+                here = [s for s in self.strands if s.place == place]
+                said = self._attempt(lambda here=here, place=place: self._contribution(here, place))  # type: ignore[misc]
+                merged = self.ranks.merged(said or Moments.empty(norm.channels, norm.mean.device))
+                self._settle(norm, place, merged, here)
+        finally:
+            for strand in self.strands:
+                strand.leave()
+
+    def _attempt(self, work: Callable[[], T]) -> T | None:
+        """``work()``; what goes wrong is kept for :meth:`_next`, where all ranks hear of it."""
+        try:
+            return work()
+        except BaseException as error:
+            if self.ranks.world == 1:
+                raise
+            self._error = error
+            return None
+
+    def _next(self) -> Place | None:
+        """The place to be served, agreed on by all ranks; None when all chunks of all ranks are done."""
+        at = [(self.order.get(s.place, -1) + 1, len(s.route), *s.place) for s in self.strands if s.place is not None]
+        none = (0, 0, 0, 0)
+        mine = (_state(self._error), *none) if self._error else (_PARKED, *min(at)) if at else (_DONE, *none)
+        said = self.ranks.numbers(mine)
+        states = {s[0] for s in said}
+        if _FAILED in states:
+            self.ranks.agree(self._error)
+        if states & {_STUCK, _FULL}:
+            raise self._error or (MemoryFullError if _FULL in states else StuckError)("another rank")
+        parked = [tuple(s[1:]) for s in said if s[0] == _PARKED]
+        if not parked:
+            return None
+        _, _, key, call = min(parked)
+        return key, call
+
+    def _contribution(self, here: Sequence[Strand], place: Place) -> Moments | None:
+        if not here:
+            return None
+        if self.watch is not None:
+            self.watch(place, here)
+        return contributions(here)
+
+    def _settle(self, norm: Norm, place: Place, merged: Moments, here: Sequence[Strand]) -> None:
+        try:
+            stats = self.ledger.settle(norm, place, merged)
+        except CalibrationError as error:
+            where = next((w for s in here if (w := not_finite(s))), "")
+            raise CalibrationError(f"{where}{error.message}", hint=error.hint) from None
+        self._attempt(lambda: self._advance(here, stats))
+
+    def _advance(self, strands: Sequence[Strand], stats: object = None, *, first: bool = False) -> None:
+        for number, strand in enumerate(strands):
+            if number and self.stop and not first and self._last(strands[0]):
+                strand.leave()
+                strand.done, strand.place = True, None
+                continue
+            try:
+                strand.resume(stats)  # type: ignore[arg-type]
+            except torch.OutOfMemoryError as error:
+                raise MemoryFullError(str(error)) from error
+            if strand.error is not None:
+                raise _told(strand, strand.error, self.ledger)
+
+    def _last(self, ahead: Strand) -> bool:
+        """Whether the norm just left was the last: the chunk ahead met no other, and no chunk ever went another way."""
+        return ahead is self.strands[0] and ahead.done and all(s.route == ahead.route for s in self.strands)
+
+
+def _state(error: BaseException) -> int:
+    return _STUCK if isinstance(error, StuckError) else _FULL if isinstance(error, MemoryFullError) else _FAILED
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of somebody else's says that there is no memory left."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "start new thread" in str(error))
+    )
+
+
+def not_finite(strand: Strand) -> str:
+    """Which of the loader's batches brought NaN or Inf to where the strand is parked; empty if none did."""
+    if strand.sums is None:
+        return ""
+    bad = (~torch.isfinite(strand.sums.s + strand.sums.q)).any(1).nonzero().flatten().tolist()
+    return f"{strand.chunk.batch_of(bad[0], strand.sums.s.shape[0])}: " if bad else ""
+
+
+def _told(strand: Strand, error: BaseException, ledger: Ledger) -> BaseException:
+    """What went wrong in a chunk, with its batch and its layer."""
+    if out_of_memory(error):
+        full = MemoryFullError(one_line(error))
+        full.__cause__ = error
+        return full
+    if not isinstance(error, Exception):
+        return error
+    if isinstance(error, BnfixError):
+        return CalibrationError(f"{strand.chunk.where}: {error.message}", hint=error.hint)
+    behind = f" behind {ledger.norms.by_key(strand.route[-1][0]).path}" if strand.route else ""
+    told = CalibrationError(f"{strand.chunk.where}: the forward failed{behind}: {one_line(error)}")
+    told.__cause__ = error
+    return told

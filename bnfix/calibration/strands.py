@@ -1,0 +1,222 @@
+"""One chunk on its way through the model: it stops at each norm and goes on when it is given statistics.
+
+Two kinds behave alike. A :class:`ThreadStrand` parks its forward in a thread of its own, on its own replica: each
+operation runs once. A :class:`RerunStrand` keeps nothing: it runs the plain model from the start, up to the next norm.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bnfix.calibration.ambient import Ambient, Turn
+from bnfix.calibration.chunks import Chunk, mask_at
+from bnfix.calibration.listening import Listener, Seen, Stats
+from bnfix.calibration.norms import Norms
+from bnfix.calibration.spill import SpilledStrand
+from bnfix.stats import Moments, SampleSums, pool, sample_sums
+
+Place = tuple[int, int]
+"""A norm's key, and the how-manieth of its calls in this forward."""
+PATIENCE = 5.0
+"""Seconds without any work done after which a chunk that neither parks nor ends is stuck."""
+
+
+class Unwind(BaseException):
+    """Leaves the user's forward; no ``except Exception`` of theirs stops it."""
+
+
+class StuckError(RuntimeError):
+    """A chunk waits for something that only another chunk can give (a lock held across a norm)."""
+
+
+class Strand:
+    """What the two kinds share: where it is, what it contributes there, how it ended."""
+
+    def __init__(self, chunk: Chunk, norms: Norms) -> None:
+        self.chunk, self.norms = chunk, norms
+        self.place: Place | None = None
+        self.route: list[Place] = []
+        self.done = False
+        self.error: BaseException | None = None
+        self.sums: SampleSums | None = None
+        self.x: Tensor | None = None
+        self.mask: Tensor | None = None
+
+    def resume(self, stats: Stats | None) -> None:
+        """Go on with these statistics, to the next norm or the end; None at the start."""
+        raise NotImplementedError
+
+    def leave(self) -> None:
+        """Nothing more is needed of this chunk: end its forward here."""
+        raise NotImplementedError
+
+    def _arrive(self, seen: Seen, calls: dict[int, int]) -> Place:
+        """Take what this chunk has to say about the norm's input."""
+        key = seen.norm.key
+        place = (key, calls[key])
+        calls[key] += 1
+        self.mask = mask_at(self.chunk, seen.x, seen.norm.path)
+        self.sums = sample_sums(seen.x, self.chunk.samples, self.mask)
+        self.x = seen.x
+        return place
+
+
+def contributions(strands: Sequence[Strand]) -> Moments:
+    """What chunks parked at one place say together."""
+    xs = [s.x for s in strands if s.x is not None]
+    sums = [s.sums for s in strands if s.sums is not None]
+    masks = [s.mask for s in strands] if any(s.mask is not None for s in strands) else None
+    return pool(sums, xs, masks)
+
+
+class ThreadStrand(Strand):
+    """A forward in a thread of its own; only one thread of all runs at a time."""
+
+    def __init__(
+        self,
+        chunk: Chunk,
+        replica: nn.Module,
+        norms: Norms,
+        ambient: Ambient,
+        turn: Turn,
+        spilled: SpilledStrand | None = None,
+    ) -> None:
+        super().__init__(chunk, norms)
+        self._replica, self._ambient = replica, ambient
+        self._turn = turn
+        self._device = norms_device(norms)
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._stats: Stats | None = None
+        self._leaving = False
+        self._calls: dict[int, int] = defaultdict(int)
+        self._thread: threading.Thread | None = None
+        self._spilled = spilled
+
+    def resume(self, stats: Stats | None) -> None:
+        """Go on; returns when the chunk is parked again, or done.
+
+        Raises:
+            StuckError: it is neither, and nothing moves.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._ambient.run, args=(self._work,), daemon=True, name="bnfix")
+            self._thread.start()
+        self._stats, self.place, self.x, self.sums, self.mask = stats, None, None, None, None
+        mine = Turn.now(self._device)
+        self._turn.put(self._device, mine.flags)
+        try:
+            self._go.release()
+            self._wait()
+        finally:
+            self._turn = Turn.now(self._device)
+            mine.put(self._device, self._turn.flags)
+
+    def leave(self) -> None:
+        """End the forward where it is parked; a stuck thread is left behind as a daemon (it can't write anything)."""
+        self._leaving = True
+        if self._thread is not None and not self.done:
+            self._go.release()
+            self._back.acquire(timeout=PATIENCE)
+        self.x, self.sums, self.mask, self.place = None, None, None, None
+
+    def _wait(self) -> None:
+        window = PATIENCE
+        cpu, started = time.process_time(), time.monotonic()
+        while not self._back.acquire(timeout=0.25):
+            now, clock = time.process_time(), time.monotonic()
+            if now - cpu > 0.02 * (clock - started):  # somebody works
+                cpu, started = now, clock
+            elif clock - started > window:
+                raise StuckError(f"{self.chunk.where} waits for something that never comes")
+
+    def _work(self) -> None:
+        self._go.acquire()
+        try:
+            if not self._leaving:
+                with Listener(self.norms, self._ask, self._spilled.watch if self._spilled else None):
+                    self.chunk.call.run(self._replica)
+        except Unwind:
+            pass
+        except BaseException as error:  # noqa: BLE001  # the user's forward; handed to the caller's thread
+            if not self._leaving:
+                self.error = error
+        finally:
+            self.done, self.place, self.x, self.sums = True, None, None, None
+            self._back.release()
+
+    def _ask(self, seen: Seen) -> Stats | None:
+        if self._leaving:
+            raise Unwind
+        place = self._arrive(seen, self._calls)
+        self.place = place
+        self.route.append(place)
+        del seen
+        if self._spilled is not None:
+            self._spilled.park()
+        self._back.release()
+        self._go.acquire()
+        if self._leaving:
+            raise Unwind
+        return self._stats
+
+
+class RerunStrand(Strand):
+    """A forward of the plain model that is run again from the start for each norm: nothing is parked."""
+
+    def __init__(self, chunk: Chunk, model: nn.Module, norms: Norms, turn: Turn) -> None:
+        super().__init__(chunk, norms)
+        self._model, self._turn = model, turn
+        self._given: list[Stats | None] = []
+        self._device = norms_device(norms)
+        self.forwards = 0
+
+    def resume(self, stats: Stats | None) -> None:
+        """Run up to the next norm that has no statistics yet."""
+        if self.place is not None:
+            self._given.append(stats)
+        self.place, self.sums, self.x = None, None, None
+        number = -1
+        calls: dict[int, int] = defaultdict(int)
+
+        def ask(seen: Seen) -> Stats | None:
+            nonlocal number
+            if self.place is not None:  # somebody swallowed the exception below
+                raise Unwind
+            number += 1
+            if number < len(self._given):
+                calls[seen.norm.key] += 1
+                return self._given[number]
+            self.place = self._arrive(seen, calls)
+            raise Unwind
+
+        mine = Turn.now(self._device)
+        self._turn.put(self._device)
+        try:
+            with torch.no_grad(), Listener(self.norms, ask):
+                self.chunk.call.run(self._model)
+        except Unwind:
+            pass
+        except Exception as error:  # noqa: BLE001  # the user's forward; the coordinator names the chunk
+            self.error = error
+        finally:
+            mine.put(self._device)
+        self.forwards += 1
+        if self.place is None:
+            self.done = True
+        else:
+            self.route.append(self.place)
+
+    def leave(self) -> None:
+        """Nothing is parked."""
+        self.x, self.sums = None, None
+
+
+def norms_device(norms: Norms) -> torch.device:
+    """Where the statistics live."""
+    return next((n.mean.device for n in norms.known.values()), torch.device("cpu"))

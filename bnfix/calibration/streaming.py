@@ -1,0 +1,122 @@
+"""One pass over a stream: nothing is kept but moments.
+
+``population``: each batch is normalised with its own statistics, as in training, and the moments are pooled over all
+(with the variance between batches). ``online``: normalised with what was pooled so far, for batches too small
+to stand alone. Both are near the fixed point, not at it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from bnfix.calibration.chunks import TARGET, Chunk, halves, joined, mask_at
+from bnfix.calibration.engines import Outcome
+from bnfix.calibration.ledger import Place, stored
+from bnfix.calibration.listening import Listener, Seen, Stats
+from bnfix.calibration.plain import by_norm, merged
+from bnfix.calibration.session import Session
+from bnfix.errors import CalibrationError, one_line
+from bnfix.stats import Moments, pool, round_once, sample_sums
+
+LOOK = 16
+"""Batches between two looks at the standard error."""
+
+
+def stream(session: Session, chunks: Iterable[Chunk], method: str) -> Outcome:
+    """Statistics after one pass over ``chunks``.
+
+    Raises:
+        CalibrationError: the loader or a forward fails, or the data is not finite.
+    """
+    error: BaseException | None = None
+    sites: dict[Place, Moments] = {}
+    try:
+        _through(session, chunks, method, sites)
+    except BaseException as caught:
+        if session.ranks.world == 1:
+            raise
+        error = caught
+    session.ranks.agree(error)
+    sites = merged(sites, session.norms, session.ranks)
+    stats: dict[int, Stats] = {}
+    for key, moments in by_norm(sites).items():
+        found = stored(session.norms.by_key(key), moments, session.options.unbiased)
+        if found is not None:
+            stats[key] = found
+    return Outcome(stats, sites, "stream")
+
+
+def _through(session: Session, chunks: Iterable[Chunk], method: str, sites: dict[Place, Moments]) -> None:
+    replica = session.replicate()
+    pooled: dict[int, Moments] = {}
+    for number, chunk in enumerate(chunks):
+        session.say(f"{method}: {chunk.where}")
+        calls: dict[int, int] = defaultdict(int)
+
+        def ask(seen: Seen, chunk: Chunk = chunk, calls: dict[int, int] = calls) -> Stats | None:
+            norm = seen.norm
+            place = (norm.key, calls[norm.key])
+            calls[norm.key] += 1
+            mask = mask_at(chunk, seen.x, norm.path)
+            mine = pool([sample_sums(seen.x, chunk.samples, mask)], [seen.x], [mask])
+            if not bool(torch.isfinite(mine.m2.sum() + mine.mean.sum())):
+                raise CalibrationError(f"{norm.path}: its input holds NaN or Inf")
+            sites[place] = sites[place].merge(mine) if place in sites else mine
+            pooled[norm.key] = pooled[norm.key].merge(mine) if norm.key in pooled else mine
+            alone = method == "population" and float(mine.n.min()) > 1
+            moments = mine if alone else pooled[norm.key]
+            if float(moments.n.max()) <= 1:
+                return None
+            mean, var = moments.mean, moments.variance(not alone and session.options.unbiased)
+            shape = norm.mean.shape
+            return (
+                round_once(mean, norm.mean.dtype).reshape(shape),
+                round_once(var, norm.var.dtype).reshape(shape),
+            )
+
+        try:
+            with torch.no_grad(), Listener(session.norms, ask):
+                chunk.call.run(replica)
+        except CalibrationError as error:
+            raise CalibrationError(f"{chunk.where}: {error.message}", hint=error.hint) from None
+        except Exception as error:  # the user's own forward
+            raise CalibrationError(f"{chunk.where}: the forward failed: {one_line(error)}") from error
+        if session.options.tol is not None and number % LOOK == LOOK - 1 and _sure(sites, session.options.tol):
+            session.notes.append(f"stopped when every standard error was at most {session.options.tol:g}")
+            return
+
+
+def _sure(sites: dict[Place, Moments], tol: float) -> bool:
+    """Whether all standard errors are at most ``tol``: of means in standard deviations, of variances relative."""
+    for moments in sites.values():
+        var = moments.variance()
+        se_mean, se_var = moments.standard_errors()
+        live = var > 0
+        worst = torch.maximum(se_mean[live] / var[live].sqrt(), se_var[live] / var[live])
+        if worst.numel() and not bool((worst <= tol).all()):
+            return False
+    return True
+
+
+def rejoined(chunks: Iterable[Chunk], target: int = TARGET) -> Iterator[Chunk]:
+    """The same samples in chunks of ``target``, as they come; batches that don't fit together stay apart."""
+    pending: Chunk | None = None
+    for chunk in chunks:
+        together = joined([pending, chunk]) if pending is not None else chunk
+        if together is None:
+            assert pending is not None
+            yield pending
+            together = chunk
+        while together is not None and together.samples >= target:
+            if together.samples < 2 * target:
+                yield together
+                together = None
+            else:
+                head, together = halves(together, target)
+                yield head
+        pending = together
+    if pending is not None:
+        yield pending

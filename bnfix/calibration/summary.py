@@ -1,0 +1,149 @@
+"""The outcome as a reader gets it: statistics per call site, what stayed and why, what to do beside or instead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from bnfix.calibration.chunks import Chunk
+from bnfix.calibration.engines import Outcome
+from bnfix.calibration.ledger import Place
+from bnfix.calibration.norms import Norm, Norms
+from bnfix.calibration.reading import Reader
+from bnfix.stats import Moments, kl
+from bnfix.types import LayerStats
+
+MEANS_APART, VARS_APART = 0.15, 0.1
+"""Distance of call sites of one norm, in σ and as ½|ln v1/v2|, from which on one set of statistics fits none."""
+FEW_VALUES = 33
+"""Values a channel and batch, below which a batch's variance is more than a quarter off."""
+
+
+def layers(outcome: Outcome, norms: Norms) -> tuple[LayerStats, ...]:
+    """One entry a call site, in the order of the model."""
+    found = []
+    for (key, call), moments in sorted(outcome.sites.items(), key=lambda item: item[0]):
+        norm = norms.by_key(key)
+        if float(moments.n.max()) <= 0:
+            continue
+        found.append(_layer(norm, call, moments, outcome))
+    return tuple(found)
+
+
+def _layer(norm: Norm, call: int, moments: Moments, outcome: Outcome) -> LayerStats:
+    before = norm.mean.detach().double().flatten(), norm.var.detach().double().flatten()
+    after = outcome.stats.get(norm.key)
+    new = before if after is None else (after[0].double().flatten(), after[1].double().flatten())
+    var = moments.variance()
+    se_mean, se_var = moments.standard_errors()
+    divergence = kl(moments.mean, var, *before)
+    numbers = torch.stack(
+        [*before, moments.mean, var, *new, se_mean, se_var, (moments.mean - before[0]) / se_mean, divergence]
+    )
+    rows = [tuple(row) for row in numbers.cpu().tolist()]
+    samples = int(_number(moments.units))
+    return LayerStats(norm.path, call, int(moments.n.max().item()), samples, *rows)
+
+
+def _number(value: Tensor | int | float) -> float:
+    return float(value.max()) if isinstance(value, Tensor) else float(value)
+
+
+def left_alone(
+    norms: Norms, outcome: Outcome, reached: set[int]
+) -> tuple[tuple[str, ...], tuple[str, ...], Mapping[str, str]]:
+    """Norms that keep their statistics: frozen ones, never called ones, and all others with the reason."""
+    frozen, never, why = [], [], {}
+    met = {key for key, _ in outcome.sites}
+    for norm in norms:
+        name = norm.path or "(root)"
+        if norm.key in outcome.stats:
+            continue
+        if norm.frozen:
+            frozen.append(name)
+        elif norm.why:
+            why[name] = norm.why
+        elif norm.key in met:
+            why[name] = "one value a channel: that leaves no variance"
+        elif id(norm.mean) in reached:
+            why[name] = (
+                f"{type(norm.module).__name__} normalises by itself, not through batch_norm: bnfix can't see its input"
+            )
+        else:
+            never.append(name)
+    for path in norms.without:
+        why[path or "(root)"] = "keeps no running statistics: its output depends on the batch"
+    for path in norms.instance:
+        why[path or "(root)"] = (
+            "an InstanceNorm averages statistics of single samples: it has no fixed point of this kind"
+        )
+    return tuple(frozen), tuple(never), why
+
+
+def advice(outcome: Outcome, norms: Norms, reader: Reader, chunks: Sequence[Chunk]) -> tuple[str, ...]:
+    """Where statistics are not the remedy, or not for long."""
+    said = [*_apart(outcome.sites, norms)]
+    if 1 <= reader.largest <= 4 and reader.batches > 1:
+        said.append(
+            f"batches of {reader.largest}: if the model was trained with such small ones, better statistics do not heal it; "
+            "norms with fewer than 33 values a channel and batch need another norm (GroupNorm)"
+        )
+    if reader.batches >= 5 and reader.pure == reader.batches and len(reader.labels) > 1:
+        said.append(
+            "each batch holds one class: harmless here, but a model trained on such batches learned from the batch "
+            "itself, and statistics do not heal that: shuffle, and train anew"
+        )
+    elif (ratio := _sorted(outcome, chunks)) is not None and ratio > 3:
+        said.append(
+            f"the batches differ more than chance would have it ({ratio:.1f} ×, shuffled data has about 1): sorted data is "
+            "harmless here, but not for training"
+        )
+    return tuple(said)
+
+
+def _apart(sites: Mapping[Place, Moments], norms: Norms) -> list[str]:
+    by_norm: dict[int, list[Moments]] = {}
+    for (key, _), moments in sorted(sites.items(), key=lambda item: item[0]):
+        by_norm.setdefault(key, []).append(moments)
+    said = []
+    for key, calls in by_norm.items():
+        means, variances = 0.0, 0.0
+        for a, b in combinations(calls[:8], 2):
+            va, vb = a.variance().clamp(min=1e-30), b.variance().clamp(min=1e-30)
+            sigma = (0.5 * (va + vb)).sqrt()
+            means = max(means, ((a.mean - b.mean).abs() / sigma).median().item())
+            variances = max(variances, (0.5 * (va / vb).log().abs()).median().item())
+        if means > MEANS_APART or variances > VARS_APART:
+            said.append(
+                f"{norms.by_key(key).path}: its {len(calls)} call sites differ (means by {means:.2g} σ, ½|ln var| by "
+                f"{variances:.2g}): one set of statistics fits none of them; give each a norm of its own (unshare), then "
+                "recalibrate"
+            )
+    return said
+
+
+def _sorted(outcome: Outcome, chunks: Sequence[Chunk]) -> float | None:
+    """F = N·Var_b(mean_b)/Var_i(s_i) of the first norm, median over channels; None below 20 batches."""
+    if outcome.first is None:
+        return None
+    origin = torch.tensor([o for c in chunks for o in c.origin])
+    means = outcome.first
+    count = int(origin.max()) + 1 if len(origin) else 0
+    if count < 20 or len(origin) != len(means) or len(origin) < 2 * count:
+        return None
+    index = origin.to(means.device)
+    sizes = torch.zeros(count, dtype=torch.float64, device=means.device).index_add(
+        0, index, torch.ones_like(means[:, 0])
+    )
+    of_batch = torch.zeros(count, means.shape[1], dtype=torch.float64, device=means.device).index_add(0, index, means)
+    of_batch = of_batch / sizes.unsqueeze(1)
+    spread = means.var(0)
+    live = spread > 0
+    if not bool(live.any()):
+        return None
+    ratio = (sizes.median() * of_batch.var(0)[live] / spread[live]).median().item()
+    return ratio if math.isfinite(ratio) else None
