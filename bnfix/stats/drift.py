@@ -14,9 +14,9 @@ def kl(mean1: Tensor, var1: Tensor, mean0: Tensor, var0: Tensor) -> Tensor:
     mean.
     """
     m1, v1, m0, v0 = (t.double() for t in (mean1, var1, mean0, var0))
-    excess = (v1 - v0) / v0
-    value = 0.5 * (excess - torch.log1p(excess) + (m1 - m0) ** 2 / v0)
-    points = (v1 == 0) & (v0 == 0)
-    value = torch.where((v0 == 0) & ~points & (v1 > 0), torch.inf, value)
-    value = torch.where(points, torch.where(m1 == m0, 0.0, torch.where((m1 - m0).isnan(), torch.nan, torch.inf)), value)
-    return torch.where((v1 < 0) | (v0 < 0), torch.nan, value.clamp(min=0))
+    distance = m1 - m0
+    excess = (v1 - v0) / v0  # ln(v1/v0) as log1p: near v1 = v0 the formula as written cancels
+    value = (0.5 * (excess - torch.log1p(excess) + distance**2 / v0)).clamp(min=0)
+    same = (v1 == v0) & (distance == 0)
+    value = torch.where((v1 == 0) | (v0 == 0), torch.where(same, 0.0, torch.inf), value)
+    return torch.where((v1 >= 0) & (v0 >= 0) & ~distance.isnan(), value, torch.nan)
