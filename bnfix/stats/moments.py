@@ -36,33 +36,18 @@ class Moments:
 
     def merge(self, other: Moments) -> Moments:
         """Both together (Chan, Golub & LeVeque 1983). Where one side has n = 0 the result is the other, to the bit."""
+        both_n = torch.stack((self.n, other.n)).unsqueeze(1)
+        mean_a, m2_a = torch.stack((self.mean, other.mean)), torch.stack((self.m2, other.m2))
         n = self.n + other.n
         some = n.clamp(min=1)
         share = other.n / some
         d = other.mean - self.mean
         mean = self.mean + d * share
         m2 = self.m2 + other.m2 + d * d * (self.n * share)
-        var = m2 / some
-        gram = self._moved(mean, var) + other._moved(mean, var)
+        e = mean - mean_a
+        f = m2_a / both_n.clamp(min=1) - m2 / some + e * e
+        gram = _moved(torch.stack((self.gram, other.gram), 1), e, f).sum(1)
         return Moments(n, mean, m2, self.units + other.units, gram)
-
-    def _moved(self, mean: Tensor, var: Tensor) -> Tensor:
-        """``gram`` about another mean and variance: s̃ becomes s̃ − e·n, r becomes r − 2e·s̃ + f·n."""
-        rr, rs, rn, ss, sn, nn = self.gram
-        e = mean - self.mean
-        f = self.m2 / self.n.clamp(min=1) - var + e * e
-        moved_sn = sn - e * nn
-        moved_rn = rn + f * nn - 2 * e * sn
-        return torch.stack(
-            (
-                rr + f * (2 * rn + f * nn) - 4 * e * (rs + f * sn - e * ss),
-                rs + f * sn - 2 * e * ss - e * moved_rn,
-                moved_rn,
-                ss - e * (sn + moved_sn),
-                moved_sn,
-                nn,
-            )
-        )
 
     def variance(self, unbiased: bool = True) -> Tensor:
         """M2/(n − 1), or M2/n; NaN where that is 0/0. Shape (C,)."""
@@ -98,6 +83,25 @@ class Moments:
     def empty(channels: int, device: torch.device | str) -> Moments:
         """Of nothing: n = 0."""
         return Moments.unpack(torch.zeros(2 + (2 + _ROWS) * channels, dtype=torch.float64, device=device), channels)
+
+
+def _moved(gram: Tensor, e: Tensor, f: Tensor) -> Tensor:
+    """``gram`` (6, ...) about another mean and variance: s̃ becomes s̃ − e·n, and r becomes r − 2e·s̃ + f·n."""
+    rr, rs, rn, ss, sn, nn = gram
+    ess, esn, enn, fsn, fnn = e * ss, e * sn, e * nn, f * sn, f * nn
+    moved_sn = sn - enn
+    moved_rn = rn + fnn - 2 * esn
+    moved_rs = rs + fsn - 2 * ess
+    return torch.stack(
+        (
+            rr + f * (rn + moved_rn + 2 * esn) - 2 * e * (rs + moved_rs + fsn),
+            moved_rs - e * moved_rn,
+            moved_rn,
+            ss - e * (sn + moved_sn),
+            moved_sn,
+            nn,
+        )
+    )
 
 
 def merge_all(parts: Sequence[Moments]) -> Moments:
