@@ -112,6 +112,15 @@ def test_inputs_are_read_again_for_doubtful_channels_only() -> None:
     assert torch.equal(found.gram, whole.gram)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inputs_stay_as_they_are(dtype: torch.dtype) -> None:
+    x = torch.randn(8, 3, 6, 6, dtype=dtype) + 50
+    before, mask = x.clone(), torch.rand(8, 6, 6) > 0.5
+    of(x)
+    of(x, mask)
+    assert torch.equal(x, before)
+
+
 def test_large_inputs_are_read_again_in_parts() -> None:
     """More values than are converted at a time; samples of two rows stay whole."""
     x = torch.randn(6, 3, 320, 320) + 30
