@@ -9,18 +9,33 @@ from bnfix.formats.recognition import sniff
 
 if TYPE_CHECKING:
     from bnfix.formats.data import load_data, load_input
+    from bnfix.formats.images import ImageTransform, image_transform
     from bnfix.formats.loading import Loaded, load
     from bnfix.formats.saving import save
+    from bnfix.formats.shards import shard
     from bnfix.formats.specs import parse_kwargs
 
 _HOMES = {
     **dict.fromkeys(("Loaded", "load"), "loading"),
     **dict.fromkeys(("load_data", "load_input"), "data"),
+    **dict.fromkeys(("ImageTransform", "image_transform"), "images"),
     "parse_kwargs": "specs",
     "save": "saving",
+    "shard": "shards",
 }
 
-__all__ = ["Loaded", "load", "load_data", "load_input", "parse_kwargs", "save", "sniff"]
+__all__ = [
+    "ImageTransform",
+    "Loaded",
+    "image_transform",
+    "load",
+    "load_data",
+    "load_input",
+    "parse_kwargs",
+    "save",
+    "shard",
+    "sniff",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ import importlib
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bnfix.errors import BnfixError, LoadError
+from bnfix.formats.images import SUFFIXES, ImageTransform, load_images
 from bnfix.formats.specs import importable_here, parse_spec, resolve
 from bnfix.running import Call
 
@@ -85,16 +87,29 @@ class Batches:
             yield from self.start()
 
 
-def load_data(spec: str | os.PathLike[str], *, batch_size: int = 8, seed: int = 0, batches: int = 4) -> Iterable[Any]:
+def load_data(
+    spec: str | os.PathLike[str],
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    batches: int = 4,
+    transform: ImageTransform | None = None,
+) -> Iterable[Any]:
     """The batches that ``--data`` names.
 
     ``pkg.mod:callable`` and ``file.py:callable`` give an iterable of batches or a DataLoader, taken as it is, or a
     Dataset or tensor, which is cut into batches of ``batch_size``; a function is called for it. ``.npy``, ``.npz`` and
     ``.safetensors`` hold samples along the first axis: one array gives tensors, several give dicts.
-    ``random:3x224x224`` gives ``batches`` batches of random samples of that shape: for fold, export and verify only.
+    A folder gives the images in it and below it, in an order drawn with ``seed`` and read by ``transform``
+    (:func:`~bnfix.formats.images.image_transform`; ImageNet's at 224 px if None), and the result says in ``describe()``
+    what it is. ``random:3x224x224`` gives ``batches`` batches of random samples of that shape: for fold, export and
+    verify only.
+
+    What is returned has a ``len``, the number of batches, unless it came from code that has none.
 
     Raises:
         LoadError: no such thing, or nothing that has batches.
+        MissingDependencyError: a folder of images without Pillow.
         ValueError: a shape or batch size that is none.
     """
     if batch_size < 1:
@@ -107,14 +122,17 @@ def load_data(spec: str | os.PathLike[str], *, batch_size: int = 8, seed: int = 
         return _from_object(text, resolve(named), batch_size)
     path = Path(text)
     if path.is_dir():
+        return load_images(path, batch_size=batch_size, seed=seed, transform=transform)
+    if path.suffix.lower() in SUFFIXES and path.is_file():
         raise LoadError(
-            f"{text} is a folder: bnfix does not read folders of images yet",
-            hint="a function that returns your loader:  --data loader.py:make_loader",
+            f"{text} is one image", hint=f"the folder that holds it:  --data {shlex.quote(str(path.parent))}"
         )
     if path.suffix.lower() not in _ARRAYS or not path.is_file():
         missing = f"there is no file {text}" if not path.exists() else f"{text} is no data that bnfix reads"
         raise LoadError(
-            missing, hint=f"a function ({'loader.py:make_loader'}), a file {', '.join(_ARRAYS)}, or random:3x224x224"
+            missing,
+            hint=f"a function (loader.py:make_loader), a folder of images, a file {', '.join(_ARRAYS)}, or "
+            "random:3x224x224",
         )
     return _batched(_arrays(path), batch_size)
 

@@ -179,9 +179,9 @@ def test_random_batches():
 
 
 def test_folders_and_missing_files_say_what_to_do(tmp_path):
-    with pytest.raises(LoadError, match="does not read folders of images yet") as caught:
+    with pytest.raises(LoadError, match="holds no images; bnfix reads jpg") as caught:
         load_data(tmp_path)
-    assert "loader.py:make_loader" in caught.value.hint
+    assert "loader.py:make" in caught.value.hint
     with pytest.raises(LoadError, match="there is no file"):
         load_data(tmp_path / "none.npy")
     (tmp_path / "x.csv").write_text("1,2")
