@@ -205,10 +205,16 @@ def _left_out(batch: Sequence[Any], count: int) -> str:
     """Which elements were taken, and what the others are."""
     numbers = " and ".join(map(str, range(count))) if count < 3 else f"0 to {count - 1}"
     taken = f"element{'s' if count > 1 else ''} {numbers} of {len(batch)}"
-    rest = [f"element {i}, {describe(value)}," for i, value in enumerate(batch[count:], count)]
+    rest = [f"element {i}, {_shown(value)}," for i, value in enumerate(batch[count:], count)]
     if not rest:
         return taken
     return f"{taken} ({' and '.join(rest)} {'was' if len(rest) == 1 else 'were'} left out)"
+
+
+def _shown(value: Any) -> str:
+    """As :func:`describe`, but a shape is never alone: ``2`` for a tensor would read as a number."""
+    plain = isinstance(value, Tensor) and value.dtype == torch.float32
+    return f"{describe(value)} float32" if plain else describe(value)
 
 
 def _is_nested(value: Any) -> bool:

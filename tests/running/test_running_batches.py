@@ -77,6 +77,7 @@ class Pair(NamedTuple):
         (with_option, (X, LABELS), (X,), {}, "element 0 of 2 (element 1, 4 int64, was left out)"),
         (two, (X, OTHER, LABELS), (X, OTHER), {}, "elements 0 and 1 of 3 (element 2, 4 int64, was left out)"),
         (two, (X, OTHER), (X, OTHER), {}, "elements 0 and 1 of 2"),
+        (one, (X, torch.ones(4)), (X,), {}, "element 0 of 2 (element 1, 4 float32, was left out)"),
         (all_optional, X, (X,), {}, "the batch"),
         (all_optional, (X, LABELS), (X,), {}, "element 0 of 2 (element 1, 4 int64, was left out)"),
         (anything, X, (X,), {}, "the batch"),
