@@ -12,10 +12,13 @@ Nothing here imports torch, and rich only where something is drawn for a termina
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from bnfix.errors import MissingDependencyError
 from bnfix.render import page_html, text
+from bnfix.render.json_text import dumped
 from bnfix.render.legible import all_legible
 from bnfix.render.page import About
 from bnfix.render.pages import page_of
@@ -31,6 +34,7 @@ __all__ = [
     "FORMATS",
     "About",
     "Format",
+    "plot",
     "render",
     "to_concise",
     "to_github",
@@ -40,6 +44,29 @@ __all__ = [
     "to_rich",
     "to_text",
 ]
+
+
+def plot(value: Any, path: str | os.PathLike[str] | None = None) -> Any:
+    """``value`` as a matplotlib figure, written to ``path`` (png, svg or pdf, by its suffix) if one is given.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed (the extra ``report``).
+        TypeError: there is no picture of such a value.
+        ValueError: another suffix.
+        BnfixError: ``path`` can't be written.
+    """
+    import importlib
+
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError as error:
+        raise MissingDependencyError("matplotlib", "report", "a plot") from error
+    from bnfix.render.plots import figure_of, write
+
+    figure = figure_of(value)
+    if path is not None:
+        write(figure, path)
+    return figure
 
 
 def to_rich(value: Any, about: About | None = None) -> Any:
@@ -76,7 +103,7 @@ def to_json(value: Any, about: About | None = None) -> str:
             "notes": list(about.notes),
             "next": steps,
         }
-    return json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
+    return dumped(document)
 
 
 def to_concise(value: Any, about: About | None = None) -> str:
@@ -123,7 +150,7 @@ def render_all(values: Sequence[Any], format: Format, console: Console, about: S
         return
     documents = [json.loads(to_json(value)) for value in values]
     document = {"schema_version": SCHEMA_VERSION, "type": "list", "values": documents}
-    console.file.write(json.dumps(document, indent=2, sort_keys=True) + "\n")
+    console.file.write(dumped(document) + "\n")
 
 
 def _as_text(value: Any, format: Format, about: About | None, encoding: str) -> str:

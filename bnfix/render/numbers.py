@@ -23,6 +23,19 @@ def ratio(value: float | None) -> str:
     return f"{value:.0f}" if 9.95 <= abs(value) < 10_000 else f"{value:.1e}"
 
 
+def figure(value: float | None) -> str:
+    """A statistic, to about two digits: ``4e-07``, ``0.0042``, ``0.31``, ``1.30``, ``42``, ``346``; NaN is unknown."""
+    if value is None or math.isnan(value):
+        return NONE
+    if value == 0:
+        return "0"
+    if 0.095 <= abs(value) < 9.95:
+        return f"{value:.2f}"
+    if 0.00095 <= abs(value) < 0.095:
+        return f"{value:#.2g}"
+    return f"{value:,.0f}" if 9.95 <= abs(value) < 9999.5 else f"{value:.0e}"
+
+
 def ulp(value: float | None) -> str:
     """Units in the last place; two decimals, because ½ is the line that counts."""
     if value is None:

@@ -48,6 +48,13 @@ def alike(refusals: Sequence[Refusal], rows: int = ROWS, few: int = 3) -> list[t
 _PATH = re.compile(r"\b(?!aten\.|torch\.|prims\.)[^\W\d]\w*(?:\.\w+)+(?:@\d+)?")
 
 
+def named(names: Sequence[str], most: int = 6) -> str:
+    """The first of ``names`` and the last, and how many norms they are, where they are more than ``most``."""
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[:3])} … {names[-1]} ({len(names)} norms)"
+
+
 def _groups(refusals: Sequence[Refusal], key: Callable[[Refusal], str], few: int) -> list[list[Refusal]]:
     groups: dict[object, list[Refusal]] = {}
     for index, refusal in enumerate(refusals):

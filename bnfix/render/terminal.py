@@ -18,7 +18,20 @@ if TYPE_CHECKING:
 MARKS: dict[State, str] = {"done": "✓", "kept": "–", "failed": "✗", "unsure": "?", "plain": ""}
 STYLES: dict[State, str] = {"done": "green", "kept": "yellow", "failed": "bold red", "unsure": "magenta", "plain": ""}
 _ASCII = str.maketrans(
-    {"✓": "+", "–": "-", "✗": "x", "…": "...", "·": "|", "≤": "<=", "×": "x", "─": "-", "½": "1/2", "’": "'"}
+    {
+        "✓": "+",
+        "–": "-",
+        "✗": "x",
+        "…": "...",
+        "·": "|",
+        "≤": "<=",
+        "×": "x",
+        "─": "-",
+        "½": "1/2",
+        "’": "'",
+        "σ": "sd",
+        "→": "->",
+    }
 )
 GAP = "  "
 LABEL = 16

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from bnfix.types.values import NOT_IN_JSON, Value
@@ -37,22 +39,28 @@ class LayerStats(Value):
     one image are not independent), in the units of the mean and of the variance; NaN with fewer than two samples.
     ``z`` is (mean − mean_before)/se_mean, ``kl`` the divergence
     KL(measured ‖ stored) = ½(v1/v0 − 1 − ln(v1/v0) + (μ1 − μ0)²/v0) of normal distributions, in nats.
+    After a dry run ``mean_after`` and ``var_after`` are what the norm would have.
+
+    The properties sum a layer up by its worst channel. A channel has no spread where its new variance is not above
+    1e-12 + (2⁻²³·mean)², the rounding of a constant; what is said of one is defined at each property. NaN channels
+    are passed over; a property is NaN where no channel is left.
     """
 
     site: str
     call: int
     n: int
     samples: int
-    mean_before: tuple[float, ...]
-    var_before: tuple[float, ...]
-    mean: tuple[float, ...]
-    var: tuple[float, ...]
-    mean_after: tuple[float, ...]
-    var_after: tuple[float, ...]
-    se_mean: tuple[float, ...]
-    se_var: tuple[float, ...]
-    z: tuple[float, ...]
-    kl: tuple[float, ...]
+    # Thousands of numbers: in JSON, not in a repr that a prompt may print unasked.
+    mean_before: tuple[float, ...] = field(repr=False)
+    var_before: tuple[float, ...] = field(repr=False)
+    mean: tuple[float, ...] = field(repr=False)
+    var: tuple[float, ...] = field(repr=False)
+    mean_after: tuple[float, ...] = field(repr=False)
+    var_after: tuple[float, ...] = field(repr=False)
+    se_mean: tuple[float, ...] = field(repr=False)
+    se_var: tuple[float, ...] = field(repr=False)
+    z: tuple[float, ...] = field(repr=False)
+    kl: tuple[float, ...] = field(repr=False)
 
     @property
     def name(self) -> str:
@@ -64,28 +72,55 @@ class LayerStats(Value):
         """How many channels the norm has."""
         return len(self.mean_after)
 
-    @property
+    @cached_property
     def mean_shift(self) -> float:
-        """The largest |mean_after − mean_before| over the channels, in standard deviations of the new variance."""
+        """The largest |mean_after − mean_before| over the channels, in standard deviations of the new variance.
+
+        A channel without spread counts with the distance itself.
+        """
         pairs = zip(self.mean_after, self.mean_before, self.var_after, strict=True)
-        return _largest(abs(a - b) / math.sqrt(v) for a, b, v in pairs if v > 0)
+        return math.sqrt(_largest((a - b) * (a - b) / (v if v > _floor(a) else 1.0) for a, b, v in pairs))
 
-    @property
+    @cached_property
     def var_ratio(self) -> float:
-        """var_after / var_before of the channel where it is furthest from 1."""
-        ratios = [a / b for a, b in zip(self.var_after, self.var_before, strict=True) if a > 0 and b > 0]
-        return max(ratios, key=lambda r: abs(math.log(r)), default=math.nan)
+        """var_after / var_before of the channel where it is furthest from 1 (0.5 is as far as 2).
 
-    @property
+        Variances below those of a channel without spread count as just that: between two such the ratio is 1.
+        """
+        pairs = zip(self.var_after, self.var_before, map(_floor, self.mean_after), strict=True)
+        ratios = [(a if a > f else f) / (b if b > f else f) for a, b, f in pairs if a == a and b == b and f == f]
+        top, low = max(ratios, default=math.nan), min(ratios, default=math.nan)
+        return low if top * low < 1 else top
+
+    @cached_property
     def se(self) -> float:
-        """The largest standard error of a mean in this layer, in standard deviations; NaN where unknown."""
-        pairs = zip(self.se_mean, self.var, strict=True)
-        return _largest(s / math.sqrt(v) for s, v in pairs if v > 0)
+        """The largest standard error of a mean in this layer, in standard deviations; channels without spread not."""
+        pairs = zip(self.se_mean, self.var, self.mean, strict=True)
+        return math.sqrt(_largest(s * s / v for s, v, m in pairs if v > _floor(m)))
 
-    @property
+    @cached_property
+    def var_se(self) -> float:
+        """The largest standard error of a variance in this layer, relative to it; channels without spread not."""
+        pairs = zip(self.se_var, self.var, self.mean, strict=True)
+        return _largest(s / v for s, v, m in pairs if v > _floor(m))
+
+    @cached_property
     def worst_kl(self) -> float:
-        """The largest divergence of a channel, in nats."""
-        return _largest(self.kl)
+        """The largest divergence of a channel, in nats; inf where a channel came alive or died.
+
+        A channel without spread before and now counts ½·(its distance)²: its stored variance decays for ever, and
+        the divergence of 1e-30 from 1e-20 says nothing.
+        """
+        return _largest(self._divergences())
+
+    @cached_property
+    def worst_channel(self) -> int | None:
+        """The channel that :attr:`worst_kl` is of, the first such; None where none is known."""
+        return None if math.isnan(self.worst_kl) else self._divergences().index(self.worst_kl)
+
+    def _divergences(self) -> list[float]:
+        columns = zip(self.kl, self.mean, self.mean_before, self.var, self.var_before, strict=True)
+        return [0.5 * (m - b) * (m - b) if v <= (f := _floor(m)) and w <= f else k for k, m, b, v, w in columns]
 
 
 @dataclass(frozen=True)
@@ -105,7 +140,9 @@ class Recalibration(Value):
     between recalibrations on two halves of the data: a change below a few times that is noise.
 
     ``frozen``, ``left`` (not selected) and ``never_called`` name norms that stay as they were; ``left_why`` has the
-    reasons. ``used`` says which elements of a batch went where. ``advice`` is what to do beside or instead.
+    reasons. ``used`` says which elements of a batch went where. ``seconds`` are process CPU time, ``total`` and of each
+    step. ``advice`` is what to do beside or instead, one thing a string; where it holds three spaces, the words
+    before them are the label of a line to paste.
     """
 
     layers: tuple[LayerStats, ...]
@@ -152,16 +189,11 @@ class Recalibration(Value):
         """
         if not tol > 0:
             raise ValueError(f"tol is a positive number, not {tol}")
-        worst = 0.0
-        known = False
-        for s in self.layers:
-            for se_mean, se_var, var in zip(s.se_mean, s.se_var, s.var, strict=True):
-                if var > 0 and not math.isnan(se_mean) and not math.isnan(se_var):
-                    known = True
-                    worst = max(worst, s.samples * ((max(se_mean / math.sqrt(var), se_var / var) / tol) ** 2 - 1))
+        errors = [(s.samples, max(s.se, s.var_se)) for s in self.layers]
+        known = [n * ((se / tol) ** 2 - 1) for n, se in errors if not math.isnan(se)]
         if not known:
             raise ValueError("no standard error is known: it takes at least two samples")
-        return math.ceil(worst)
+        return max(0, math.ceil(max(known)))
 
     def undo(self) -> None:
         """Give the model the statistics back that it had, to the bit.
@@ -171,17 +203,24 @@ class Recalibration(Value):
         """
         self.handle.undo()
 
-    def plot(self, path: str | None = None) -> Any:
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """A matplotlib figure: drift and standard error of each layer; written to ``path`` if one is given.
+
+        pyplot does not know the figure: a notebook shows it, a script gives a path (png, svg or pdf by its suffix).
 
         Raises:
             MissingDependencyError: matplotlib is not installed (the extra ``report``).
+            ValueError: another suffix.
+            BnfixError: ``path`` can't be written.
         """
         import importlib
 
         return importlib.import_module("bnfix.render").plot(self, path)
 
 
-def _largest(values: Any) -> float:
-    known = [v for v in values if not math.isnan(v)]
-    return max(known, default=math.nan)
+def _floor(mean: float) -> float:
+    return 1e-12 + mean * mean * 2.0**-46
+
+
+def _largest(values: Iterable[float]) -> float:
+    return max([v for v in values if v == v], default=math.nan)  # v == v: not NaN

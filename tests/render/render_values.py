@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from render_statistics import RECALIBRATIONS
+
 from bnfix.render import About
 from bnfix.types import Edit, Export, FileInfo, NormInfo, OutputParity, Parity, Refusal, Result
 
@@ -143,4 +145,5 @@ EVERY = {
     "export": EXPORT,
     "file": WEIGHTS,
     "file-evil": EVIL,
+    **RECALIBRATIONS,
 }

@@ -10,7 +10,7 @@ from bnfix.render import proof
 from bnfix.render.numbers import count, ratio, ulp, worst
 from bnfix.render.page import Column, Line, Page, Row, State
 from bnfix.render.pages import PageOf
-from bnfix.render.runs import alike, together
+from bnfix.render.runs import alike, named, together
 from bnfix.types import Edit, Refusal, Result
 
 COLUMNS = (
@@ -85,10 +85,7 @@ def _row(run: list[Edit], dry_run: bool, parts: Counter[str]) -> Row:
 
 def _kept(reason: str, group: list[Refusal]) -> Row:
     state: State = "failed" if any(r.defect for r in group) else "kept"
-    names = [_name(r) for r in group]
-    if len(names) > 6:
-        names = [*names[:3], "…", f"{names[-1]} ({len(group)} norms)"]
-    return Row(state, (", ".join(names).replace(", …,", " …"), _was(group), f"kept: {reason}", "", ""))
+    return Row(state, (named([_name(r) for r in group]), _was(group), f"kept: {reason}", "", ""))
 
 
 def line_of(value: Edit | Refusal) -> Line:
