@@ -7,13 +7,10 @@ What an instance of a Python class is made of is its ``__dict__`` and its slots,
 from __future__ import annotations
 
 import collections
+import contextvars
 import datetime
-import decimal
 import enum
 import functools
-import logging
-import numbers
-import pathlib
 import re
 import sys
 import threading
@@ -27,25 +24,22 @@ from torch import Tensor, nn
 
 Kind = Literal[
     "atom", "shared", "module", "object", "dict", "list", "set", "deque", "namespace", "tuple", "frozenset", "function",
-    "cell", "method", "builtin", "partial", "cached", "compiled", "ref", "proxy", "id", "lock", "flat",
+    "cell", "method", "builtin", "partial", "cached", "compiled", "view", "ref", "proxy", "id", "lock", "flat",
 ]  # fmt: skip
 """``atom`` stays itself and nobody needs to know; ``shared`` stays itself although it may hold state."""
 
-IMMUTABLE = frozenset(
-    {"tuple", "frozenset", "method", "builtin", "partial", "cached", "compiled", "ref", "proxy", "id"}
-)
+IMMUTABLE = frozenset({"tuple", "frozenset", "method", "builtin", "partial", "cached", "view", "ref", "proxy", "id"})
 """Kinds that stay as they are where their parts do, and cannot be filled later where they do not."""
 
 _ATOMS = (
     Tensor, torch.Generator, torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format,
     torch.UntypedStorage, torch.TypedStorage, torch.jit.ScriptFunction, type, types.ModuleType, types.CodeType,
     types.GetSetDescriptorType, types.MemberDescriptorType, types.MethodDescriptorType, types.WrapperDescriptorType,
-    property, staticmethod, classmethod, enum.Enum, str, bytes, numbers.Number, bool, type(None), type(Ellipsis),
-    type(NotImplemented), range, slice, re.Pattern, np.generic, np.dtype, np.ufunc, decimal.Decimal,
-    datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo, pathlib.PurePath,
-    threading.local, threading.Thread, logging.Logger, logging.Handler, logging.LoggerAdapter,
+    types.MappingProxyType, types.GenericAlias, types.UnionType, property, staticmethod, classmethod, enum.Enum, str,
+    bytes, int, float, complex, type(None), type(Ellipsis), type(NotImplemented), range, slice, re.Pattern, np.generic,
+    np.dtype, np.ufunc, datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo, threading.local,
+    threading.Thread, contextvars.ContextVar,
 )  # fmt: skip
-
 
 _CONTAINERS: tuple[tuple[type, Kind], ...] = (
     (collections.OrderedDict, "dict"),
@@ -67,16 +61,24 @@ _BUILTINS: tuple[tuple[type | tuple[type, ...], Kind], ...] = (
     (type(functools.lru_cache(int)), "cached"),
     ((types.BuiltinMethodType, types.MethodWrapperType), "builtin"),
     ((type(threading.Lock()), type(threading.RLock())), "lock"),
+    ((weakref.ref, weakref.KeyedRef, weakref.WeakMethod), "ref"),
     ((weakref.ProxyType, weakref.CallableProxyType), "proxy"),
+    ((type({}.keys()), type({}.values()), type({}.items())), "view"),
+    ((weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary), "object"),
     ((np.ndarray, bytearray), "flat"),
 )
 
-# Objects of these describe graphs, processes and files; a forward reads them, and their identity can matter.
+# Graphs, processes, streams, data sets: a forward reads them, and their identity can matter.
 _SHARED_TORCH = (
     "torch.fx.graph", "torch.fx.node", "torch.export", "torch._", "torch.distributed", "torch.utils._", "torch.package",
     "torch.utils.data", "torch.optim", "torch.autograd", "torch.cuda", "torch.jit",
 )  # fmt: skip
-_STATEFUL_STDLIB = {"collections", "functools", "types", "argparse", "threading", "queue", "contextlib", "__main__"}
+# Of the standard library, what a forward may keep values in; and what holds none that a call could leave behind.
+_STATEFUL = frozenset({"collections", "functools", "types", "argparse", "threading", "queue", "contextlib", "__main__"})
+_STATELESS = frozenset({
+    "typing", "operator", "_operator", "inspect", "uuid", "fractions", "decimal", "string", "logging", "pathlib", "ast",
+    "zoneinfo", "dataclasses", "_contextvars", "ipaddress", "importlib", "_frozen_importlib_external", "types", "abc",
+})  # fmt: skip
 
 
 class Kinds(dict[type, Kind]):
@@ -90,23 +92,21 @@ class Kinds(dict[type, Kind]):
 def _kind_of(cls: type) -> Kind:
     if issubclass(cls, nn.Module):
         return "module"
-    if issubclass(cls, _ATOMS):
+    if issubclass(cls, _ATOMS) or cls is object:
         return "atom"
     for base, kind in _BUILTINS:
         if issubclass(cls, base):
             return kind
-    if cls is weakref.ref:
-        return "ref"
     for base, kind in _CONTAINERS:
         if issubclass(cls, base):
-            return kind if _made_in_python(cls, base) else "shared"
-    if not _made_in_python(cls, object):
-        return "shared"
+            return kind if made_in_python(cls, base) else "shared"
     package = cls.__module__ if isinstance(cls.__module__, str) else ""
     if package.startswith(_SHARED_TORCH):
         return "atom"
     top = package.partition(".")[0]
-    return "shared" if top in sys.stdlib_module_names - _STATEFUL_STDLIB else "object"
+    if top in sys.stdlib_module_names - _STATEFUL or not made_in_python(cls, object):
+        return "atom" if top in _STATELESS else "shared"
+    return "object"
 
 
 def base_of(cls: type) -> type:
@@ -136,15 +136,19 @@ def state_of(value: Any) -> dict[str, Any] | None:
 
 
 def is_global(function: types.FunctionType) -> bool:
-    """Whether code can reach this very function by name: globals belong to everybody, and their identity counts."""
+    """Whether this is a function that code reaches by name: then its identity may count (``self.act is F.gelu``)."""
     module = sys.modules.get(function.__module__ or "")
-    found: Any = module
-    for part in function.__qualname__.split("."):
-        found = getattr(found, part, None)
-    return found is function or getattr(module, function.__name__, None) is function
+    return module is not None and vars(module).get(function.__name__) is function
 
 
-def _made_in_python(cls: type, base: type) -> bool:
+def is_sentinel(value: Any) -> bool:
+    """Whether this is a mark like ``MISSING = _Missing()``: nothing in it, and known by its identity."""
+    module = sys.modules.get(type(value).__module__)
+    return module is not None and not state_of(value) and any(v is value for v in vars(module).values())
+
+
+def made_in_python(cls: type, base: type) -> bool:
+    """Whether instances of ``cls`` are a ``base``, a ``__dict__`` and slots, and nothing else."""
     # A class of an extension keeps state that no __dict__ shows: its instances are larger than what Python adds. The
     # same sum stands in CPython's object.__reduce_ex__ ("cannot pickle ... object").
     if cls is base:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dis
+import gc
+import types
 import weakref
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
@@ -15,7 +18,17 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from bnfix.errors import TraceError
-from bnfix.graph.kinds import IMMUTABLE, Kind, Kinds, base_of, is_global, slots_of, state_of
+from bnfix.graph.kinds import (
+    IMMUTABLE,
+    Kind,
+    Kinds,
+    base_of,
+    is_global,
+    is_sentinel,
+    made_in_python,
+    slots_of,
+    state_of,
+)
 
 _LARGE = 1000
 _LARGE_ARRAY = 1 << 20
@@ -53,24 +66,18 @@ class Plan:
 
     def __init__(self, model: nn.Module) -> None:
         self.nodes: list[Node] = []
-        self.shared: dict[int, str] = {}
+        self.order: list[int] = []  # the immutable ones that a replica needs for itself: parts before wholes
+        self.shared: list[str] = []
         self._kinds = Kinds()
         self._index: dict[int, int] = {}
-        self.order: list[int] = []  # the immutable ones: parts before wholes
         self._add(model, 0, "")
         explored = 0
         while explored < len(self.nodes):
             self._open(explored)
             explored += 1
-        for i, node in enumerate(self.nodes):
-            if node.kind in ("ref", "proxy"):
-                self._find_referent(node)
-            elif node.kind == "object" and hasattr(type(node.value), "__del__") and not self._leads_to_model(i):
-                node.changed = False  # its end would take away what the original uses still
-                self._note(node.value, i)
-        self._find_ids()
-        for i in range(len(self.nodes)):
-            self._settle(i)
+        self._complete()
+        self._settle()
+        self._sort()
 
     def _path(self, i: int) -> str:
         names: list[str] = []
@@ -80,7 +87,7 @@ class Plan:
         return "".join(reversed(names)).removeprefix(".")
 
     def _note(self, value: Any, i: int) -> None:
-        self.shared[id(value)] = f"{self._path(i) or 'the model'} ({type(value).__qualname__})"
+        self.shared.append(f"{self._path(i) or 'the model'} ({type(value).__qualname__})")
 
     def _refuse(self, i: int, why: str, hint: str) -> TraceError:
         return TraceError(f"{self._path(i) or 'the model'} {why}", hint=hint)
@@ -94,33 +101,29 @@ class Plan:
         known = self._index.get(id(value))
         if known is not None:
             return known
-        if kind == "function":
-            if is_global(value):
-                return None
-            if "_torchdynamo_orig_callable" in vars(value):
-                kind = "compiled"
-        elif kind == "tuple" and cls is tuple and all(self._kinds[type(v)] == "atom" for v in value):
+        if kind == "tuple" and cls is tuple and all(self._kinds[type(v)] == "atom" for v in value):
             return None
-        i = len(self.nodes)
-        node = Node(value, kind, parent, name, changed=None if kind in IMMUTABLE else True)
+        if kind == "object" and is_sentinel(value):
+            return None
+        if kind == "function" and _is_compiled(value):
+            kind = "compiled"
+        i = self._index[id(value)] = len(self.nodes)
+        node = Node(value, kind, parent, name)
         self.nodes.append(node)
-        if kind == "function" and not value.__closure__:
-            node.changed = None
-        if kind == "shared" or self._is_large(value, kind):
+        if kind == "shared" or (kind == "flat" and not _copyable(value)):
             node.changed = False
-            node.kind = "shared"
             self._note(value, i)
-        self._index[id(value)] = i
+        elif kind == "compiled":
+            node.changed = False
+        elif self._is_large(value, kind):
+            node.kind, node.changed = "shared", False
+        elif kind in IMMUTABLE or kind in ("function", "cell"):
+            node.changed = None
         return i
 
     def _is_large(self, value: Any, kind: Kind) -> bool:
         if kind == "flat":
-            return not isinstance(value, bytearray) and (
-                type(value) is not np.ndarray
-                or value.dtype.hasobject
-                or value.nbytes > _LARGE_ARRAY
-                or not value.flags.owndata
-            )
+            return isinstance(value, np.ndarray) and value.nbytes > _LARGE_ARRAY
         return kind in ("dict", "list", "set", "deque", "tuple") and len(value) > _LARGE and _inert(value, self._kinds)
 
     def _part(self, value: Any, parent: int, name: str | None) -> Part:
@@ -146,9 +149,13 @@ class Plan:
             case "set" | "frozenset":
                 node.parts = [self._part(v, i, "[…]") for v in base_of(type(value)).__iter__(value)]  # type: ignore[attr-defined]
             case "function":
-                code = value.__code__
-                for variable, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
+                own = not is_global(value)
+                rebound = _rebound(value.__code__) if value.__closure__ and not own else set()
+                for variable, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
                     node.parts.append(self._part(cell, i, f".<{variable}>"))
+                    j = self._index.get(id(cell))
+                    if j is not None and (own or variable in rebound):
+                        self.nodes[j].changed = True
                 node.parts += [self._part(v, i, ".<default>") for v in value.__defaults__ or ()]
                 node.parts += [self._part(v, i, f".<{k}>") for k, v in (value.__kwdefaults__ or {}).items()]
                 node.parts += [self._part(v, i, f".{k}") for k, v in vars(value).items()]
@@ -166,8 +173,11 @@ class Plan:
                 node.parts = [self._part(value.__wrapped__, i, "")]
             case "compiled":
                 node.parts = [self._part(value._torchdynamo_orig_callable, i, "")]
+            case "view":
+                node.parts = [self._part(gc.get_referents(value)[0], i, "")]
             case "ref":
-                node.parts = [self._part(value.__callback__, i, ".__callback__")]
+                if not isinstance(value, weakref.WeakMethod):  # that one's callback is its own affair
+                    node.parts = [self._part(value.__callback__, i, ".__callback__")]
         if node.kind in _WITH_STATE:
             self._open_state(i, node)
 
@@ -193,30 +203,48 @@ class Plan:
             )
         if type(module).__name__ == "OptimizedModule" or vars(module).get("_compiled_call_impl") is not None:
             raise self._refuse(i, *_COMPILED)
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and is_lazy(tensor):
+        if not made_in_python(type(module), object):
+            raise self._refuse(
+                i,
+                f"is of a class made outside Python ({type(module).__qualname__}): there is no second one of it",
+                "derive the module from torch.nn.Module alone, and let it hold the other object",
+            )
+        for table in ("_parameters", "_buffers"):
+            if any(tensor is not None and is_lazy(tensor) for tensor in vars(module).get(table, {}).values()):
                 raise self._refuse(i, "is not initialised yet", "run the model once on an example, then call bnfix")
+
+    def _complete(self) -> None:
+        """What can be told only when everything is known."""
+        for i, node in enumerate(self.nodes):
+            if node.kind in ("ref", "proxy"):
+                self._find_referent(node)
+            elif node.kind == "compiled" and self._leads_to_model(i):
+                raise self._refuse(i, *_COMPILED)
+            elif node.kind == "object" and hasattr(type(node.value), "__del__") and not self._leads_to_model(i):
+                node.changed = False  # its end could take away what the original uses still
+                self._note(node.value, i)
+        for node in [n for n in self.nodes if n.kind == "dict" and n.changed]:
+            self._find_ids(node)
 
     def _find_referent(self, node: Node) -> None:
         """The node that a weak reference refers to, if the model holds that object by other ways too."""
         if node.kind == "ref":
-            j = self._index.get(id(node.value()))
+            j = self._index.get(id(weakref.ref.__call__(node.value)))
         else:
             j = next((n for n, o in enumerate(self.nodes) if _has_proxy(o.value, node.value)), None)
-        if j is not None:
-            node.parts.insert(0, (None, j))
-        else:
+        if j is None:
             node.changed = False
+        else:
+            node.parts.insert(0, (None, j))
 
-    def _find_ids(self) -> None:
+    def _find_ids(self, node: Node) -> None:
         """``{id(module): ...}`` is a table of modules: its keys are to be those of the replica's."""
-        for node in [n for n in self.nodes if n.kind == "dict" and n.changed]:
-            for n in range(len(node.parts) % 2, len(node.parts), 2):
-                key = node.parts[n][0]
-                j = self._index.get(key) if type(key) is int else None
-                if j is not None and self.nodes[j].kind == "module":
-                    self.nodes.append(Node(key, "id", j, "", [(None, j)], changed=None))
-                    node.parts[n] = (key, len(self.nodes) - 1)
+        for n in range(len(node.parts) % 2, len(node.parts), 2):
+            key = node.parts[n][0]
+            j = self._index.get(key) if type(key) is int else None
+            if j is not None and self.nodes[j].kind == "module":
+                self.nodes.append(Node(key, "id", j, "", [(None, j)], changed=None))
+                node.parts[n] = (key, len(self.nodes) - 1)
 
     def _leads_to_model(self, i: int) -> bool:
         seen, pending = {i}, [i]
@@ -229,26 +257,40 @@ class Plan:
             pending += new
         return False
 
-    def _settle(self, i: int) -> bool:
-        """Whether a replica needs its own: an immutable object does if one of its parts is another."""
-        node = self.nodes[i]
-        if node.changed is None:
-            node.changed = False  # while it is decided
-            changed = [self._settle(j) for j in node.nodes()]
-            node.changed = any(changed)
-            if node.changed and node.kind == "compiled":
-                raise self._refuse(i, *_COMPILED)
-            if node.changed and node.kind != "function":
+    def _settle(self) -> None:
+        """What leads to something that a replica has of its own is its own too."""
+        holders: dict[int, list[int]] = {}
+        for i, node in enumerate(self.nodes):
+            if node.changed is None:
+                for j in node.nodes():
+                    holders.setdefault(j, []).append(i)
+        pending = [i for i, node in enumerate(self.nodes) if node.changed]
+        while pending:
+            for i in holders.pop(pending.pop(), ()):
+                if self.nodes[i].changed is None:
+                    self.nodes[i].changed = True
+                    pending.append(i)
+
+    def _sort(self) -> None:
+        seen: set[int] = set()
+        pending = [(i, False) for i in range(len(self.nodes))]
+        while pending:
+            i, parts_done = pending.pop()
+            node = self.nodes[i]
+            if parts_done:
                 self.order.append(i)
-        return node.changed
+            elif node.kind in IMMUTABLE and node.changed and i not in seen:
+                seen.add(i)
+                pending.append((i, True))
+                pending += [(j, False) for j in node.nodes()]
 
 
 def _inert(value: Any, kinds: Kinds, depth: int = 3) -> bool:
     """Whether there is nothing in it but plain values: no tensor, no module, no object with a state of its own."""
-    if isinstance(value, Tensor) or depth == 0:
-        return False
     if kinds[type(value)] == "atom":
-        return True
+        return not isinstance(value, Tensor)
+    if depth == 0:
+        return False
     if isinstance(value, dict):
         value = (*value, *value.values())
     elif type(value) not in (list, tuple, set, frozenset, deque):
@@ -258,3 +300,21 @@ def _inert(value: Any, kinds: Kinds, depth: int = 3) -> bool:
 
 def _has_proxy(value: Any, proxy: Any) -> bool:
     return any(reference is proxy for reference in weakref.getweakrefs(value))
+
+
+def _is_compiled(function: types.FunctionType) -> bool:
+    marks = vars(function)
+    return "_torchdynamo_orig_callable" in marks and not marks.get("_torchdynamo_disable")
+
+
+def _copyable(value: Any) -> bool:
+    return isinstance(value, bytearray) or (type(value) is np.ndarray and not value.dtype.hasobject)
+
+
+def _rebound(code: types.CodeType) -> set[str]:
+    """The free variables that a function, or one inside it, assigns (``nonlocal``)."""
+    stored = {str(step.argval) for step in dis.get_instructions(code) if step.opname in ("STORE_DEREF", "DELETE_DEREF")}
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            stored |= _rebound(inner)
+    return stored & set(code.co_freevars)

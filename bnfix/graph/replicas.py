@@ -8,6 +8,7 @@ model holds cannot be isolated: globals, and attributes of classes.
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 import types
 import weakref
@@ -48,6 +49,15 @@ class Replicator:
 
     def __call__(self) -> nn.Module:
         """A new replica, in evaluation mode."""
+        collecting = gc.isenabled()
+        gc.disable()  # thousands of containers at once start collections of the whole heap, and leave no garbage
+        try:
+            return self._build()
+        finally:
+            if collecting:
+                gc.enable()
+
+    def _build(self) -> nn.Module:
         steps = self._steps
         values = steps.originals.copy()
         for i, new in steps.fresh:
@@ -104,7 +114,7 @@ def replicator(model: nn.Module) -> Replicator:
         node = plan.nodes[i]
         steps.made.append((i, functools.partial(_MAKE[node.kind], node)))
         _state(steps, i, node)
-    return Replicator(steps, tuple(dict.fromkeys(plan.shared.values())))
+    return Replicator(steps, tuple(plan.shared))
 
 
 def _state(steps: _Steps, i: int, node: Node) -> None:
@@ -228,9 +238,19 @@ def _cached(node: Node, values: Values) -> Any:
     return functools.lru_cache(**node.value.cache_parameters())(wrapped)
 
 
+def _view(node: Node, values: Values) -> Any:
+    (mapping,) = _picked(node.parts, values)
+    return getattr(mapping, type(node.value).__name__.rpartition("_")[2])()  # dict_keys, odict_values
+
+
 def _ref(node: Node, values: Values) -> Any:
-    referent, callback = _picked(node.parts, values)
-    return weakref.ref(referent, callback)
+    old = node.value
+    referent, *callback = _picked(node.parts, values)
+    if isinstance(old, weakref.WeakMethod):
+        method = old()
+        return type(old)(types.MethodType(method.__func__, referent)) if method is not None else old
+    key = (old.key,) if isinstance(old, weakref.KeyedRef) else ()
+    return type(old)(referent, *callback, *key)
 
 
 def _proxy(node: Node, values: Values) -> Any:
@@ -244,5 +264,5 @@ def _id(node: Node, values: Values) -> int:
 _FILL = {"dict": _fill_dict, "list": _fill_list, "set": _fill_set, "deque": _fill_deque}
 _MAKE: dict[str, Callable[[Node, Values], Any]] = {
     "tuple": _tuple, "frozenset": _tuple, "method": _method, "builtin": _builtin, "partial": _partial,
-    "cached": _cached, "ref": _ref, "proxy": _proxy, "id": _id,
+    "cached": _cached, "view": _view, "ref": _ref, "proxy": _proxy, "id": _id,
 }  # fmt: skip
