@@ -1,11 +1,12 @@
 """One short function per verb; the verbs are the public names. Here, and only here, rooms of one floor meet."""
 
-from bnfix.api.asked import examples, read_forward
+from bnfix.api.asked import batches, examples, read_forward
 from bnfix.api.calibrating import recalibrate
 from bnfix.api.deploying import export, fold, verify
-from bnfix.api.storing import info, load, open_model, save
+from bnfix.api.storing import info, load, open_model, save, update_file
 
 __all__ = [
+    "batches",
     "examples",
     "export",
     "fold",
@@ -15,5 +16,6 @@ __all__ = [
     "read_forward",
     "recalibrate",
     "save",
+    "update_file",
     "verify",
 ]

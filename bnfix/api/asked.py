@@ -43,10 +43,12 @@ def examples(
     if input:
         calls = [as_call(formats.load_input(text, seed=seed + i), way) for i, text in enumerate(input)]
     elif data:
-        batch = next(iter(formats.load_data(data, seed=seed)), None)
+        found, described = batches(loaded, data, seed=seed)
+        batch = next(iter(found), None)
         if batch is None:
             raise ValueError(f"--data {data} holds no batch")
         calls = [batch_call(batch, model, way)]
+        notes += described
     elif file is not None and (taken := parity.file_call(model, file, seed=seed)) is not None:
         calls = [taken]
         notes.append(f"input {taken.signature}, as {file} takes it; another one: --input")
@@ -64,6 +66,26 @@ def examples(
         calls += more
         notes += refused
     return calls, tuple(notes)
+
+
+def batches(loaded: Loaded, data: str, *, batch_size: int = 8, seed: int = 0) -> tuple[Iterable[Any], tuple[str, ...]]:
+    """What ``--data`` names, and a line that says how it is read where bnfix chose that: a folder of images.
+
+    Images are read with the transform that the loaded model is evaluated with, as far as anybody states it.
+
+    Raises:
+        LoadError: no such thing, or nothing that has batches.
+        ValueError: a shape or a batch size that is none.
+    """
+    from bnfix import formats
+    from bnfix.graph import unwrap
+
+    if not os.path.isdir(data):
+        return formats.load_data(data, batch_size=batch_size, seed=seed), ()
+    model = unwrap(loaded.value)[0]  # type: ignore[arg-type]
+    transform = formats.image_transform(model, arch=loaded.arch, hint=loaded.input_hint)
+    found = formats.load_data(data, batch_size=batch_size, seed=seed, transform=transform)
+    return found, (found.describe(),)  # type: ignore[attr-defined]
 
 
 def read_forward(text: str | None) -> Forward | None:

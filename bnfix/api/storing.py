@@ -57,14 +57,20 @@ def open_model(
     arch: Any = None,
     arch_kwargs: Mapping[str, Any] | None = None,
     trust: bool = False,
+    modes_as_saved: bool = False,
 ) -> Loaded:
-    """As :func:`load`, in evaluation mode, with what a person should know: wrappers opened, prefixes, shapes."""
+    """As :func:`load`, in evaluation mode, with what a person should know: wrappers opened, prefixes, shapes.
+
+    With ``modes_as_saved`` a pickled module stays in the modes that it was saved in: they say which norms are frozen.
+    """
     from torch import nn
 
     from bnfix import formats
 
     loaded = formats.load(path, arch=arch, arch_kwargs=arch_kwargs, trust=trust)
-    if isinstance(loaded.value, nn.Module) and any(m.training for m in loaded.value.modules()):
+    if not isinstance(loaded.value, nn.Module) or modes_as_saved:
+        return loaded
+    if any(m.training for m in loaded.value.modules()):
         loaded.value.eval()
         note = "the module was saved in training mode: it is used in evaluation mode"
         loaded = replace(loaded, notes=(*loaded.notes, note))
@@ -90,3 +96,28 @@ def save(
     from bnfix import formats
 
     return formats.save(model, path, recipe=recipe, source=source, inplace=inplace)
+
+
+def update_file(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    source: FileInfo | None = None,
+    trust: bool = False,
+    inplace: bool = False,
+) -> tuple[str, ...]:
+    """Write the file ``source`` again with the values that ``model``, loaded from it, has now; whole or not at all.
+
+    Names, wrapper, optimizer state, recipe: everything but tensors that have changed stays as it is in the file. Where
+    that can't be had (another format, names that a load hook changed, no file at all), :func:`save`.
+
+    Returns:
+        What a person should know of the file written.
+
+    Raises:
+        BnfixError: the target can't be written, or is ``source`` and ``inplace`` was not given.
+        ValueError: an unknown suffix.
+    """
+    from bnfix.formats.updating import update
+
+    return update(model, path, source=source, trust=trust, inplace=inplace)

@@ -107,3 +107,16 @@ class Format(ABC):
             LoadError: the model can't be written in this format.
         """
         raise NotImplementedError(f"{type(self).__name__} writes no files")
+
+    def update(self, info: FileInfo, path: Path, model: torch.nn.Module, *, trust: bool) -> bool:
+        """Write ``path`` (a temporary file): the file ``info``, of this format, with the values that ``model`` has now.
+
+        Everything but the tensors that have changed stays: names, wrappers, whatever lies beside the weights.
+
+        Returns:
+            False where the format can't, or the file has other names than the model: then nothing was written.
+
+        Raises:
+            LoadError: as :meth:`read` and :meth:`write` do.
+        """
+        return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,31 @@ def fit(model: nn.Module, weights: Weights, *, where: str, arch: str) -> tuple[s
         raise _misfit(tuple(result.missing_keys), tuple(result.unexpected_keys), where, arch)
     _check_filled(model, arch)
     return (*best.notes, *_counter_note(best), *_dtype_note(best.tensors, own))
+
+
+def put(model: nn.Module, table: MutableMapping[Any, Any]) -> bool:
+    """Give the entries of ``table``, weights as they lie in a file, the values of ``model`` where these are others.
+
+    Changes ``table`` in place. Names are brought together as :func:`fit` does; counters that the file has not stay out.
+
+    Returns:
+        False, and ``table`` as it was, where the model has tensors for which the file has no name.
+    """
+    import torch
+
+    tensors = {k: v for k, v in table.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    best = min((_against(model, a) for a in _attempts(Weights(tensors))), key=lambda a: a.differences)
+    if best.missing:
+        return False
+    state = model.state_dict()
+    for name, old in tensors.items():
+        new = state.get(best.rename(name))
+        if not isinstance(new, torch.Tensor) or {new.layout, old.layout} != {torch.strided}:
+            continue
+        new = new.detach().cpu()
+        if not torch.equal(old, new.to(old.dtype)):
+            table[name] = new.clone()
+    return True
 
 
 def _attempts(weights: Weights) -> list[_Attempt]:

@@ -11,6 +11,7 @@ from bnfix.errors import BnfixError, LoadError, UntrustedModelError
 from bnfix.formats import advice, recipes
 from bnfix.formats.base import Probe, Weights
 from bnfix.formats.described import described
+from bnfix.formats.fitting import put
 from bnfix.formats.names import Sort, open_wrappers, printable, wrapped_by_training
 from bnfix.formats.pickles.contents import Contents, contents
 from bnfix.formats.pickles.danger import judge
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 KINDS = frozenset(["state_dict", "lightning", "pickled_module", "pickled_object", "checkpoint", "torch_data"])
+_WHOLE = ("pickled_module", "pickled_object")
 _SAFE_PROTOCOL = 3  # the newest that torch's safe loader reads
 _DANGEROUS = "do not load it; get the weights from a source you trust, as safetensors"
 _PACKING = {"zip": "", "legacy": " in torch's old format"}
@@ -124,9 +126,24 @@ def read(info: FileInfo, *, trust: bool) -> Weights | nn.Module:
 
     State dicts are read by torch's safe loader alone; what holds objects beside them needs ``trust``.
     """
+    opened = open_wrappers(_root(info, trust=trust), _sort, _entries)
+    if _sort(opened.value) == "module":
+        module: nn.Module = opened.value
+        return module
+    if info.kind in _WHOLE or opened.ambiguous:
+        raise LoadError(f"{info.path} holds a {type(opened.value).__name__}, no nn.Module and no weights by name")
+    tensors = {k: v for k, v in _entries(opened.value).items() if isinstance(k, str)}
+    text = tensors.pop(recipes.KEY, None)
+    recipe = recipes.from_text(text, info.path) if isinstance(text, str) else None
+    versions = getattr(opened.value, "_metadata", None)
+    return Weights(tensors, recipe, versions=versions if isinstance(versions, Mapping) else {})
+
+
+def _root(info: FileInfo, *, trust: bool) -> Any:
+    """All that the file holds."""
     if info.kind in ("checkpoint", "torch_data"):
         raise LoadError(f"{info.path} is {info.title}", hint=info.advice)
-    whole = info.kind in ("pickled_module", "pickled_object")
+    whole = info.kind in _WHOLE
     if not trust and whole:
         what = info.title.partition(" in torch's")[0]
         raise UntrustedModelError(f"{info.path} is {what}: loading it can run any code inside.", hint=info.advice)
@@ -142,18 +159,7 @@ def read(info: FileInfo, *, trust: bool) -> Weights | nn.Module:
             f"{info.path} was saved with pickle_protocol={protocol}, which torch's safe loader does not read.",
             hint=f"{_trusted(info)}\nsafer             save it again without pickle_protocol, or as safetensors",
         )
-    loaded = _load(info, guarded=whole or bool(info.names_code or protocol))
-    opened = open_wrappers(loaded, _sort, _entries)
-    if _sort(opened.value) == "module":
-        module: nn.Module = opened.value
-        return module
-    if whole or opened.ambiguous:
-        raise LoadError(f"{info.path} holds a {type(opened.value).__name__}, no nn.Module and no weights by name")
-    tensors = {k: v for k, v in _entries(opened.value).items() if isinstance(k, str)}
-    text = tensors.pop(recipes.KEY, None)
-    recipe = recipes.from_text(text, info.path) if isinstance(text, str) else None
-    versions = getattr(opened.value, "_metadata", None)
-    return Weights(tensors, recipe, versions=versions if isinstance(versions, Mapping) else {})
+    return _load(info, guarded=whole or bool(info.names_code or protocol))
 
 
 def _trusted(info: FileInfo) -> str:
@@ -239,13 +245,35 @@ def _entries(value: Any) -> Mapping[Any, Any]:
 
 def write(path: Path, model: nn.Module, recipe: str | None, *, whole: bool) -> None:
     """Write ``model`` with ``torch.save``: its state_dict and the recipe, or with ``whole`` the pickled module."""
-    import torch
-
     content: Any = model
     if not whole:
         content = model.state_dict()
         if recipe is not None:
             content[recipes.KEY] = recipe
+    _dump(path, content, "module" if whole else "state_dict")
+
+
+def update(info: FileInfo, path: Path, model: nn.Module, *, trust: bool) -> bool:
+    """As :meth:`bnfix.formats.base.Format.update`: what ``torch.save`` wrote, with the values of ``model``."""
+    root = _root(info, trust=trust)
+    opened = open_wrappers(root, _sort, _entries)
+    if _sort(opened.value) != "module":
+        if not put(model, opened.value):
+            return False
+    elif not opened.path:
+        root = model
+    else:
+        parent = root
+        for key in opened.path[:-1]:
+            parent = parent[key]
+        parent[opened.path[-1]] = model
+    _dump(path, root, "module" if root is model else "checkpoint")
+    return True
+
+
+def _dump(path: Path, content: Any, what: str) -> None:
+    import torch
+
     try:
         with open(path, "wb") as file:  # a file, not a name: torch writes the name into the archive
             torch.save(content, file)
@@ -253,6 +281,6 @@ def write(path: Path, model: nn.Module, recipe: str | None, *, whole: bool) -> N
         raise
     except Exception as error:  # what a user's module holds may refuse to be pickled in any way
         raise LoadError(
-            f"the {'module' if whole else 'state_dict'} can't be saved: {type(error).__name__}: {error}",
-            hint="save its weights:  -o weights.safetensors" if whole else None,
+            f"the {what} can't be saved: {type(error).__name__}: {error}",
+            hint="save its weights:  -o weights.safetensors" if what == "module" else None,
         ) from error

@@ -12,6 +12,7 @@ from bnfix.errors import LoadError
 from bnfix.formats import advice, recipes
 from bnfix.formats.base import Format, Probe, Weights
 from bnfix.formats.described import described
+from bnfix.formats.fitting import put
 from bnfix.formats.names import printable, wrapped_by_training
 from bnfix.formats.pickles.contents import TensorSpec
 from bnfix.types import FileInfo
@@ -68,22 +69,12 @@ class SafeTensors(Format):
         )
 
     def read(self, info: FileInfo, *, trust: bool) -> Any:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(info.path, framework="pt", device="cpu") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-            raise LoadError(f"{info.path} can't be loaded: {error}", hint="copy or download it again") from error
+        tensors, metadata = _content(info)
         tensors |= {a: tensors[k] for a, k in metadata.items() if k in tensors and a not in tensors}
         text = metadata.get(recipes.METADATA_KEY)
         return Weights(tensors, recipes.from_text(text, info.path) if text else None)
 
     def write(self, path: Path, model: nn.Module, recipe: str | None, *, whole: bool) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         state = model.state_dict()
         objects = [name for name, value in state.items() if not hasattr(value, "dtype")]
         if objects:
@@ -95,12 +86,39 @@ class SafeTensors(Format):
         tensors, metadata = _unshared(state)
         if recipe is not None:
             metadata[recipes.METADATA_KEY] = recipe
-        try:
-            save_file(tensors, str(path), metadata={"format": "pt", **metadata})
-        except (SafetensorError, ValueError, RuntimeError, TypeError, NotImplementedError) as error:
-            raise LoadError(
-                f"the weights can't be written as safetensors: {error}", hint="write a .pt file:  -o weights.pt"
-            ) from error
+        _dump(tensors, path, metadata)
+
+    def update(self, info: FileInfo, path: Path, model: nn.Module, *, trust: bool) -> bool:
+        tensors, metadata = _content(info)
+        aliases = {a: tensors[k] for a, k in metadata.items() if k in tensors and a not in tensors}
+        table = tensors | aliases
+        if not put(model, table) or any(table[a] is not kept for a, kept in aliases.items()):
+            return False
+        _dump({name: table[name] for name in tensors}, path, metadata)
+        return True
+
+
+def _content(info: FileInfo) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(info.path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise LoadError(f"{info.path} can't be loaded: {error}", hint="copy or download it again") from error
+
+
+def _dump(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, str(path), metadata={"format": "pt", **metadata})
+    except (SafetensorError, ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+        raise LoadError(
+            f"the weights can't be written as safetensors: {error}", hint="write a .pt file:  -o weights.pt"
+        ) from error
 
 
 def _header(raw: bytes, length: int, size: int) -> tuple[dict[str, TensorSpec], dict[str, str]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bnfix.formats import torch_files
 from bnfix.formats.base import Format, Probe
@@ -10,6 +11,9 @@ from bnfix.formats.pickles.contents import storages
 from bnfix.formats.pickles.machine import Pickle, examine
 from bnfix.formats.pickles.values import Global
 from bnfix.types import FileInfo
+
+if TYPE_CHECKING:
+    from torch import nn
 
 MAGIC = 0x1950A86A20F9469CFC6C
 _PARTS = 5  # magic number, protocol, system, the object, the keys of its storages
@@ -62,3 +66,6 @@ class TorchLegacy(Format):
 
     def read(self, info: FileInfo, *, trust: bool) -> Any:
         return torch_files.read(info, trust=trust)
+
+    def update(self, info: FileInfo, path: Path, model: nn.Module, *, trust: bool) -> bool:
+        return torch_files.update(info, path, model, trust=trust)

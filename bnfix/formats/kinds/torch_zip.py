@@ -49,6 +49,9 @@ class TorchZip(Format):
     def read(self, info: FileInfo, *, trust: bool) -> Any:
         return torch_files.read(info, trust=trust)
 
+    def update(self, info: FileInfo, path: Path, model: nn.Module, *, trust: bool) -> bool:
+        return torch_files.update(info, path, model, trust=trust)
+
     def write(self, path: Path, model: nn.Module, recipe: str | None, *, whole: bool) -> None:
         torch_files.write(path, model, recipe, whole=whole)
 
