@@ -44,16 +44,16 @@ def recalibrate(
     data: the fixed point of the data seen (precise BN, BN re-estimation; torch's ``update_bn`` only comes near it).
     Everything but the norms is in evaluation mode while it runs. Whatever goes wrong, Ctrl-C included, the model is as
     it was to the bit; ``report.undo()`` takes a finished one back. ``torch.compile``, ``DataParallel`` and DDP
-    wrappers are looked through. With ``torch.distributed`` set up, every rank calls this with its own share of the data,
-    and all end with the same bits.
+    wrappers are looked through. With ``torch.distributed`` set up, every rank calls this with its own share of the
+    data, and all end with the same bits.
 
     Args:
         model: in any mode. Norms in evaluation mode inside a model in training mode count as frozen and stay; in a
             model that is in evaluation mode itself, nothing does. Modes are left as they are.
         data: what a training loop iterates over. Use training data with the transform of evaluation.
         method: ``"staged"``: exact, one pass, the samples go from norm to norm together and so must fit into memory (or
-            into ``spill_dir``; else those that fit are used). ``"population"``: one streaming pass, each batch normalised
-            with its own statistics, moments pooled. ``"online"``: the same, normalised with what was pooled so
+            into ``spill_dir``; else those that fit are used). ``"population"``: one streaming pass, each batch
+            normalised with its own statistics, moments pooled. ``"online"``: normalised with what was pooled so
             far, for tiny batches. ``"auto"`` takes staged where all samples fit, and says why in ``report.why``.
         when: ``"needed"`` leaves the model alone unless its outputs change by more than .35 of their spread and by
             more than 4 times what recalibrations on two halves of the data differ by.

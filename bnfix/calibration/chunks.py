@@ -12,9 +12,14 @@ from bnfix.errors import CalibrationError
 from bnfix.running import Call, join, size, split
 
 TARGET = 64
-"""Samples a chunk: below 32 the switches between chunks cost more than they save, above 128 memory does."""
+"""Samples a chunk at most: more save nothing."""
+LEAST = 8
+"""Samples a chunk at least: below, the switches between chunks cost more than anything else."""
+LARGEST = 12 << 20
+"""Bytes of the largest activation of a chunk: memory of larger ones goes back to the system with each use (glibc), and
+fresh pages cost more time than the rest of a norm."""
 MOST = 96
-"""Chunks, that is threads, before they grow beyond the target."""
+"""Chunks, that is threads, before they grow beyond all that."""
 
 
 @dataclass
@@ -45,8 +50,8 @@ class Chunk:
 def pieces(batches: Sequence[Chunk], *, sentinel: int, target: int = TARGET) -> list[Chunk]:
     """The same samples in chunks of about ``target``: small batches joined, large ones split.
 
-    The first chunk and the last are small ones of ``sentinel`` samples, where there is more than one chunk: the first is
-    what is replayed, the last has its shape, so that nothing is kept for it under its shape alone.
+    Where there is more than one chunk, the first and the last are small ones of ``sentinel`` samples: the first is what
+    is replayed, the last has its shape, so that nothing is kept for it under its shape alone.
     Samples keep their order within batches of one signature.
     """
     found: list[Chunk] = []

@@ -99,7 +99,7 @@ def _threads(session: Session, chunks: Sequence[Chunk], scouted: Scouted | None,
         session.say("replaying one chunk alone")
         Turn.seeded(turn, 0, session.device).put(session.device)
         with session.using(found.stats):
-            alone, _, found.outputs = listen(session.model, chunks[0], session.norms)
+            alone, found.outputs = listen(session.model, chunks[0], session.norms)
         turn.put(session.device)
         found.replay = distance(alone, contributed)
         found.forwards += chunks[0].samples / sum(c.samples for c in chunks)

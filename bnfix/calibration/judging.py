@@ -41,7 +41,7 @@ class Change:
 def outputs(session: Session, chunk: Chunk, stats: dict[int, Stats]) -> Any:
     """The model's outputs with these statistics."""
     with session.using(stats):
-        return listen(session.model, chunk, session.norms)[2]
+        return listen(session.model, chunk, session.norms)[1]
 
 
 def change(before: Any, after: Any) -> float | None:

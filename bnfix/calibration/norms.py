@@ -42,7 +42,7 @@ class Norm:
 
 @dataclass
 class Norms:
-    """All norms of one model, by the identity of their ``running_mean``; those in code of the model's are found as seen."""
+    """All norms of one model, by the identity of their ``running_mean``; functional ones are found as they are seen."""
 
     model: nn.Module
     known: dict[int, Norm] = field(default_factory=dict)

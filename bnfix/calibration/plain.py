@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnfix.calibration.chunks import Chunk, mask_at
 from bnfix.calibration.ledger import Place, residual, stored
@@ -20,41 +20,49 @@ from bnfix.stats import Moments, SampleSums, pool, sample_sums
 from bnfix.types import Residual
 
 
-def listen(model: nn.Module, chunk: Chunk, norms: Norms) -> tuple[dict[Place, SampleSums], dict[Place, Moments], Any]:
-    """One plain forward: per call site the sums and the moments of its input, and the outputs.
+def listen(model: nn.Module, chunk: Chunk, norms: Norms) -> tuple[dict[Place, SampleSums], Any]:
+    """One plain forward: the sums of the input of each call site, and the outputs.
 
     Raises:
         CalibrationError: the forward fails; names the batch.
     """
-    sums: dict[Place, SampleSums] = {}
-    moments: dict[Place, Moments] = {}
+    found: dict[Place, SampleSums] = {}
+
+    def hear(place: Place, x: Tensor, mask: Tensor | None) -> None:
+        found[place] = sample_sums(x, chunk.samples, mask)
+
+    return found, _forward(model, chunk, norms, hear)
+
+
+def _forward(model: nn.Module, chunk: Chunk, norms: Norms, hear: Callable[[Place, Tensor, Tensor | None], None]) -> Any:
     calls: dict[int, int] = defaultdict(int)
 
     def ask(seen: Seen) -> None:
         place = (seen.norm.key, calls[seen.norm.key])
         calls[seen.norm.key] += 1
-        mask = mask_at(chunk, seen.x, seen.norm.path)
-        sums[place] = sample_sums(seen.x, chunk.samples, mask)
-        moments[place] = pool([sums[place]], [seen.x], [mask])
+        hear(place, seen.x, mask_at(chunk, seen.x, seen.norm.path))
 
     try:
         with torch.no_grad(), Listener(norms, ask):
-            outputs = chunk.call.run(model)
+            return chunk.call.run(model)
     except CalibrationError:
         raise
     except Exception as error:  # the user's own forward
         if out_of_memory(error):
             raise
         raise CalibrationError(f"{chunk.where}: the forward failed: {one_line(error)}") from error
-    return sums, moments, outputs
 
 
 def measure(model: nn.Module, chunks: Iterable[Chunk], norms: Norms) -> dict[Place, Moments]:
     """The moments of every call site over all chunks, as the model stands."""
     found: dict[Place, Moments] = {}
     for chunk in chunks:
-        for place, moments in listen(model, chunk, norms)[1].items():
+
+        def hear(place: Place, x: Tensor, mask: Tensor | None, chunk: Chunk = chunk) -> None:
+            moments = pool([sample_sums(x, chunk.samples, mask)], [x], [mask])
             found[place] = found[place].merge(moments) if place in found else moments
+
+        _forward(model, chunk, norms, hear)
     return found
 
 

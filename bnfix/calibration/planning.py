@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bnfix.calibration.chunks import MOST, TARGET, Chunk, first_samples, joined, pieces, splittable
+from bnfix.calibration.chunks import LARGEST, LEAST, MOST, TARGET, Chunk, first_samples, joined, pieces, splittable
 from bnfix.calibration.reading import Reader, length
 from bnfix.calibration.scouting import Scouted, scout
 from bnfix.calibration.session import Session
@@ -181,12 +181,11 @@ def _that_fit(held: list[Chunk], room: int) -> list[Chunk]:
 def _chunks(session: Session, held: list[Chunk], scouted: Scouted | None, apart: str) -> Sequence[Chunk]:
     if scouted is None or apart or not held:
         return held
-    room = session.options.memory_budget or free_bytes(session.device) // 4
-    target = min(TARGET, max(8, int(room / 4 / max(scouted.forward, 1.0))))
     total = sum(c.samples for c in held)
-    return pieces(
-        held, sentinel=scouted.chunk.samples, target=max(target, -(-total // MOST) if target == TARGET else 0)
-    )
+    room = session.options.memory_budget or free_bytes(session.device) // 4
+    target = min(TARGET, int(LARGEST / max(scouted.largest, 1.0)), int(room / 4 / max(scouted.forward, 1.0)))
+    target = max(target, LEAST, -(-total // MOST))
+    return pieces(held, sentinel=scouted.chunk.samples, target=target)
 
 
 def _gigabytes(count: int) -> str:

@@ -20,8 +20,8 @@ class Reader:
     """One pass over ``data``.
 
     ``batches`` and ``samples`` count what was read, ``used`` says what of a batch went into the model, ``ended``
-    that the data has no more, ``largest`` the samples of the largest batch. ``pure`` counts batches whose labels are all alike,
-    ``labels`` the different ones met.
+    that the data has no more, ``largest`` the samples of the largest batch. ``pure`` counts batches whose labels are
+    all alike, ``labels`` the different ones met.
     """
 
     def __init__(

@@ -201,7 +201,7 @@ class _Work:
 
     def _change(self, plan: Plan, outcome: Outcome) -> judging.Change:
         session, scouted = self.session, plan.scouted
-        thorough = self.options.when == "needed" or self.options.dry_run or self.options.certify == "full"
+        thorough = self.options.when == "needed" or self.options.dry_run
         found = judging.Change(None)
         if scouted is not None:
             probe, before = scouted.chunk, scouted.outputs
@@ -223,8 +223,8 @@ class _Work:
         if change.value is None or change.null is None or change.worth_it:
             return ()
         return (
-            f"recalibration changes nothing here (outputs by {change.value:.2g} of their spread, two halves of the data "
-            f"differ by {change.null:.2g}): leave the model as it is",
+            f"recalibration changes nothing here (outputs by {change.value:.2g} of their spread, two halves of the "
+            f"data differ by {change.null:.2g}): leave the model as it is",
         )
 
     def _note_iterations(self, outcome: Outcome) -> None:

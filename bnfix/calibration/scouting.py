@@ -29,15 +29,17 @@ differ by some 1e-6 with the batch size, layers that mix a batch by 1e-1."""
 class Scouted:
     """What was found out with the statistics that the model came with.
 
-    ``parked`` and ``forward`` are bytes a sample: alive at the worst norm, and at the peak of a forward. ``tail`` is the
-    share of the time that comes after the last norm. ``inseparable`` says why samples can't be put together and cut
-    apart at will; empty if they can. ``reached`` holds the norm modules that were called at all. ``outputs`` are those of ``chunk``.
+    ``parked``, ``forward`` and ``largest`` are bytes a sample: alive at the worst norm, at a forward's peak, and of the
+    largest input of a norm. ``tail`` is the share of the time that comes after the last norm. ``inseparable`` says
+    why samples can't be put together and cut apart at will; empty if they can. ``reached`` holds the norm modules
+    that were called at all, ``outputs`` are those of ``chunk``.
     """
 
     chunk: Chunk
     route: tuple[Place, ...] = ()
     parked: float = 0.0
     forward: float = 0.0
+    largest: float = 0.0
     tail: float = 0.0
     inseparable: str = ""
     mixing: bool = False
@@ -53,6 +55,7 @@ class _Trip:
     last: float
     parked: int
     peak: int
+    largest: int
     mixing: bool
 
 
@@ -76,13 +79,16 @@ def scout(chunk: Chunk, replicate: Callable[[], nn.Module], norms: Norms) -> Sco
     whole = first
     if parts:
         whole = _trip(chunk, replicate(), norms, found.reached)
-        second = _trip(parts[1], replicate(), norms, found.reached)
-        found.inseparable = _difference(whole, (first, second), norms)
+        found.inseparable = _unlike(whole, first, norms)
+        if found.inseparable:  # perhaps rows only lie in another order: the sums over all samples tell
+            second = _trip(parts[1], replicate(), norms, found.reached)
+            found.inseparable = _difference(whole, (first, second), norms)
     elif not found.inseparable:
         one = chunk.samples == 1 and splittable(chunk)
         found.inseparable = "a single sample is all there is" if one else "the inputs have no common axis of samples"
     found.route, found.mixing = tuple(whole.sums), whole.mixing
     found.parked, found.forward = first.parked / small.samples, first.peak / small.samples
+    found.largest = first.largest / small.samples
     found.tail = 1 - whole.last / whole.seconds if whole.seconds > 0 else 0.0
     found.outputs = whole.outputs
     return found
@@ -91,15 +97,16 @@ def scout(chunk: Chunk, replicate: Callable[[], nn.Module], norms: Norms) -> Sco
 def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: set[int], *, measured: bool = False) -> _Trip:
     sums: dict[Place, SampleSums] = {}
     calls: dict[int, int] = defaultdict(int)
-    parked, last = 0, 0.0
+    parked, largest, last = 0, 0, 0.0
     held = Footprint(t for t in (*replica.parameters(), *replica.buffers())) if measured else None
 
     def ask(seen: Seen) -> None:
-        nonlocal parked, last
+        nonlocal parked, largest, last
         place = (seen.norm.key, calls[seen.norm.key])
         calls[seen.norm.key] += 1
         if held is not None:
             parked = max(parked, held.now())
+        largest = max(largest, seen.x.numel() * seen.x.element_size())
         sums[place] = sample_sums(seen.x, chunk.samples, mask_at(chunk, seen.x, seen.norm.path))
         last = time.perf_counter()
 
@@ -126,9 +133,8 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: set[int], *, 
             handle.remove()
     given = sum(t.numel() * t.element_size() for t in chunk.call.tensors())
     end = time.perf_counter()
-    return _Trip(
-        sums, outputs, end - start, last - start, parked + given, (held.peak if held else 0) + given, listener.mixing
-    )
+    peak = (held.peak if held else 0) + given
+    return _Trip(sums, outputs, end - start, last - start, parked + given, peak, largest, listener.mixing)
 
 
 def _norm_modules(replica: nn.Module) -> list[nn.Module]:
@@ -137,6 +143,24 @@ def _norm_modules(replica: nn.Module) -> list[nn.Module]:
 
 def _origin(module: nn.Module) -> Any:
     return module.running_mean  # shared by identity with the model: what a replica's norm is known by
+
+
+def _unlike(whole: _Trip, first: _Trip, norms: Norms) -> str:
+    """Where the first sample gives other sums together than alone; empty where it nowhere does."""
+    if tuple(first.sums) != tuple(whole.sums):
+        return "samples go other ways together than alone"
+    for place, together in whole.sums.items():
+        alone = first.sums[place]
+        path = norms.by_key(place[0]).path
+        if alone.s.shape[0] != 1 or together.s.shape[0] < 2:
+            return f"{path} sees other positions where samples come together"
+        n = _count(alone)
+        scale = (alone.q[0].double() / max(n, 1)).clamp(min=1e-30)
+        ds, dq = (together.s[0] - alone.s[0]).double().abs(), (together.q[0] - alone.q[0]).double().abs()
+        worst = torch.maximum(ds / n / scale.sqrt(), dq / n / scale).max().item() if n else 0.0
+        if not worst <= SEPARABLE:
+            return f"samples are mixed within a batch before {path}"
+    return ""
 
 
 def _difference(whole: _Trip, parts: Sequence[_Trip], norms: Norms) -> str:

@@ -33,8 +33,8 @@ class Run:
     Args:
         strands: the chunks of this rank; may be none where there are several ranks.
         ledger: takes what is measured, gives what norms are normalised with.
-        order: where each place came in a forward that was watched before: of several places with parked chunks the earliest
-            is served first, unknown ones before all, so that chunks on a side route catch up with the others.
+        order: where each place came in a forward that was watched before: of several places with parked chunks the
+            earliest is served first, unknown ones before all, so that chunks on a side route catch up with others.
         stop: end the chunks behind the last norm: the first one runs to its end, and the others are ended where it
             met no more norms, as long as all chunks went the same way so far.
         watch: called at each place with the chunks parked there, before they go on.
@@ -123,7 +123,9 @@ class Run:
         self._attempt(lambda: self._advance(here, stats))
 
     def _advance(self, strands: Sequence[Strand], stats: object = None, *, first: bool = False) -> None:
-        for number, strand in enumerate(strands):
+        # The chunk that parked last goes on first: what it left is still in the cache.
+        turns = strands if self.stop or self._served % 2 == 0 else strands[::-1]
+        for number, strand in enumerate(turns):
             if number and self.stop and not first and self._last(strands[0]):
                 strand.leave()
                 strand.done, strand.place = True, None

@@ -19,8 +19,6 @@ from bnfix.types import LayerStats
 
 MEANS_APART, VARS_APART = 0.15, 0.1
 """Distance of call sites of one norm, in σ and as ½|ln v1/v2|, from which on one set of statistics fits none."""
-FEW_VALUES = 33
-"""Values a channel and batch, below which a batch's variance is more than a quarter off."""
 
 
 def layers(outcome: Outcome, norms: Norms) -> tuple[LayerStats, ...]:
@@ -89,8 +87,8 @@ def advice(outcome: Outcome, norms: Norms, reader: Reader, chunks: Sequence[Chun
     said = [*_apart(outcome.sites, norms)]
     if 1 <= reader.largest <= 4 and reader.batches > 1:
         said.append(
-            f"batches of {reader.largest}: if the model was trained with such small ones, better statistics do not heal it; "
-            "norms with fewer than 33 values a channel and batch need another norm (GroupNorm)"
+            f"batches of {reader.largest}: if the model was trained with such small ones, better statistics do not "
+            "heal it; norms with fewer than 33 values a channel and batch need another norm (GroupNorm)"
         )
     if reader.batches >= 5 and reader.pure == reader.batches and len(reader.labels) > 1:
         said.append(
@@ -99,8 +97,8 @@ def advice(outcome: Outcome, norms: Norms, reader: Reader, chunks: Sequence[Chun
         )
     elif (ratio := _sorted(outcome, chunks)) is not None and ratio > 3:
         said.append(
-            f"the batches differ more than chance would have it ({ratio:.1f} ×, shuffled data has about 1): sorted data is "
-            "harmless here, but not for training"
+            f"the batches differ more than chance would have it ({ratio:.1f} ×, shuffled data has about 1): sorted "
+            "data is harmless here, but not for training"
         )
     return tuple(said)
 
@@ -120,8 +118,8 @@ def _apart(sites: Mapping[Place, Moments], norms: Norms) -> list[str]:
         if means > MEANS_APART or variances > VARS_APART:
             said.append(
                 f"{norms.by_key(key).path}: its {len(calls)} call sites differ (means by {means:.2g} σ, ½|ln var| by "
-                f"{variances:.2g}): one set of statistics fits none of them; give each a norm of its own (unshare), then "
-                "recalibrate"
+                f"{variances:.2g}): one set of statistics fits none of them; give each a norm of its own (unshare), "
+                "then recalibrate"
             )
     return said
 
