@@ -152,6 +152,10 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sizes: dict[int, tuple[StorageWeakRef, int]] = {}
         self._hide(excluded)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import the whole compiler, over a second, to tell it to keep out
+
     def now(self) -> int:
         """The bytes alive at this moment."""
         # A weak reference keeps the address of a storage taken: as long as it is here, no other gets the same key.
