@@ -7,6 +7,7 @@ What an instance of a Python class is made of is its ``__dict__`` and its slots,
 from __future__ import annotations
 
 import collections
+import contextlib
 import contextvars
 import datetime
 import enum
@@ -126,6 +127,15 @@ def slots_of(cls: type) -> tuple[Any, ...]:
     )
 
 
+def filled_slots(value: Any) -> list[tuple[Any, Any]]:
+    """Slots of ``value`` that are set, and what is in them."""
+    found = []
+    for slot in slots_of(type(value)):
+        with contextlib.suppress(AttributeError):
+            found.append((slot, slot.__get__(value)))
+    return found
+
+
 def state_of(value: Any) -> dict[str, Any] | None:
     """The instance's ``__dict__``, or None if it has none."""
     try:
@@ -144,7 +154,9 @@ def is_global(function: types.FunctionType) -> bool:
 def is_sentinel(value: Any) -> bool:
     """Whether this is a mark like ``MISSING = _Missing()``: nothing in it, and known by its identity."""
     module = sys.modules.get(type(value).__module__)
-    return module is not None and not state_of(value) and any(v is value for v in vars(module).values())
+    if module is None or state_of(value) or filled_slots(value):
+        return False
+    return any(v is value for v in vars(module).values())
 
 
 def made_in_python(cls: type, base: type) -> bool:
@@ -155,5 +167,6 @@ def made_in_python(cls: type, base: type) -> bool:
         return base is not object
     pointer = object.__basicsize__ // 2
     known = base.__basicsize__ + pointer * len(slots_of(cls))
-    known += pointer * ((cls.__dictoffset__ > 0) + (cls.__weakrefoffset__ > 0))
+    # -1: in front of the object (Python 3.11 and newer); another negative number: behind the items of a tuple.
+    known += pointer * ((cls.__dictoffset__ not in (0, -1)) + (cls.__weakrefoffset__ > 0))
     return cls.__basicsize__ <= known and cls.__itemsize__ == base.__itemsize__

@@ -23,10 +23,10 @@ from bnfix.graph.kinds import (
     Kind,
     Kinds,
     base_of,
+    filled_slots,
     is_global,
     is_sentinel,
     made_in_python,
-    slots_of,
     state_of,
 )
 
@@ -191,10 +191,7 @@ class Plan:
                     node.links.append((key, j))
             if node.kind == "module" and "training" in state:
                 node.state["training"] = False
-        for slot in slots_of(type(node.value)):
-            with contextlib.suppress(AttributeError):  # not set
-                value = slot.__get__(node.value)
-                node.slots.append((slot, self._part(value, i, f".{slot.__name__}")))
+        node.slots = [(slot, self._part(value, i, f".{slot.__name__}")) for slot, value in filled_slots(node.value)]
 
     def _check_module(self, i: int, module: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
@@ -215,14 +212,16 @@ class Plan:
 
     def _complete(self) -> None:
         """What can be told only when everything is known."""
-        for i, node in enumerate(self.nodes):
+        for node in self.nodes:
             if node.kind in ("ref", "proxy"):
                 self._find_referent(node)
-            elif node.kind == "compiled" and self._leads_to_model(i):
+        for i, node in enumerate(self.nodes):
+            if node.kind == "compiled" and self._leads_to_model(i):
                 raise self._refuse(i, *_COMPILED)
-            elif node.kind == "object" and hasattr(type(node.value), "__del__") and not self._leads_to_model(i):
-                node.changed = False  # its end could take away what the original uses still
-                self._note(node.value, i)
+            if node.kind == "object" and hasattr(type(node.value), "__del__") and not self._may_end(i):
+                node.changed = False
+                if node.nodes():
+                    self._note(node.value, i)
         for node in [n for n in self.nodes if n.kind == "dict" and n.changed]:
             self._find_ids(node)
 
@@ -245,6 +244,13 @@ class Plan:
             if j is not None and self.nodes[j].kind == "module":
                 self.nodes.append(Node(key, "id", j, "", [(None, j)], changed=None))
                 node.parts[n] = (key, len(self.nodes) - 1)
+
+    def _may_end(self, i: int) -> bool:
+        """Whether a second object of this class can come to its end while the first goes on.
+
+        One that removes hooks can: it has hooks of its own. One that closes something takes it from the original too.
+        """
+        return self._leads_to_model(i) and all(self.nodes[j].kind != "shared" for j in self.nodes[i].nodes())
 
     def _leads_to_model(self, i: int) -> bool:
         seen, pending = {i}, [i]

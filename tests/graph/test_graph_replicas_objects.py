@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
+import gc
 import itertools
 import logging
 import queue
@@ -173,21 +175,24 @@ def test_a_large_table_that_leads_to_modules_is_not_shared() -> None:
     assert replica.table["bn"][0] is replica[1]
 
 
-def test_an_object_that_frees_something_at_its_end_is_shared() -> None:
+@pytest.mark.parametrize("knows_the_model", [False, True])
+def test_an_object_that_frees_something_at_its_end_is_shared(knows_the_model: bool) -> None:
     closed = []
 
     class Handle:
-        def __init__(self) -> None:
-            self.file = 7
+        def __init__(self, model: nn.Module) -> None:
+            self.file = (i for i in range(3)) if knows_the_model else 7
+            self.values = [model] if knows_the_model else []
 
         def __del__(self) -> None:
             closed.append(self.file)
 
-    handle = Handle()
-    found, shared = replicated(handle)
-    assert found is handle
-    assert shared == ("1.thing (test_an_object_that_frees_something_at_its_end_is_shared.<locals>.Handle)",)
-    del found
+    model: Any = nets.lived_in(nets.conv_bn())
+    model[1].thing = handle = Handle(model)
+    replicate = replicator(model)
+    assert replicate()[1].thing is handle  # type: ignore[index]
+    assert any(said.startswith("1.thing (") for said in replicate.shared)
+    gc.collect()
     assert closed == []
 
 
@@ -228,12 +233,31 @@ def test_hook_handles_remove_from_the_replica_only() -> None:
 
 
 def test_a_replica_is_of_the_moment_when_the_replicator_was_made() -> None:
-    model = with_attribute([])
+    model = with_attribute([[0], {"a": 1}, []])
     replicate = replicator(model)
-    model[1].thing.append(1)  # type: ignore[index,union-attr]
+    thing: Any = model[1].thing  # type: ignore[index]
+    thing[0].append(1)
+    thing[1]["b"] = 1
+    thing[2].append(1)
     first: Any = replicate()
-    first[1].thing.append(2)
-    assert replicate()[1].thing == []  # type: ignore[index]
+    first[1].thing[0].append(2)
+    assert replicate()[1].thing == [[0], {"a": 1}, []]  # type: ignore[index]
+
+
+def test_containers_keep_what_makes_them_what_they_are() -> None:
+    made: list[str] = []
+
+    def factory() -> str:
+        made.append("x")
+        return "x"
+
+    value = [collections.deque([[1], [2]], maxlen=2), collections.defaultdict(factory, a=[1]), made]
+    found, _ = replicated(value)
+    found[0].append([3])
+    assert list(found[0]) == [[2], [3]]
+    assert found[1]["new"] == "x"
+    assert found[2] == ["x"]  # the factory is the replica's own, and writes to its own list
+    assert made == []
 
 
 def test_scripted_parts_are_refused_by_name() -> None:
@@ -265,7 +289,8 @@ def test_functions_that_compile_leaves_alone() -> None:
     replica[0].register_parameter("weight", None)
     with pytest.raises((TypeError, AttributeError, RuntimeError)):
         alone(replica, X)  # it runs the replica's layer, whose weight is gone, not the model's
-    assert replicated(torch.compile(F.relu))[1] == ()
+    compiled = torch.compile(lambda x: x + 1)
+    assert replicated(compiled) == (compiled, ())  # leads to no layer
 
 
 def test_uninitialised_parts_are_refused_by_name() -> None:
