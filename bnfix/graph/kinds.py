@@ -145,6 +145,12 @@ def state_of(value: Any) -> dict[str, Any] | None:
     return state if isinstance(state, dict) else None
 
 
+def is_frozen(cls: type) -> bool:
+    """Whether ``cls`` is a frozen dataclass: a value, like a tuple."""
+    parameters = getattr(cls, "__dataclass_params__", None)
+    return parameters is not None and bool(parameters.frozen)
+
+
 def is_global(function: types.FunctionType) -> bool:
     """Whether this is a function that code reaches by name: then its identity may count (``self.act is F.gelu``)."""
     module = sys.modules.get(function.__module__ or "")

@@ -24,6 +24,7 @@ from bnfix.graph.kinds import (
     Kinds,
     base_of,
     filled_slots,
+    is_frozen,
     is_global,
     is_sentinel,
     made_in_python,
@@ -117,7 +118,7 @@ class Plan:
             node.changed = False
         elif self._is_large(value, kind):
             node.kind, node.changed = "shared", False
-        elif kind in IMMUTABLE or kind in ("function", "cell"):
+        elif kind in IMMUTABLE or kind in ("function", "cell") or (kind == "object" and is_frozen(cls)):
             node.changed = None
         return i
 

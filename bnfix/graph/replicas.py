@@ -37,6 +37,9 @@ class _Steps:
     states: list[tuple[int, dict[str, Any], list[tuple[str, int]]]] = field(default_factory=list)
     entries: list[tuple[int, list[tuple[Any, int]]]] = field(default_factory=list)
     fills: list[tuple[int, Callable[[Any, Values], None]]] = field(default_factory=list)
+    tables: list[tuple[int, Callable[[Any, Values], None]]] = field(
+        default_factory=list
+    )  # last: keys can be hashed now
 
 
 class Replicator:
@@ -45,7 +48,7 @@ class Replicator:
     def __init__(self, steps: _Steps, shared: tuple[str, ...]) -> None:
         self._steps = steps
         self.shared = shared
-        """``path (class)`` of what may hold state and is not rebuilt: files, handles of C code, large tables."""
+        """``path (class)`` of what may hold state and is not rebuilt: files, iterators, handles of C code."""
 
     def __call__(self) -> nn.Module:
         """A new replica, in evaluation mode."""
@@ -76,7 +79,7 @@ class Replicator:
             container = values[i]
             for key, j in entries:
                 container[key] = values[j]
-        for i, fill in steps.fills:
+        for i, fill in (*steps.fills, *steps.tables):
             fill(values[i], values)
         replica = values[0]
         assert isinstance(replica, nn.Module)
@@ -150,7 +153,8 @@ def _container(steps: _Steps, i: int, node: Node) -> None:
     else:
         steps.shells.append((i, base_of(cls).__new__, cls))
         if kind != "namespace":
-            steps.fills.append((i, functools.partial(_FILL[kind], node)))
+            fills = steps.tables if kind in ("dict", "set") else steps.fills
+            fills.append((i, functools.partial(_FILL[kind], node)))
 
 
 def _picked(parts: list[Part], values: Values) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import functools
 import gc
 import itertools
@@ -260,6 +261,39 @@ def test_containers_keep_what_makes_them_what_they_are() -> None:
     assert made == []
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Key:
+    name: str
+    module: Any = None
+
+
+class Hashed:
+    def __init__(self, name: str) -> None:
+        self.name, self.values = name, [name]
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Hashed) and other.name == self.name
+
+
+def test_keys_that_are_hashed_by_what_is_in_them() -> None:
+    model = nets.lived_in(nets.conv_bn())
+    keys = (Key("plain"), Key("led", model[0]), Hashed("own"))
+    object.__setattr__(model, "table", {key: [key] for key in keys} | {"all": set(keys)})
+    replica: Any = replicator(model)()
+    plain, led, own, _ = replica.table
+    assert plain is keys[0]  # a value
+    assert led.module is replica[0]
+    assert own.values == ["own"]
+    assert own.values is not keys[2].values
+    assert replica.table["all"] == {plain, led, own}
+    assert replica.table[Hashed("own")][0] is own
+    assert replica.table[Key("led", replica[0])][0] is led
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_scripted_parts_are_refused_by_name() -> None:
     with pytest.raises(TraceError, match=r"^body\.0 is a ScriptModule: its run cannot be observed"):
         replicator(nn.ModuleDict({"body": nn.Sequential(torch.jit.script(nn.ReLU()))}))
