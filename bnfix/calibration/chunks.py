@@ -12,17 +12,18 @@ from bnfix.errors import CalibrationError
 from bnfix.running import Call, join, size, split
 
 TARGET = 64
-"""Samples a chunk at most: more save nothing."""
-LEAST = 8
-"""Samples a chunk at least: below, the switches between chunks cost more than anything else."""
-LARGEST = 12 << 20
+"""Samples a chunk: more save nothing."""
+LEAST = 16
+"""Samples a chunk at least: with fewer, PyTorch takes slower convolutions in one thread, and switching costs more than
+it saves."""
+LARGEST = 8 << 20
 """Bytes of the largest activation of a chunk: memory of larger ones goes back to the system with each use (glibc), and
 fresh pages cost more time than the rest of a norm."""
 MOST = 96
 """Chunks, that is threads, before they grow beyond all that."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Chunk:
     """One call of the model: ``samples`` independent samples, from the loader's batches ``origin`` (one a sample).
 
@@ -47,31 +48,18 @@ class Chunk:
         return self.where
 
 
-def pieces(batches: Sequence[Chunk], *, sentinel: int, target: int = TARGET) -> list[Chunk]:
-    """The same samples in chunks of about ``target``: small batches joined, large ones split.
+def pieces(batches: Sequence[Chunk], target: int = TARGET) -> list[Chunk]:
+    """The same samples in chunks of ``target`` and more, where there are as many: small batches joined, large split.
 
-    Where there is more than one chunk, the first and the last are small ones of ``sentinel`` samples: the first is what
-    is replayed, the last has its shape, so that nothing is kept for it under its shape alone.
     Samples keep their order within batches of one signature.
     """
-    found: list[Chunk] = []
-    ends: list[Chunk] = []
-    runs = _alike(batches)
-    for number, run in enumerate(runs):
-        total = sum(c.samples for c in run)
-        sizes = _sizes(total, target)
-        if number == 0 and (len(sizes) > 1 or len(runs) > 1) and total >= 4 * sentinel:
-            sizes = [sentinel, *_sizes(total - 2 * sentinel, target), sentinel]
-            made = list(_cut(run, sizes))
-            found += made[:-1]
-            ends.append(made[-1])
-        else:
-            found += _cut(run, sizes)
-    return found + ends
+    return [chunk for run in _alike(batches) for chunk in _cut(run, _sizes(sum(c.samples for c in run), target))]
 
 
 def _sizes(total: int, target: int) -> list[int]:
-    count = max(1, -(-total // target))
+    """As equal as can be, none below ``target``; of the counts around total/target one that divides, if any does."""
+    most = max(1, total // target)
+    count = next((c for c in range(most, max(0, most * 2 // 3), -1) if total % c == 0), most)
     small, more = divmod(total, count)
     return [small + 1] * more + [small] * (count - more)
 

@@ -1,4 +1,4 @@
-"""The staged method: threads where chunks keep apart, proven by a replay; plain passes where they do not."""
+"""The staged method: in threads, proven by a replay; in plain passes where chunks do not keep apart."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from bnfix.calibration.ambient import Ambient, Turn
 from bnfix.calibration.chunks import Chunk
 from bnfix.calibration.ledger import Ledger, Place
 from bnfix.calibration.listening import Stats
-from bnfix.calibration.plain import listen
+from bnfix.calibration.replaying import CLEAN, LEAKS, MIXED, Witness
 from bnfix.calibration.scouting import Scouted
 from bnfix.calibration.session import Session
 from bnfix.calibration.spill import Spiller
 from bnfix.calibration.staged import Run
 from bnfix.calibration.strands import RerunStrand, Strand, StuckError, ThreadStrand
-from bnfix.stats import Moments, SampleSums
+from bnfix.stats import Moments
 from bnfix.types import Residual
 
-APART = 1e-5
-"""What a chunk may contribute otherwise alone than among others, in standard deviations. Clean models: exactly 0."""
 SETTLED = 1e-6
 """Movement of iterated norms, in standard deviations, at which they count as settled."""
 ROUNDS = 40
@@ -35,8 +33,8 @@ TAIL = 0.05
 class Outcome:
     """Statistics for each norm, what was measured at each call site, and how it came about.
 
-    ``outputs`` are those of the chunk that was replayed; ``first`` holds the mean of each sample at the first norm
-    that the chunks met, (N, C) in their order.
+    ``chunks`` are the pieces it was made from, ``outputs`` those of the samples that were replayed (``replayed``);
+    ``first`` holds the mean of each sample at the first norm that the chunks met, (N, C) in their order.
     """
 
     stats: dict[int, Stats]
@@ -45,75 +43,95 @@ class Outcome:
     forwards: float = 1.0
     iterations: int = 1
     moved: Residual | None = None
+    chunks: Sequence[Chunk] = ()
     replay: float | None = None
+    replayed: Chunk | None = None
     outputs: Any = None
     first: Tensor | None = None
 
 
-def staged(session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, *, quiet: bool = False) -> Outcome:
-    """The fixed point of these chunks.
+def staged(
+    session: Session,
+    chunks: Sequence[Chunk],
+    scouted: Scouted | None,
+    batches: Sequence[Chunk] = (),
+    *,
+    quiet: bool = False,
+) -> Outcome:
+    """The fixed point of these chunks; of the loader's ``batches``, should samples turn out not to stand alone.
 
     Raises:
         CalibrationError: a forward fails, or the data is not finite.
         MemoryFullError: the chunks don't fit into memory together.
     """
-    local = "one chunk" if len(chunks) == 1 else "threads"
-    engine = "threads" if session.ranks.world > 1 else local
     try:
-        found = _threads(session, chunks, scouted, engine, quiet)
+        found, verdict, why = _proven(session, chunks, scouted, quiet)
+        if verdict == MIXED:
+            session.notes.append(f"{why}: the loader's batches were kept as they are")
+            found, verdict, why = _proven(session, batches or chunks, scouted, quiet)
     except StuckError:
-        leak = "a chunk waited for another one (a lock held across a norm)"
-    else:
-        leak = _leak(session, chunks, found)
-        if not leak:
-            return found
-    session.notes.append(f"{leak}: the norms were done one by one, in plain passes over the data")
-    return _plain_passes(session, chunks, scouted, quiet)
+        verdict, why = LEAKS, "a chunk waited for another one (a lock held across a norm)"
+    if verdict == CLEAN:
+        return found
+    session.notes.append(f"{why}: the norms were done one by one, in plain passes over the data")
+    return _plain_passes(session, batches or chunks, scouted, quiet)
 
 
-def _threads(session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, engine: str, quiet: bool) -> Outcome:
-    ambient, turn = Ambient(session.device), Turn.now(session.device)
+def _proven(
+    session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, quiet: bool
+) -> tuple[Outcome, int, str]:
+    turn = Turn.now(session.device)
+    witness = Witness(chunks[1 if len(chunks) > 2 else 0]) if len(chunks) > 1 else None
+    found = _threads(session, chunks, scouted, turn, witness, quiet)
+    found.chunks = chunks
+    verdict, why = CLEAN, ""
+    if witness is not None and session.options.certify is not None:
+        session.say("replaying a part of one chunk alone")
+        seeded = Turn.seeded(turn, chunks.index(witness.chunk), session.device)
+        verdict, why = witness.judge(session, found.stats, found.sites, seeded)
+        turn.put(session.device)
+        found.replay, found.replayed, found.outputs = witness.distance, witness.replayed, witness.outputs
+        found.forwards += witness.samples / sum(c.samples for c in chunks)
+    worst = max(said[0] for said in session.ranks.numbers([verdict]))
+    return found, worst, why or "on another rank"
+
+
+def _threads(
+    session: Session,
+    chunks: Sequence[Chunk],
+    scouted: Scouted | None,
+    turn: Turn,
+    witness: Witness | None,
+    quiet: bool,
+) -> Outcome:
+    ambient = Ambient(session.device)
     spiller = Spiller(session.options.spill_dir) if session.options.spill_dir is not None else None
-    contributed: dict[Place, SampleSums] = {}
     first: list[Tensor] = []
 
     def strands() -> Sequence[Strand]:
         one = len(chunks) == 1  # nobody to keep apart from: the model itself runs, not a replica
         return [
             ThreadStrand(
-                chunk, session.model if one else session.replicate(), session.norms, ambient,
-                Turn.seeded(turn, number, session.device), spiller.strand() if spiller else None,
+                chunk,
+                session.model if one else session.replicate(),
+                session.norms,
+                ambient,
+                Turn.seeded(turn, number, session.device),
+                spiller.strand() if spiller else None,
             )
             for number, chunk in enumerate(chunks)
-        ]  # fmt: skip
+        ]
 
-    def record(place: Place, here: Sequence[Strand]) -> None:
-        if here[0].chunk is chunks[0] and here[0].sums is not None:
-            contributed[place] = here[0].sums
+    def watch(place: Place, here: Sequence[Strand]) -> None:
+        if witness is not None:
+            witness.take(place, here)
         if not first:
             first.append(_means(here))
 
-    found = _converged(session, strands, scouted, engine, record, quiet)
+    engine = "one chunk" if len(chunks) == 1 and session.ranks.world == 1 else "threads"
+    found = _converged(session, strands, scouted, engine, watch, quiet)
     found.first = first[0] if first else None
-    if len(chunks) > 1 and session.options.certify is not None:
-        session.say("replaying one chunk alone")
-        Turn.seeded(turn, 0, session.device).put(session.device)
-        with session.using(found.stats):
-            alone, found.outputs = listen(session.model, chunks[0], session.norms)
-        turn.put(session.device)
-        found.replay = distance(alone, contributed)
-        found.forwards += chunks[0].samples / sum(c.samples for c in chunks)
     return found
-
-
-def _leak(session: Session, chunks: Sequence[Chunk], found: Outcome) -> str:
-    """Why the outcome can't be trusted, on this rank or another; empty if it can."""
-    mine = found.replay is not None and not found.replay <= APART
-    ranks = session.ranks.numbers([int(mine)])
-    if not any(r[0] for r in ranks):
-        return ""
-    far = f" (a chunk alone differs by {found.replay:.2g} σ)" if mine else " (on another rank)"
-    return f"the forward keeps values where chunks that run in turns overwrite them{far}"
 
 
 def _plain_passes(session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, quiet: bool) -> Outcome:
@@ -128,6 +146,7 @@ def _plain_passes(session: Session, chunks: Sequence[Chunk], scouted: Scouted | 
         return made
 
     found = _converged(session, strands, scouted, "plain passes", None, quiet)
+    found.chunks = chunks
     found.forwards = sum(s.forwards for s in made) / max(len(made), 1) * found.iterations
     return found
 
@@ -172,24 +191,3 @@ def _means(here: Sequence[Strand]) -> Tensor:
 
 def _size(moved: Residual) -> float:
     return max(moved.mean, moved.var)
-
-
-def distance(alone: dict[Place, SampleSums], among: dict[Place, SampleSums]) -> float:
-    """The largest distance between what one chunk gives alone and gave among others, in standard deviations."""
-    if alone.keys() != among.keys():
-        return float("inf")
-    worst = 0.0
-    for place, a in alone.items():
-        b = among[place]
-        if torch.equal(a.s, b.s) and torch.equal(a.q, b.q):
-            continue
-        if a.s.shape != b.s.shape:
-            return float("inf")
-        n = a.n if isinstance(a.n, int) else a.n.clamp(min=1).unsqueeze(1)
-        square = (a.q.double() / n).mean(0)
-        var = (square - (a.s.double() / n).mean(0) ** 2).clamp(min=0)
-        scale = torch.where(var > 1e-12, var, square.clamp(min=1e-30)).sqrt()
-        mean = ((a.s.double() - b.s.double()).abs() / n / scale).max().item()
-        power = ((a.q.double() - b.q.double()).abs() / n / scale**2).max().item()
-        worst = max(worst, mean, power) if mean == mean and power == power else float("inf")
-    return worst

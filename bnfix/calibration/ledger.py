@@ -24,12 +24,16 @@ Place = tuple[int, int]
 
 @dataclass
 class Ledger:
-    """The state of one run over all chunks; ``given`` are the statistics that iterated norms use from the start."""
+    """The state of one run over all chunks; ``given`` are the statistics that iterated norms use from the start.
+
+    ``used`` are those that each norm used last, ``passed`` those that iterated ones used at earlier calls.
+    """
 
     norms: Norms
     unbiased: bool = True
     given: dict[int, Stats] = field(default_factory=dict)
     used: dict[int, Stats] = field(default_factory=dict)
+    passed: list[tuple[int, Stats]] = field(default_factory=list)
     pooled: dict[int, Moments] = field(default_factory=dict)
     sites: dict[Place, Moments] = field(default_factory=dict)
     iterated: set[int] = field(default_factory=set)
@@ -43,8 +47,9 @@ class Ledger:
         self.pooled[key] = moments if before is None else before.merge(moments)
         if key in self.given:
             return self.given[key]
-        if key in self.used:
+        if before is not None:  # its own statistics at the calls before did not know of this one
             self.iterated.add(key)
+            self.passed.append((key, self.used.get(key, (norm.mean, norm.var))))
         stats = stored(norm, self.pooled[key], self.unbiased)
         if stats is not None:
             self.used[key] = stats
@@ -67,11 +72,10 @@ class Ledger:
         return Ledger(self.norms, self.unbiased, given, dict(given), iterated=set(self.iterated))
 
     def moved(self) -> Residual:
-        """How far what iterated norms used is from what was pooled over them in the end."""
+        """How far what iterated norms used, at any of their calls, is from what was pooled over them in the end."""
+        last = [(k, self.used[k]) for k in sorted(self.iterated) if k in self.used and k in self.pooled]
         return residual(
-            (self.used[k], stored(self.norms.by_key(k), self.pooled[k], self.unbiased))
-            for k in sorted(self.iterated)
-            if k in self.used and k in self.pooled
+            (stats, stored(self.norms.by_key(k), self.pooled[k], self.unbiased)) for k, stats in (*self.passed, *last)
         )
 
     def final(self) -> dict[int, Stats]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -68,6 +69,13 @@ class Norms:
         norm = Norm(key, site, module, mean, var, None, why, frozen)
         self.known[id(mean)] = norm
         return norm
+
+    @property
+    def half(self) -> bool:
+        """Whether the model computes in half precision, by its parameters or under autocast."""
+        kinds = {p.dtype for p in self.model.parameters()}
+        autocast = any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+        return autocast or bool(kinds & {torch.float16, torch.bfloat16})
 
     def __iter__(self) -> Iterator[Norm]:
         return iter(sorted(self.known.values(), key=lambda n: n.key))

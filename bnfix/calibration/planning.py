@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 from bnfix.calibration.chunks import LARGEST, LEAST, MOST, TARGET, Chunk, first_samples, joined, pieces, splittable
 from bnfix.calibration.reading import Reader, length
-from bnfix.calibration.scouting import Scouted, scout
+from bnfix.calibration.scouting import Scouted, mixed, scout
 from bnfix.calibration.session import Session
 from bnfix.calibration.streaming import rejoined
 from bnfix.errors import CalibrationError
 from bnfix.running import free_bytes
 
+PROBED = 2
+"""Samples that are looked at first."""
 PLAIN_BATCHES = 256
 """Chunks (threads) at most where batches can't be joined."""
 SMALL = 32
@@ -25,13 +27,17 @@ TOL = 0.01
 
 @dataclass
 class Plan:
-    """``chunks`` for the staged method, ``stream`` for the others; ``scouted`` is None where this rank has no data."""
+    """``chunks`` for the staged method (made of the loader's ``batches``), ``stream`` for the others.
+
+    ``scouted`` is None where this rank has no data.
+    """
 
     method: str
     why: str
     reader: Reader
     scouted: Scouted | None
     chunks: Sequence[Chunk] = ()
+    batches: Sequence[Chunk] = ()
     stream: Iterable[Chunk] = ()
 
 
@@ -86,17 +92,8 @@ def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chu
         held.append(second)
     lead = joined(held) or first
     if splittable(lead):
-        lead = first_samples(lead, _sentinel(session, first))
+        lead = first_samples(lead, PROBED)
     return scout(lead, session.replicate, session.norms), held
-
-
-def _sentinel(session: Session, first: Chunk) -> int:
-    """Samples of a chunk that is run more often than the others: so few that its time does not count."""
-    batches = length(session.data)
-    total = batches * first.samples if batches is not None else 512
-    if session.options.max_samples is not None:
-        total = min(total, session.options.max_samples)
-    return min(8, max(2, total // 128))
 
 
 def _read(session: Session, reader: Reader, scouted: Scouted, held: list[Chunk]) -> tuple[list[Chunk], _Found]:
@@ -106,21 +103,32 @@ def _read(session: Session, reader: Reader, scouted: Scouted, held: list[Chunk])
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if session.ranks.world > 1 else 1
         budget = free_bytes(session.device) // 4 // local
     room = max(1, int(budget / max(scouted.parked, 1.0))) if options.spill_dir is None else None
-    most = PLAIN_BATCHES if scouted.inseparable else None
-    while (room is None or reader.samples <= room) and (most is None or len(held) <= most):
+    while room is None or reader.samples <= room:
+        if len(held) == PLAIN_BATCHES:
+            _look_closer(session, scouted)
+        if len(held) > PLAIN_BATCHES and scouted.inseparable:
+            break
         chunk = reader.next()
         if chunk is None:
             break
         held.append(chunk)
         if reader.batches % 16 == 0:
             session.say(f"reading: {reader.samples:,} samples")
-    crowded = most is not None and len(held) > most
+    crowded = bool(scouted.inseparable) and len(held) > PLAIN_BATCHES
     fits = reader.ended and not crowded and (room is None or reader.samples <= room)
+    if not fits or session.coarse or options.certify is None:
+        _look_closer(session, scouted)
     count = reader.samples if room is None else min(reader.samples, room)
     found = _Found(
         reader.samples, count, fits, scouted.inseparable, reader.largest, budget, _total(session, reader), crowded
     )
     return held, found
+
+
+def _look_closer(session: Session, scouted: Scouted) -> None:
+    """Whether samples can be told apart, where no later proof will show it."""
+    if not scouted.inseparable:
+        scouted.inseparable = mixed(scouted.chunk, session.replicate, session.norms)
 
 
 def _total(session: Session, reader: Reader) -> str:
@@ -153,7 +161,7 @@ def _decided(
         why = f"{share} fit {room} together{kept}; one pass over the loader"
         why = f"{asked}: {why}" if asked else why
         session.say(f"method staged: {why}")
-        return Plan("staged", why, reader, scouted, chunks=_chunks(session, held, scouted, apart))
+        return Plan("staged", why, reader, scouted, chunks=_chunks(session, held, scouted, apart), batches=held)
     largest = max(f.largest for f in said)
     chosen = "population" if not apart or largest >= SMALL else "online"
     short = f"{min(f.held for f in said):,} of {said[0].total} samples fit ({budget})"
@@ -185,7 +193,9 @@ def _chunks(session: Session, held: list[Chunk], scouted: Scouted | None, apart:
     room = session.options.memory_budget or free_bytes(session.device) // 4
     target = min(TARGET, int(LARGEST / max(scouted.largest, 1.0)), int(room / 4 / max(scouted.forward, 1.0)))
     target = max(target, LEAST, -(-total // MOST))
-    return pieces(held, sentinel=scouted.chunk.samples, target=target)
+    made = pieces(held, target)
+    # The samples that were looked at first come into the middle, to be replayed there.
+    return [made[1], made[0], *made[2:]] if len(made) > 2 else made
 
 
 def _gigabytes(count: int) -> str:

@@ -20,9 +20,9 @@ from bnfix.errors import CalibrationError, one_line
 from bnfix.running import Footprint
 from bnfix.stats import SampleSums, sample_sums
 
-SEPARABLE = 1e-3
-"""Standard deviations (and relative, of the mean square) by which samples may differ alone and together: kernels
-differ by some 1e-6 with the batch size, layers that mix a batch by 1e-1."""
+SEPARABLE = {torch.float64: 1e-4, torch.float32: 1e-3}
+"""By how much samples may differ alone and together, of the root of the mean square: kernels differ by some 1e-6 with
+the batch size (in half precision by its own rounding), layers that mix a batch by 1e-1."""
 
 
 @dataclass
@@ -60,38 +60,38 @@ class _Trip:
 
 
 def scout(chunk: Chunk, replicate: Callable[[], nn.Module], norms: Norms) -> Scouted:
-    """Run ``chunk`` whole and, where that is possible, in two parts; nothing is kept of it but figures.
+    """Run ``chunk`` once; nothing is kept of it but figures and its outputs.
 
     Raises:
         CalibrationError: the forward fails; names the batch.
     """
     found = Scouted(chunk)
-    # The measured forward is the smallest: watching each operation has its price.
-    parts = halves(chunk, 1) if splittable(chunk) and chunk.samples > 1 else ()
-    small = parts[0] if parts else chunk
-    try:
-        first = _trip(small, replicate(), norms, found.reached, measured=True)
-    except CalibrationError:
-        if not parts:
-            raise
-        small, parts, first = chunk, (), _trip(chunk, replicate(), norms, found.reached, measured=True)
-        found.inseparable = "the model does not take one sample alone"
-    whole = first
-    if parts:
-        whole = _trip(chunk, replicate(), norms, found.reached)
-        found.inseparable = _unlike(whole, first, norms)
-        if found.inseparable:  # perhaps rows only lie in another order: the sums over all samples tell
-            second = _trip(parts[1], replicate(), norms, found.reached)
-            found.inseparable = _difference(whole, (first, second), norms)
-    elif not found.inseparable:
-        one = chunk.samples == 1 and splittable(chunk)
-        found.inseparable = "a single sample is all there is" if one else "the inputs have no common axis of samples"
-    found.route, found.mixing = tuple(whole.sums), whole.mixing
-    found.parked, found.forward = first.parked / small.samples, first.peak / small.samples
-    found.largest = first.largest / small.samples
-    found.tail = 1 - whole.last / whole.seconds if whole.seconds > 0 else 0.0
-    found.outputs = whole.outputs
+    trip = _trip(chunk, replicate(), norms, found.reached, measured=True)
+    if not splittable(chunk):
+        found.inseparable = "the inputs have no common axis of samples"
+    elif trip.mixing:
+        found.inseparable = "a norm uses the batch's own statistics in evaluation mode"
+    found.route, found.mixing, found.outputs = tuple(trip.sums), trip.mixing, trip.outputs
+    found.parked, found.forward = trip.parked / chunk.samples, trip.peak / chunk.samples
+    found.largest = trip.largest / chunk.samples
+    found.tail = 1 - trip.last / trip.seconds if trip.seconds > 0 else 0.0
     return found
+
+
+def mixed(chunk: Chunk, replicate: Callable[[], nn.Module], norms: Norms) -> str:
+    """Why the samples of ``chunk`` can't be put together and cut apart at will; empty if they can.
+
+    They are run together and in two parts: each norm has to see the same.
+    """
+    if not splittable(chunk) or chunk.samples < 2:
+        return (
+            "the inputs have no common axis of samples" if not splittable(chunk) else "a single sample is all there is"
+        )
+    try:
+        parts = [_trip(part, replicate(), norms, set()) for part in halves(chunk, 1)]
+    except CalibrationError:
+        return "the model does not take one sample alone"
+    return _difference(_trip(chunk, replicate(), norms, set()), parts, norms)
 
 
 def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: set[int], *, measured: bool = False) -> _Trip:
@@ -145,24 +145,6 @@ def _origin(module: nn.Module) -> Any:
     return module.running_mean  # shared by identity with the model: what a replica's norm is known by
 
 
-def _unlike(whole: _Trip, first: _Trip, norms: Norms) -> str:
-    """Where the first sample gives other sums together than alone; empty where it nowhere does."""
-    if tuple(first.sums) != tuple(whole.sums):
-        return "samples go other ways together than alone"
-    for place, together in whole.sums.items():
-        alone = first.sums[place]
-        path = norms.by_key(place[0]).path
-        if alone.s.shape[0] != 1 or together.s.shape[0] < 2:
-            return f"{path} sees other positions where samples come together"
-        n = _count(alone)
-        scale = (alone.q[0].double() / max(n, 1)).clamp(min=1e-30)
-        ds, dq = (together.s[0] - alone.s[0]).double().abs(), (together.q[0] - alone.q[0]).double().abs()
-        worst = torch.maximum(ds / n / scale.sqrt(), dq / n / scale).max().item() if n else 0.0
-        if not worst <= SEPARABLE:
-            return f"samples are mixed within a batch before {path}"
-    return ""
-
-
 def _difference(whole: _Trip, parts: Sequence[_Trip], norms: Norms) -> str:
     """Where the samples behave differently together and alone; empty where they nowhere do."""
     if any(tuple(p.sums) != tuple(whole.sums) for p in parts):
@@ -180,7 +162,7 @@ def _difference(whole: _Trip, parts: Sequence[_Trip], norms: Norms) -> str:
         if not bool(torch.isfinite(scale).all()):
             continue  # the run itself names the batch
         worst = torch.maximum(ds.abs() / n[0] / scale.sqrt(), dq.abs() / n[0] / scale).max().item() if n[0] else 0.0
-        if worst > SEPARABLE:
+        if worst > SEPARABLE.get(together.s.dtype, 1e-3) * (30 if norms.half else 1):
             return f"samples are mixed within a batch before {path}"
     return ""
 

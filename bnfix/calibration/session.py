@@ -53,6 +53,11 @@ class Session:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def coarse(self) -> bool:
+        """Whether results depend visibly on the batch size: half precision, accelerators with a choice of kernels."""
+        return self.norms.half or self.device.type != "cpu"
+
     @contextmanager
     def using(self, stats: Mapping[int, Stats]) -> Iterator[None]:
         """The model with these statistics in its buffers; inside only."""
