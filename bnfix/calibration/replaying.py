@@ -1,0 +1,124 @@
+"""The proof that chunks ran as if each were alone: a part of one is run again, by itself, on the model itself.
+
+Two samples of a chunk from the middle are run with the new statistics in the model's own buffers, without replicas
+or threads. What each norm sees of them has to be what it saw of them among the others. That shows at once that
+nothing leaked between chunks and that samples may be put together and cut apart. Only where it does not hold, or can't
+be told with so few samples, the whole chunk is run again: that has to agree to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from bnfix.calibration.ambient import Turn
+from bnfix.calibration.chunks import Chunk, first_samples, splittable
+from bnfix.calibration.ledger import Place
+from bnfix.calibration.listening import Stats
+from bnfix.calibration.plain import listen
+from bnfix.calibration.scouting import mixed
+from bnfix.calibration.session import Session
+from bnfix.calibration.strands import Strand
+from bnfix.stats import Moments, SampleSums
+
+CLEAN, MIXED, LEAKS = range(3)
+FEW = 2
+"""Samples that are run again first."""
+NEAR = 1e-4
+"""Distance of a sample alone and among others, in standard deviations: kernels give some 1e-6, leaks 1e-1."""
+APART = 1e-5
+"""The same for a whole chunk, which runs through the same kernels: clean models give 0."""
+
+
+class Witness:
+    """One chunk, and what it contributes at each call site among the others.
+
+    After :meth:`judge`, ``distance`` says how far it was from what it gives alone, over ``samples`` samples; the
+    outputs of ``replayed`` are in ``outputs``.
+    """
+
+    def __init__(self, chunk: Chunk) -> None:
+        self.chunk = chunk
+        self.sums: dict[Place, SampleSums] = {}
+        self.distance: float | None = None
+        self.samples = 0
+        self.replayed: Chunk | None = None
+        self.outputs: Any = None
+
+    def take(self, place: Place, here: Sequence[Strand]) -> None:
+        """Note what the chunk says at one place, if it is there."""
+        for strand in here:
+            if strand.chunk is self.chunk and strand.sums is not None:
+                self.sums[place] = strand.sums
+
+    def judge(
+        self, session: Session, stats: dict[int, Stats], sites: Mapping[Place, Moments], turn: Turn
+    ) -> tuple[int, str]:
+        """Whether the chunk ran as if alone, and if not, what is wrong."""
+        if splittable(self.chunk) and self.chunk.samples > FEW and not session.coarse:
+            few = first_samples(self.chunk, FEW)
+            alone = self._replay(session, few, stats, turn)
+            self.distance = _near(alone, self.sums, sites, FEW)
+            if self.distance <= NEAR:
+                return CLEAN, ""
+        alone = self._replay(session, self.chunk, stats, turn)
+        self.distance = _exact(alone, self.sums, sites)
+        if not self.distance <= APART:
+            far = f"a chunk alone differs by {self.distance:.2g} σ"
+            return LEAKS, f"the forward keeps values where chunks that run in turns overwrite them ({far})"
+        if splittable(self.chunk) and not session.coarse:
+            with session.using(stats):
+                why = mixed(first_samples(self.chunk, FEW), session.replicate, session.norms)
+            if why:
+                return MIXED, why
+        return CLEAN, ""
+
+    def _replay(self, session: Session, chunk: Chunk, stats: dict[int, Stats], turn: Turn) -> dict[Place, SampleSums]:
+        turn.put(session.device)
+        with session.using(stats):
+            alone, self.outputs = listen(session.model, chunk, session.norms)
+        self.replayed = chunk
+        self.samples += chunk.samples
+        return alone
+
+
+def _near(
+    alone: Mapping[Place, SampleSums], among: Mapping[Place, SampleSums], sites: Mapping[Place, Moments], count: int
+) -> float:
+    """The distance of samples alone and among others, in deviations of the site; inf where rows don't match."""
+    if alone.keys() != among.keys():
+        return float("inf")
+    worst = 0.0
+    for place, a in alone.items():
+        b = among[place]
+        if a.s.shape[0] != count or b.s.shape[0] < count:
+            return float("inf")
+        rows = SampleSums(b.s[:count], b.q[:count], b.n if isinstance(b.n, int) else b.n[:count])
+        worst = max(worst, _distance(a, rows, sites[place]))
+    return worst
+
+
+def _exact(
+    alone: Mapping[Place, SampleSums], among: Mapping[Place, SampleSums], sites: Mapping[Place, Moments]
+) -> float:
+    if alone.keys() != among.keys():
+        return float("inf")
+    return max((_distance(a, among[place], sites[place]) for place, a in alone.items()), default=0.0)
+
+
+def _distance(a: SampleSums, b: SampleSums, site: Moments) -> float:
+    if a.s.shape != b.s.shape:
+        return float("inf")
+    if torch.equal(a.s, b.s) and torch.equal(a.q, b.q):
+        return 0.0
+    counts = [x.n if isinstance(x.n, int) else x.n.clamp(min=1).unsqueeze(1) for x in (a, b)]
+    means = [x.s.double() / n for x, n in zip((a, b), counts, strict=True)]
+    squares = [x.q.double() / n for x, n in zip((a, b), counts, strict=True)]
+    # Rounding is relative to the values themselves where their spread is small.
+    square = site.mean**2 + site.variance(unbiased=False)
+    scale = (site.variance(unbiased=False) + 1e-4 * square).clamp(min=1e-30)
+    mean = ((means[0] - means[1]).abs() / scale.sqrt()).max().item()
+    power = ((squares[0] - squares[1]).abs() / (scale + square)).max().item()
+    return max(mean, power) if mean == mean and power == power else float("inf")
