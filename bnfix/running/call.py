@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
@@ -103,7 +104,8 @@ def fit_call(call: Call, model: nn.Module) -> Call:
 
 def home(model: nn.Module) -> Tensor | None:
     """The tensor that says on which device and in which floating dtype ``model`` works; None if it has none."""
-    return next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), None)
+    tensors = itertools.chain(model.parameters(), model.buffers())  # the first will do: not all are looked up
+    return next((t for t in tensors if t.is_floating_point()), None)
 
 
 def movable(value: Any) -> bool:

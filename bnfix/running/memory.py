@@ -142,12 +142,13 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
     A storage counts once, however many views it has, and no longer once it is freed; one that came from outside (the
     inputs, parameters, ``excluded``) never does, nor do views of it and what is written into it. Not seen: workspace
     inside one operation, and sparse and opaque tensors. Arrays that ``torch.from_numpy`` takes in count. Seen only in
-    the thread that entered it. Meant for one small forward: each operation looks at every storage alive.
+    the thread that entered it. Meant for one small forward.
     """
 
     def __init__(self, excluded: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
+        self._most = 0
         self._foreign: dict[int, StorageWeakRef] = {}
         self._sizes: dict[int, tuple[StorageWeakRef, int]] = {}
         self._hide(excluded)
@@ -160,7 +161,8 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The bytes alive at this moment."""
         # A weak reference keeps the address of a storage taken: as long as it is here, no other gets the same key.
         self._sizes = {key: held for key, held in self._sizes.items() if not held[0].expired()}  # type: ignore[no-untyped-call]
-        return sum(size for _, size in self._sizes.values())
+        self._most = sum(size for _, size in self._sizes.values())
+        return self._most
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -175,8 +177,11 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 storage = tensor.untyped_storage()
                 key = storage._cdata
                 if key not in self._foreign:
+                    known = self._sizes.get(key)
                     self._sizes[key] = (_weak(storage), storage.nbytes())
-        self.peak = max(self.peak, self.now())
+                    self._most += storage.nbytes() - (known[1] if known else 0)
+        if self._most > self.peak:  # as if nothing had been freed: only then is it worth a look at what was
+            self.peak = max(self.peak, self.now())
         return out
 
     def _hide(self, values: Iterable[Any]) -> None:
