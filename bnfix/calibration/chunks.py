@@ -110,6 +110,12 @@ def halves(chunk: Chunk, at: int) -> tuple[Chunk, Chunk]:
     )
 
 
+def part(chunk: Chunk, start: int, count: int) -> Chunk:
+    """``count`` samples from ``start`` on; views."""
+    rest = halves(chunk, start)[1] if start else chunk
+    return first_samples(rest, count)
+
+
 def joined(taken: Sequence[Chunk]) -> Chunk | None:
     """The samples of several chunks in one; None where they don't fit together."""
     if len(taken) == 1:

@@ -13,12 +13,14 @@ from bnfix.calibration.ambient import Ambient, Turn
 from bnfix.calibration.chunks import Chunk
 from bnfix.calibration.ledger import Ledger, Place
 from bnfix.calibration.listening import Stats
+from bnfix.calibration.plain import listen
 from bnfix.calibration.replaying import CLEAN, LEAKS, MIXED, Witness
 from bnfix.calibration.scouting import Scouted
 from bnfix.calibration.session import Session
 from bnfix.calibration.spill import Spiller
-from bnfix.calibration.staged import Run
+from bnfix.calibration.staged import FailedError, Run
 from bnfix.calibration.strands import RerunStrand, Strand, StuckError, ThreadStrand
+from bnfix.errors import BnfixError, CalibrationError
 from bnfix.stats import Moments
 from bnfix.types import Residual
 
@@ -64,17 +66,45 @@ def staged(
         CalibrationError: a forward fails, or the data is not finite.
         MemoryFullError: the chunks don't fit into memory together.
     """
-    try:
-        found, verdict, why = _proven(session, chunks, scouted, quiet)
-        if verdict == MIXED:
-            session.notes.append(f"{why}: the loader's batches were kept as they are")
-            found, verdict, why = _proven(session, batches or chunks, scouted, quiet)
-    except StuckError:
-        verdict, why = LEAKS, "a chunk waited for another one (a lock held across a norm)"
-    if verdict == CLEAN:
+    kept = batches or chunks
+    found, verdict, why = _tried(session, chunks, scouted, quiet, cut=chunks is not kept)
+    if verdict == MIXED:
+        session.notes.append(f"{why}: the loader's batches were kept as they are")
+        found, verdict, why = _tried(session, kept, scouted, quiet, cut=False)
+    if verdict == CLEAN and found is not None:
         return found
     session.notes.append(f"{why}: the norms were done one by one, in plain passes over the data")
-    return _plain_passes(session, batches or chunks, scouted, quiet)
+    return _plain_passes(session, kept, scouted, quiet)
+
+
+def _tried(
+    session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, quiet: bool, *, cut: bool
+) -> tuple[Outcome | None, int, str]:
+    """What threads give, and whether that holds; ``cut`` says that the chunks are not the loader's batches.
+
+    Raises:
+        CalibrationError: the forward of one chunk fails alone as well, on this rank or another.
+    """
+    try:
+        return _proven(session, chunks, scouted, quiet)
+    except StuckError as stuck:
+        verdict, why = LEAKS, "a chunk waited for another one (a lock held across a norm)"
+        error: BnfixError | None = None
+        if isinstance(stuck, FailedError):
+            why = f"{stuck.told.message}, though not when it runs alone"
+            if not _runs_alone(session, stuck.chunk):
+                verdict, why = MIXED, f"the model takes no other batches than the loader's ({stuck.told.message})"
+                error = None if cut else stuck.told
+    session.ranks.agree(error)
+    return None, max(said[0] for said in session.ranks.numbers([verdict])), why
+
+
+def _runs_alone(session: Session, chunk: Chunk) -> bool:
+    try:
+        listen(session.model, chunk, session.norms)
+    except (CalibrationError, MemoryError, RuntimeError):  # RuntimeError: only where there is no memory
+        return False
+    return True
 
 
 def _proven(

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from bnfix.calibration.ambient import Turn
-from bnfix.calibration.chunks import Chunk, first_samples, splittable
+from bnfix.calibration.chunks import Chunk, part, splittable
 from bnfix.calibration.ledger import Place
 from bnfix.calibration.listening import Stats
 from bnfix.calibration.plain import listen
 from bnfix.calibration.scouting import mixed
 from bnfix.calibration.session import Session
 from bnfix.calibration.strands import Strand
+from bnfix.errors import CalibrationError
 from bnfix.stats import Moments, SampleSums
 
 CLEAN, MIXED, LEAKS = range(3)
@@ -58,9 +59,11 @@ class Witness:
     ) -> tuple[int, str]:
         """Whether the chunk ran as if alone, and if not, what is wrong."""
         if splittable(self.chunk) and self.chunk.samples > FEW and not session.coarse:
-            few = first_samples(self.chunk, FEW)
+            # From the middle: there a sample has others before it and behind it that it could be mixed with.
+            start = (self.chunk.samples - FEW) // 2
+            few = part(self.chunk, start, FEW)
             alone = self._replay(session, few, stats, turn)
-            self.distance = _near(alone, self.sums, sites, FEW)
+            self.distance = _near(alone, self.sums, sites, start, FEW)
             if self.distance <= NEAR:
                 return CLEAN, ""
         alone = self._replay(session, self.chunk, stats, turn)
@@ -70,22 +73,29 @@ class Witness:
             return LEAKS, f"the forward keeps values where chunks that run in turns overwrite them ({far})"
         if splittable(self.chunk) and not session.coarse:
             with session.using(stats):
-                why = mixed(first_samples(self.chunk, FEW), session.replicate, session.norms)
+                why = mixed(self.chunk, session.replicate, session.norms)
             if why:
                 return MIXED, why
         return CLEAN, ""
 
     def _replay(self, session: Session, chunk: Chunk, stats: dict[int, Stats], turn: Turn) -> dict[Place, SampleSums]:
         turn.put(session.device)
-        with session.using(stats):
-            alone, self.outputs = listen(session.model, chunk, session.norms)
-        self.replayed = chunk
         self.samples += chunk.samples
+        try:
+            with session.using(stats):
+                alone, self.outputs = listen(session.model, chunk, session.norms)
+        except CalibrationError:  # not the batch that it takes; or it can't run alone, as the plain passes will say
+            return {}
+        self.replayed = chunk
         return alone
 
 
 def _near(
-    alone: Mapping[Place, SampleSums], among: Mapping[Place, SampleSums], sites: Mapping[Place, Moments], count: int
+    alone: Mapping[Place, SampleSums],
+    among: Mapping[Place, SampleSums],
+    sites: Mapping[Place, Moments],
+    start: int,
+    count: int,
 ) -> float:
     """The distance of samples alone and among others, in deviations of the site; inf where rows don't match."""
     if alone.keys() != among.keys():
@@ -93,9 +103,10 @@ def _near(
     worst = 0.0
     for place, a in alone.items():
         b = among[place]
-        if a.s.shape[0] != count or b.s.shape[0] < count:
+        if a.s.shape[0] != count or b.s.shape[0] < start + count:
             return float("inf")
-        rows = SampleSums(b.s[:count], b.q[:count], b.n if isinstance(b.n, int) else b.n[:count])
+        here = slice(start, start + count)
+        rows = SampleSums(b.s[here], b.q[here], b.n if isinstance(b.n, int) else b.n[here])
         worst = max(worst, _distance(a, rows, sites[place]))
     return worst
 

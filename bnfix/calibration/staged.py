@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from bnfix.calibration.chunks import Chunk
 from bnfix.calibration.ledger import Ledger
 from bnfix.calibration.norms import Norm
 from bnfix.calibration.ranks import Ranks
@@ -25,6 +26,14 @@ _DONE, _PARKED, _FAILED, _STUCK, _FULL = range(5)
 
 class MemoryFullError(RuntimeError):
     """The device has no memory left for all chunks at once."""
+
+
+class FailedError(StuckError):
+    """The user's forward failed in one of several threads: ``told`` says where, and ``chunk`` alone may well run."""
+
+    def __init__(self, chunk: Chunk, told: BnfixError) -> None:
+        super().__init__(told.message)
+        self.chunk, self.told = chunk, told
 
 
 class Run:
@@ -62,7 +71,7 @@ class Run:
 
         Raises:
             CalibrationError: a chunk, or another rank, failed.
-            StuckError: the chunks wait for one another.
+            StuckError: the chunks wait for one another, or one failed among the others.
             MemoryFullError: out of memory. In each case all forwards are unwound, on all ranks.
         """
         try:
@@ -99,8 +108,10 @@ class Run:
         states = {s[0] for s in said}
         if _FAILED in states:
             self.ranks.agree(self._error)
-        if states & {_STUCK, _FULL}:
-            raise self._error or (MemoryFullError if _FULL in states else StuckError)("another rank")
+        if _FULL in states:  # the same on all ranks, whatever else is wrong on some
+            raise self._error if isinstance(self._error, MemoryFullError) else MemoryFullError("another rank")
+        if _STUCK in states:
+            raise self._error or StuckError("another rank")
         parked = [tuple(s[1:]) for s in said if s[0] == _PARKED]
         if not parked:
             return None
@@ -135,7 +146,15 @@ class Run:
             except torch.OutOfMemoryError as error:
                 raise MemoryFullError(str(error)) from error
             if strand.error is not None:
-                raise _told(strand, strand.error, self.ledger)
+                raise self._failure(strand)
+
+    def _failure(self, strand: Strand) -> BaseException:
+        error, strand.error = strand.error, None  # its traceback holds on to the strand, and to all activations
+        assert error is not None
+        told = _told(strand, error, self.ledger)
+        if isinstance(told, BnfixError) and not isinstance(error, BnfixError) and not strand.alone:
+            return FailedError(strand.chunk, told)
+        return told
 
     def _last(self, ahead: Strand) -> bool:
         """Whether the norm just left was the last: the chunk ahead met no other, and no chunk ever went another way."""

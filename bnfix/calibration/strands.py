@@ -38,6 +38,9 @@ class StuckError(RuntimeError):
 class Strand:
     """What the two kinds share: where it is, what it contributes there, how it ended."""
 
+    alone = True
+    """Whether nothing else runs until its forward has ended."""
+
     def __init__(self, chunk: Chunk, norms: Norms) -> None:
         self.chunk, self.norms = chunk, norms
         self.place: Place | None = None
@@ -83,6 +86,8 @@ def _closed_gate() -> threading.Lock:
 
 class ThreadStrand(Strand):
     """A forward in a thread of its own; only one thread of all runs at a time."""
+
+    alone = False
 
     def __init__(
         self,
