@@ -13,8 +13,8 @@ from bnfix.cli.door import command
 
 ABOUT = """The doctor for normalization layers in PyTorch models.
 
-Folds BatchNorm into the layers around it, exports the result, and proves against a float64 oracle that
-nothing but rounding changed. The file that it reads is never changed, unless you say --in-place; a file of the
+Recalibrates running statistics to the data that you give, folds BatchNorm into the layers around it, exports the
+result, and proves against a float64 oracle that nothing but rounding changed. The file that it reads is never changed, unless you say --in-place; a file of the
 name given with -o is replaced, whole and only when all went well.
 """
 EPILOG = """**Start here**
@@ -23,7 +23,9 @@ EPILOG = """**Start here**
 
 `bnfix info weights.pt`
 
-`bnfix fold weights.pt --arch timm:resnet50 -o folded.pt`
+`bnfix recalibrate weights.pt --arch timm:resnet50 --data train_images/ -o fixed.pt`
+
+`bnfix fold fixed.pt --arch timm:resnet50 -o folded.pt`
 
 **Exit codes**  0 done · 1 a check failed, or a dry run would change something · 2 wrong use or an error ·
 3 inconclusive · 130 interrupted"""

@@ -15,6 +15,7 @@ from bnfix.cli.options import Asked
 from bnfix.cli.screen import Steps
 from bnfix.errors import BnfixError, LoadError, MissingDependencyError
 from bnfix.files import check_target
+from bnfix.formats.saving import writer_for
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,6 +84,29 @@ def check_there(path_or_spec: str) -> None:
         api.info(path_or_spec)
 
 
+def check_output(asked: Asked, output: str | None, *, in_place: bool, dry_run: bool, done: str, dry: str) -> str | None:
+    """The file that a repair writes, found writable and in a known format; None for a dry run.
+
+    ``done`` is what the model will be, ``dry`` what a dry run does.
+
+    Raises:
+        UsageError: none was named, or nothing writes such files.
+        BnfixError: it can't be written.
+    """
+    if dry_run:
+        return None
+    target = output or (asked.model if in_place else None)
+    if target is None:
+        raise UsageError(
+            f"where should the {done} model go?",
+            hint=f"-o {done}.pt\n--dry-run   {dry}",
+        )
+    with users_words("-o"):
+        writer_for(target)
+    check_writable(target, source_path=asked.model, inplace=in_place)
+    return target
+
+
 def check_writable(target: str, *, source_path: str, inplace: bool = False) -> None:
     """Whether ``target`` can be written, tried out: some directories say that they can be written to and can't.
 
@@ -111,12 +135,9 @@ def check_installed(packages: Sequence[str], purpose: str) -> None:
 
 def open_model(asked: Asked, steps: Steps, *, file: str | None = None) -> Opened:
     """Load the model and make the calls it is traced and proven with, or compared with the ONNX ``file`` on."""
-    steps(f"loading {asked.model}")
     from bnfix import api
 
-    with users_code(asked.arch or asked.model), users_words(asked.model):
-        loaded = api.open_model(asked.model, arch=asked.arch, arch_kwargs=asked.arch_kwargs, trust=asked.trust)
-    _module(loaded)
+    loaded = load_model(asked, steps)
     with users_code(asked.data or "--forward"), users_words(_option(asked)):
         calls, assumed = api.examples(
             loaded,
@@ -130,6 +151,21 @@ def open_model(asked: Asked, steps: Steps, *, file: str | None = None) -> Opened
     return Opened(loaded, list(calls), (*loaded.notes, *assumed))
 
 
+def load_model(asked: Asked, steps: Steps, **how: bool) -> Loaded:
+    """The model, and what a person should know of it; ``how`` is for :func:`bnfix.api.open_model`.
+
+    Raises:
+        BnfixError: it can't be loaded, or is no PyTorch module.
+    """
+    steps(f"loading {asked.model}")
+    from bnfix import api
+
+    with users_code(asked.arch or asked.model), users_words(asked.model):
+        loaded = api.open_model(asked.model, arch=asked.arch, arch_kwargs=asked.arch_kwargs, trust=asked.trust, **how)
+    _module(loaded)
+    return loaded
+
+
 def _module(loaded: Loaded) -> nn.Module:
     from torch import nn
 
@@ -137,7 +173,7 @@ def _module(loaded: Loaded) -> nn.Module:
         return loaded.value
     shown = f"{loaded.info.path} is {loaded.info.title}" if loaded.info else f"{loaded.value}"
     raise LoadError(
-        f"{shown}: bnfix folds, exports and compares from a PyTorch module",
+        f"{shown}: bnfix works on PyTorch modules",
         hint="from its weights, for example   bnfix fold weights.pt --arch timm:resnet50 -o folded.pt",
     )
 

@@ -25,7 +25,7 @@ class OutputFormat(str, Enum):
     html = "html"
 
 
-_MODEL, _INPUT, _REPORT = "The model", "What it is run on", "The report"
+_MODEL, RUN_ON, _REPORT = "The model", "What it is run on", "The report"
 
 ModelArgument = Annotated[
     str,
@@ -58,7 +58,7 @@ InputOption = Annotated[
         "--input",
         metavar="SHAPE",
         help="An input, such as 1x3x224x224; several arguments: 1x16:int64,mask=1x16:bool. Repeat it for more shapes.",
-        rich_help_panel=_INPUT,
+        rich_help_panel=RUN_ON,
     ),
 ]
 DataOption = Annotated[
@@ -67,7 +67,7 @@ DataOption = Annotated[
         "--data",
         metavar="SPEC",
         help="Real batches: pkg.mod:callable, file.py:callable, a .npy/.npz/.safetensors file, or random:3x224x224.",
-        rich_help_panel=_INPUT,
+        rich_help_panel=RUN_ON,
     ),
 ]
 ForwardOption = Annotated[
@@ -76,10 +76,10 @@ ForwardOption = Annotated[
         "--forward",
         metavar="LAMBDA",
         help="How a batch is fed to the model: 'lambda m, b: m(b[0])'. Runs as Python.",
-        rich_help_panel=_INPUT,
+        rich_help_panel=RUN_ON,
     ),
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Of the random inputs.", rich_help_panel=_INPUT)]
+SeedOption = Annotated[int, typer.Option("--seed", help="Of the random inputs.", rich_help_panel=RUN_ON)]
 FormatOption = Annotated[
     OutputFormat,
     typer.Option("--output-format", help="How the report is written to standard output.", rich_help_panel=_REPORT),
@@ -146,11 +146,11 @@ def quoted(word: str) -> str:
     return shlex.quote(word)
 
 
-def folded(path: str) -> str:
-    """A name for the folded model, to be proposed: ``net-folded.pt`` for ``net.pt``."""
-    from bnfix.formats.advice import beside
+def beside(path: str, done: str) -> str:
+    """A name for the model after a repair, to be proposed: ``net-folded.pt`` for ``net.pt``."""
+    from bnfix.formats import advice
 
-    return beside(path)
+    return advice.beside(path, done)
 
 
 def named(model: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,47 +16,73 @@ from bnfix.errors import BnfixError
 from bnfix.render import About, render_all
 from bnfix.render.legible import legible
 
+EVERY = 10.0
+"""Seconds between two lines of one kind where there is no terminal."""
+_COUNTED = re.compile(r"(?<=\s)\d[\d,]*(?=\W|$)")
+
 
 class Steps:
-    """Names of steps on standard error: with a spinner and a clock in a terminal, else one line a step."""
+    """Names of steps on standard error: with a spinner and a clock in a terminal, else one line a step.
 
-    def __init__(self) -> None:
-        self._show: Callable[[str], None] = _print
-        self._last = ""
+    Without a terminal, steps that are alike up to a number in them (``norm 17: …``, ``reading: 2,048 samples``) are
+    one line in ``EVERY`` seconds. ``quiet``: nothing is shown.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._show: Callable[[str], None] = self._line
+        self._keep: Callable[[str], None] = _print
+        self._last = self._kind = ""
+        self._when = 0.0
 
     def __call__(self, step: str) -> None:
         """A new step begins."""
-        if step != self._last:
+        if step != self._last and not self.quiet:
             self._last = step
             self._show(step)
 
+    def keep(self, line: str) -> None:
+        """Something to know while the work goes on: it stays on the screen."""
+        if not self.quiet:
+            self._keep(line)
+
     @contextlib.contextmanager
     def shown(self) -> Iterator[Steps]:
-        """With the spinner turning, where there is a terminal; nothing of it stays on the screen."""
+        """With the spinner turning, where there is a terminal; of the steps nothing stays on the screen."""
         from rich.console import Console
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         console = Console(stderr=True)
-        if not console.is_terminal or console.is_dumb_terminal:
+        if self.quiet or not console.is_terminal or console.is_dumb_terminal:
             yield self
             return
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task("starting", total=None)
             self._show = lambda step: progress.update(task, description=legible(step))
+            self._keep = lambda line: progress.console.print(legible(line), markup=False, highlight=False)
             yield self
-        self._show = _print
+        self._show, self._keep = self._line, _print
+
+    def _line(self, step: str) -> None:
+        counted = _COUNTED.search(step)
+        kind = step[: counted.start()] if counted else ""
+        now = time.monotonic()
+        if kind and kind == self._kind and now - self._when < EVERY:
+            return
+        self._kind, self._when = kind, now
+        _print(f"{step} ...")
 
 
-def _print(step: str) -> None:
+def _print(line: str) -> None:
     with contextlib.suppress(OSError):
-        print(f"{legible(step)} ...", file=sys.stderr, flush=True)
+        print(legible(line), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def working() -> Iterator[Steps]:
+def working(*, quiet: bool = False) -> Iterator[Steps]:
     """The long part of a command: steps are shown, and what a model prints does not mix with the report."""
-    with Steps().shown() as steps, contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+    with Steps(quiet=quiet).shown() as steps, contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         if not sys.warnoptions:  # python -W or PYTHONWARNINGS shows them
             warnings.simplefilter("ignore")
         yield steps

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 _typed: ContextVar[tuple[str, ...]] = ContextVar("typed", default=())
-_OPENING = ("fold", "export", "verify")
+_OPENING = ("fold", "recalibrate", "export", "verify")
 
 
 @contextmanager
@@ -35,9 +35,9 @@ def own(line: str) -> str:
     if words[1] not in _OPENING or words[2] not in typed:
         return line
     missing = ["--trust"] if "--trust" in words and "--trust" not in typed else []
-    if "--arch" in words and not any(word.partition("=")[0] == "--arch" for word in typed):
+    if "--arch" in words and not was_typed("--arch"):
         missing += words[words.index("--arch") :][:2]
-        if "--data" in words and not {word.partition("=")[0] for word in typed} & {"--data", "--input"}:
+        if "--data" in words and not was_typed("--data", "--input"):
             missing += words[words.index("--data") :][:2]
     return f"{label}{gap}{command(missing)}" if gap and missing else line
 
@@ -45,6 +45,16 @@ def own(line: str) -> str:
 def command(more: Sequence[str] = ()) -> str:
     """What was typed, with ``more`` at its end, quoted for the shell."""
     return shlex.join(["bnfix", *_typed.get(), *more])
+
+
+def without(flag: str, *, more: Sequence[str] = ()) -> str:
+    """What was typed, without ``flag``, and with ``more`` at its end; quoted for the shell."""
+    return shlex.join(["bnfix", *(word for word in _typed.get() if word != flag), *more])
+
+
+def was_typed(*names: str) -> bool:
+    """Whether one of the options ``names`` was given, with its value in the same word or the next."""
+    return any(word.partition("=")[0] in names for word in _typed.get())
 
 
 def _words(line: str) -> list[str]:

@@ -59,10 +59,10 @@ def command(
     return shlex.join(["bnfix", verb, path, *options, "-o", output])
 
 
-def beside(path: str) -> str:
-    """A name for the folded model: ``net-folded.pt`` for ``net.pt``."""
+def beside(path: str, done: str = "folded") -> str:
+    """A name for the model after a repair: ``net-folded.pt`` for ``net.pt``."""
     stem, suffix = os.path.splitext(path)
-    return f"{stem}-folded{suffix if suffix.lower() in _SUFFIXES else '.pt'}"
+    return f"{stem}-{done}{suffix if suffix.lower() in _SUFFIXES else '.pt'}"
 
 
 # ---------------------------------------------------------------------------------------- which architecture

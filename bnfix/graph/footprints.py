@@ -54,7 +54,7 @@ def _reachable(model: nn.Module, functions: tuple[Callable[..., Any] | None, ...
             continue
         seen.add(id(value))
         if isinstance(value, types.FunctionType):
-            if depth < _DEPTH and value.__module__.partition(".")[0] not in _LIBRARIES:
+            if depth < _DEPTH and (value.__module__ or "").partition(".")[0] not in _LIBRARIES:
                 pending += [(inner, depth + 1) for _, inner in closure_values(value)]
         elif type(value) in _CONTAINERS:
             found[id(value)] = value

@@ -127,7 +127,7 @@ def test_help_and_version_are_0(api: FakeApi, capsys: Output) -> None:
     assert capsys.readouterr().out == f"bnfix {bnfix.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["fold", "export", "verify", "info", "demo"])
+@pytest.mark.parametrize("command", ["fold", "recalibrate", "export", "verify", "info", "demo"])
 def test_help_teaches(api: FakeApi, capsys: Output, command: str) -> None:
     assert run([command, "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())

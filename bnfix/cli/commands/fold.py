@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bnfix.cli import options as o
-from bnfix.cli.door import DONE, FAILED, UsageError, users_words
-from bnfix.cli.opening import Opened, check_paths, check_writable, open_model
+from bnfix.cli.door import DONE, FAILED
+from bnfix.cli.opening import Opened, check_output, check_paths, open_model
 from bnfix.cli.screen import report, working
-from bnfix.formats.saving import writer_for
 from bnfix.render import About
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def fold(
     """
     asked = o.Asked(model, arch, tuple(arch_kw or ()), trust, tuple(input or ()), data, forward, seed)
     check_paths(asked)
-    target = _target(asked, output, in_place, dry_run)
+    target = check_output(asked, output, in_place=in_place, dry_run=dry_run, done="folded", dry="shows the plan only")
     with working() as steps:
         opened = open_model(asked, steps)
         from bnfix import api
@@ -75,18 +74,6 @@ def fold(
     if dry_run:
         return FAILED if result.edits or unmet else DONE
     return FAILED if unmet else DONE
-
-
-def _target(asked: o.Asked, output: str | None, in_place: bool, dry_run: bool) -> str | None:
-    if dry_run:
-        return None
-    target = output or (asked.model if in_place else None)
-    if target is None:
-        raise UsageError("where should the folded model go?", hint="-o folded.pt\n--dry-run   shows the plan only")
-    with users_words("-o"):
-        writer_for(target)
-    check_writable(target, source_path=asked.model, inplace=in_place)
-    return target
 
 
 def _about(
@@ -110,7 +97,7 @@ def _about(
         steps.append(("next", f"{again.next('export', written, trust=trust)} -o {onnx}"))
     elif result.dry_run and result.edits:
         line = asked.next("fold", asked.model, trust=asked.trust)
-        steps.append(("next", f"{line} -o {o.quoted(o.folded(o.named(asked.model)))}"))
+        steps.append(("next", f"{line} -o {o.quoted(o.beside(o.named(asked.model), 'folded'))}"))
     return About("bnfix fold", asked.model, (written,) if written else (), tuple(notes), tuple(steps))
 
 

@@ -1,0 +1,41 @@
+"""What is said for Python, said for the command line: ``max_samples=100`` is ``--max-samples 100`` there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+_OPTIONS = (
+    "certify", "forward", "include_frozen", "mask", "max_samples", "memory_budget", "method", "select", "spill_dir",
+    "tol", "when",
+)  # fmt: skip
+_CODE = re.compile(r"\bforward=(lambda\b.*)$")
+_SET = re.compile(rf"\b({'|'.join(_OPTIONS)})=(?:(True)\b|\"([^\"]*)\"|'([^']*)'|(None)\b|([\w.…]+))?")
+_NAMED = re.compile(r"\b(include_frozen|max_samples|memory_budget|spill_dir)\b")
+
+
+def as_options(text: str) -> str:
+    """``text`` of one or more lines, with arguments of ``bnfix.recalibrate`` as options; other words stay."""
+    return "\n".join(_line(line) for line in text.split("\n"))
+
+
+def _line(line: str) -> str:
+    line = _CODE.sub(lambda m: f"--forward {_quoted(m[1])}", line)
+    return _NAMED.sub(lambda m: _option(m[1]), _SET.sub(_assigned, line))
+
+
+def _assigned(match: re.Match[str]) -> str:
+    name, true, double, single, none, bare = match.groups()
+    if none:
+        return f"no {_option(name)}"
+    value = double or single or bare
+    return _option(name) if true or not value else f"{_option(name)} {value}"
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _quoted(code: str) -> str:
+    """Readable where the code has quotes itself, as ``b['image']`` does."""
+    return f'"{code}"' if "'" in code and not set(code) & set('"$`\\!') else shlex.quote(code)
