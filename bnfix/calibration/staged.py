@@ -80,7 +80,8 @@ class Run:
                 norm = self.ledger.norms.by_key(place[0])
                 self._served += 1
                 if self.progress is not None:
-                    self.progress(f"norm {self._served}: {norm.path or '(root)'}")
+                    of = f" of {len(self.order)}" if self._served <= len(self.order) else ""
+                    self.progress(f"norm {self._served}{of}: {norm.path or '(root)'}")
                 here = [s for s in self.strands if s.place == place]
                 said = self._attempt(lambda here=here, place=place: self._contribution(here, place))  # type: ignore[misc]
                 merged = self.ranks.merged(said or Moments.empty(norm.channels, norm.mean.device))

@@ -35,8 +35,8 @@ CalibrationDataOption = Annotated[
     typer.Option(
         "--data",
         metavar="SPEC",
-        help="What a training loop iterates over: file.py:callable, pkg.mod:callable, a folder of images, or a "
-        ".npy/.npz/.safetensors file.",
+        help="Required. What a training loop iterates over: file.py:callable, pkg.mod:callable, a folder of images, "
+        "or a .npy/.npz/.safetensors file.",
         rich_help_panel=RUN_ON,
     ),
 ]
