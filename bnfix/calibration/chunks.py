@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ LARGEST = 8 << 20
 fresh pages cost more time than the rest of a norm."""
 MOST = 96
 """Chunks, that is threads, before they grow beyond all that."""
+
+Mark = tuple[Any, ...] | None
 
 
 @dataclass(eq=False)
@@ -66,15 +69,41 @@ def _sizes(total: int, target: int) -> list[int]:
 
 def _alike(batches: Sequence[Chunk]) -> list[list[Chunk]]:
     """Batches that can be joined, together; in the order in which their signatures first come."""
+    marks = [_mark(batch) for batch in batches]
+    if len(set(marks)) > MOST:
+        marks = [None] * len(batches)
     runs: list[list[Chunk]] = []
-    for batch in batches:
-        for run in runs:
-            if _joinable(run[0], batch):
+    mark_of: list[Mark] = []
+    for batch, mark in zip(batches, marks, strict=True):
+        for run, other in zip(runs, mark_of, strict=True):
+            if _fit(mark, other) and _joinable(run[0], batch):
                 run.append(batch)
                 break
         else:
             runs.append([batch])
+            mark_of.append(mark)
     return runs
+
+
+def same_mark(a: Chunk, b: Chunk) -> bool:
+    """Whether nothing that holds for all samples of the one is otherwise for the other."""
+    return _fit(_mark(a), _mark(b))
+
+
+def _fit(mark: Mark, other: Mark) -> bool:
+    return mark is None or other is None or mark == other
+
+
+def _mark(batch: Chunk) -> Mark:
+    """Inputs beside others that are the same for each sample of a batch, such as the domain that it comes from.
+
+    A forward may look at the first of them only: batches that differ in it are not to be joined. None: can't be told.
+    """
+    tensors = batch.call.tensors()
+    if len(tensors) < 2 or batch.samples < 2:
+        return None
+    small = [t for t in tensors if 0 < t.numel() <= 16 * batch.samples and t.shape[:1] == (batch.samples,)]
+    return tuple(tuple(t[0].flatten().tolist()) if bool((t == t[:1]).all()) else None for t in small)
 
 
 def _joinable(a: Chunk, b: Chunk) -> bool:

@@ -14,7 +14,7 @@ from bnfix.calibration.chunks import Chunk
 from bnfix.calibration.ledger import Ledger, Place
 from bnfix.calibration.listening import Stats
 from bnfix.calibration.plain import listen
-from bnfix.calibration.replaying import CLEAN, LEAKS, MIXED, Witness
+from bnfix.calibration.replaying import CLEAN, LEAKS, MIXED, Witness, witnesses
 from bnfix.calibration.scouting import Scouted
 from bnfix.calibration.session import Session
 from bnfix.calibration.spill import Spiller
@@ -86,7 +86,7 @@ def _tried(
         CalibrationError: the forward of one chunk fails alone as well, on this rank or another.
     """
     try:
-        return _proven(session, chunks, scouted, quiet)
+        return _proven(session, chunks, scouted, quiet, cut)
     except StuckError as stuck:
         verdict, why = LEAKS, "a chunk waited for another one (a lock held across a norm)"
         error: BnfixError | None = None
@@ -108,20 +108,23 @@ def _runs_alone(session: Session, chunk: Chunk) -> bool:
 
 
 def _proven(
-    session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, quiet: bool
+    session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, quiet: bool, cut: bool
 ) -> tuple[Outcome, int, str]:
     turn = Turn.now(session.device)
-    witness = Witness(chunks[1 if len(chunks) > 2 else 0]) if len(chunks) > 1 else None
-    found = _threads(session, chunks, scouted, turn, witness, quiet)
+    watched = witnesses(chunks) if session.options.certify is not None else []
+    found = _threads(session, chunks, scouted, turn, watched, quiet)
     found.chunks = chunks
     verdict, why = CLEAN, ""
-    if witness is not None and session.options.certify is not None:
+    for number, witness in watched:
         session.say("replaying a part of one chunk alone")
-        seeded = Turn.seeded(turn, chunks.index(witness.chunk), session.device)
-        verdict, why = witness.judge(session, found.stats, found.sites, seeded)
+        seeded = Turn.seeded(turn, number, session.device)
+        verdict, why = witness.judge(session, found.stats, found.sites, seeded, cut=cut)
         turn.put(session.device)
-        found.replay, found.replayed, found.outputs = witness.distance, witness.replayed, witness.outputs
+        found.replay = max(witness.distance or 0.0, found.replay or 0.0)
+        found.replayed, found.outputs = witness.replayed, witness.outputs
         found.forwards += witness.samples / sum(c.samples for c in chunks)
+        if verdict != CLEAN:
+            break
     worst = max(said[0] for said in session.ranks.numbers([verdict]))
     return found, worst, why or "on another rank"
 
@@ -131,7 +134,7 @@ def _threads(
     chunks: Sequence[Chunk],
     scouted: Scouted | None,
     turn: Turn,
-    witness: Witness | None,
+    watched: Sequence[tuple[int, Witness]],
     quiet: bool,
 ) -> Outcome:
     ambient = Ambient(session.device)
@@ -153,7 +156,7 @@ def _threads(
         ]
 
     def watch(place: Place, here: Sequence[Strand]) -> None:
-        if witness is not None:
+        for _, witness in watched:
             witness.take(place, here)
         if not first:
             first.append(_means(here))

@@ -63,19 +63,10 @@ def make_plan(session: Session) -> Plan:
     """
     options, ranks = session.options, session.ranks
     reader = Reader(session.data, session.model, options.forward, options.mask, options.max_samples)
-    error: BaseException | None = None
-    scouted: Scouted | None = None
-    held: list[Chunk] = []
+    scouted, held = _scouted(session, reader)
     mine = _Found()
-    try:
-        scouted, held = _scouted(session, reader)
-        if scouted is not None and options.method in ("auto", "staged"):
-            held, mine = _read(session, reader, scouted, held)
-    except BaseException as caught:
-        if ranks.world == 1:
-            raise
-        error = caught
-    ranks.agree(error)
+    if scouted is not None and options.method in ("auto", "staged"):
+        held, mine = _read(session, reader, scouted, held)
     said = ranks.all_of((len(held), mine, scouted is not None))
     if not any(has for _, _, has in said):
         raise CalibrationError("the data holds no batch", hint="a generator that was used up gives nothing any more")
@@ -91,9 +82,15 @@ def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chu
     if first.samples == 1 and splittable(first) and (second := reader.next()) is not None:
         held.append(second)
     lead = joined(held) or first
-    if splittable(lead):
-        lead = first_samples(lead, PROBED)
-    return scout(lead, session.replicate, session.norms), held
+    if splittable(lead) and lead.samples > PROBED:
+        try:
+            return scout(first_samples(lead, PROBED), session.replicate, session.norms), held
+        except CalibrationError:
+            lead = first
+    found = scout(lead, session.replicate, session.norms)
+    if lead is first and splittable(lead) and first.samples > PROBED:
+        found.inseparable = found.inseparable or "the model does not take a part of a batch"
+    return found, held
 
 
 def _read(session: Session, reader: Reader, scouted: Scouted, held: list[Chunk]) -> tuple[list[Chunk], _Found]:
@@ -193,9 +190,7 @@ def _chunks(session: Session, held: list[Chunk], scouted: Scouted | None, apart:
     room = session.options.memory_budget or free_bytes(session.device) // 4
     target = min(TARGET, int(LARGEST / max(scouted.largest, 1.0)), int(room / 4 / max(scouted.forward, 1.0)))
     target = max(target, LEAST, -(-total // MOST))
-    made = pieces(held, target)
-    # The samples that were looked at first come into the middle, to be replayed there.
-    return [made[1], made[0], *made[2:]] if len(made) > 2 else made
+    return pieces(held, target)
 
 
 def _gigabytes(count: int) -> str:

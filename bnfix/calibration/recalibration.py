@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from bnfix.calibration.plain import measure, merged, residual_of
 from bnfix.calibration.planning import TOL, Plan, make_plan
 from bnfix.calibration.ranks import Ranks
 from bnfix.calibration.reading import Reader, length
+from bnfix.calibration.scouting import Scouted
 from bnfix.calibration.session import Options, Say, Session
 from bnfix.calibration.staged import MemoryFullError
 from bnfix.calibration.streaming import stream
@@ -46,6 +49,7 @@ def recalibrate(
     began = time.process_time()
     norms = find_norms(model, select, include_frozen)
     _refuse_nothing(norms)
+    ranks.alike(_asked(options, norms))
     device = next((n.mean.device for n in norms.known.values()), None) or _device(model)
     with preserved(model), no_footprints(model, options.forward), torch.no_grad():
         replicate = replicator(model)
@@ -57,21 +61,11 @@ def recalibrate(
             session.notes.append(f"shared by all chunks, since it can't be copied: {', '.join(shared[:3])}")
         report, stats, batches = _Work(session).report()
     # Only now, with the model back in its own modes: the one step that changes it.
-    error: BaseException | None = None
     handle = Handle()
     if report.changed:
-        try:
+        ranks.agree()
+        with ranks.or_undone(lambda: handle.undo() if handle.done else None):
             handle = commit(list(norms), stats, batches)
-        except BaseException as caught:
-            if ranks.world == 1:
-                raise
-            error = caught
-        try:
-            ranks.agree(error)
-        except BaseException:
-            if handle.done:
-                handle.undo()
-            raise
     return dataclasses.replace(report, handle=handle, seconds={"total": time.process_time() - began, **session.seconds})
 
 
@@ -100,8 +94,7 @@ class _Work:
         samples = sum(self._everywhere(sum(c.samples for c in chunks) if chunks else reader.samples))
         batches = sum(self._everywhere(reader.batches))
         changed = not options.dry_run and bool(outcome.stats) and (options.when == "always" or change.worth_it)
-        reached = scouted.reached if scouted is not None else set()
-        frozen, never, left_why = summary.left_alone(session.norms, outcome, reached)
+        frozen, never, left_why = summary.left_alone(session.norms, outcome, self._reached(scouted))
         found = summary.layers(outcome, session.norms)
         if not found:
             raise CalibrationError(
@@ -167,22 +160,9 @@ class _Work:
         session.say("certifying: plain forwards over the same tensors")
         norms = session.norms
         with session.using(stats):
-            found = self._together(lambda: measure(session.model, chunks, norms))
+            found = merged(measure(session.model, chunks, norms), norms, self.ranks)
             in_use = {n.key: (n.mean.detach().clone(), n.var.detach().clone()) for n in norms if n.key in outcome.stats}
         return residual_of(found, in_use, norms, self.options.unbiased)
-
-    def _together(self, work: Callable[[], Any]) -> Any:
-        """``work()``, merged over all ranks; if it fails on one, it fails on all."""
-        error: BaseException | None = None
-        found: Any = {}
-        try:
-            found = work()
-        except BaseException as caught:
-            if self.ranks.world == 1:
-                raise
-            error = caught
-        self.ranks.agree(error)
-        return merged(found, self.session.norms, self.ranks)
 
     def _fresh(self, chunks: Sequence[Chunk], outcome: Outcome) -> Residual | None:
         session, options = self.session, self.options
@@ -196,7 +176,8 @@ class _Work:
         session.say("certifying: a new draw of the data")
         batches = [first] if first is not None else []
         with session.using(outcome.stats):
-            found = self._together(lambda: measure(session.model, (*batches, *reader), session.norms))
+            here = measure(session.model, itertools.chain(batches, reader), session.norms)
+            found = merged(here, session.norms, self.ranks)
         return residual_of(found, outcome.stats, session.norms, options.unbiased)
 
     def _change(self, plan: Plan, outcome: Outcome) -> judging.Change:
@@ -249,6 +230,12 @@ class _Work:
             )
         return tuple(said)
 
+    def _reached(self, scouted: Scouted | None) -> set[int]:
+        """The norm modules that were called on any rank."""
+        here = scouted.reached if scouted is not None else set()
+        keys = set().union(*self.ranks.all_of({n.key for n in self.session.norms if id(n.mean) in here}))
+        return {id(n.mean) for n in self.session.norms if n.key in keys}
+
     def _everywhere(self, number: int) -> list[int]:
         return [said[0] for said in self.ranks.numbers([number])]
 
@@ -290,6 +277,14 @@ def _refuse_nothing(norms: Norms) -> None:
     raise CalibrationError(
         "no norm is selected", hint=f"norms:  {', '.join(n.path for n in list(norms.known.values())[:5])}"
     )
+
+
+def _asked(options: Options, norms: Norms) -> dict[str, object]:
+    """What has to be the same on all ranks; data, ``max_samples`` and what concerns memory may differ."""
+    todo = [(n.key, n.path, n.channels) for n in norms if not n.why]
+    digest = hashlib.sha256(repr(todo).encode()).hexdigest()[:8]
+    names = ("method", "when", "certify", "unbiased", "tol", "dry_run")
+    return {"the norms": f"{len(todo)} (digest {digest})", **{name: getattr(options, name) for name in names}}
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -55,9 +55,9 @@ class Witness:
                 self.sums[place] = strand.sums
 
     def judge(
-        self, session: Session, stats: dict[int, Stats], sites: Mapping[Place, Moments], turn: Turn
+        self, session: Session, stats: dict[int, Stats], sites: Mapping[Place, Moments], turn: Turn, *, cut: bool
     ) -> tuple[int, str]:
-        """Whether the chunk ran as if alone, and if not, what is wrong."""
+        """Whether the chunk ran as if alone, and if not, what is wrong; ``cut``: it is not a batch of the loader's."""
         if splittable(self.chunk) and self.chunk.samples > FEW and not session.coarse:
             # From the middle: there a sample has others before it and behind it that it could be mixed with.
             start = (self.chunk.samples - FEW) // 2
@@ -71,7 +71,7 @@ class Witness:
         if not self.distance <= APART:
             far = f"a chunk alone differs by {self.distance:.2g} σ"
             return LEAKS, f"the forward keeps values where chunks that run in turns overwrite them ({far})"
-        if splittable(self.chunk) and not session.coarse:
+        if cut and splittable(self.chunk) and not session.coarse:
             with session.using(stats):
                 why = mixed(self.chunk, session.replicate, session.norms)
             if why:
@@ -88,6 +88,20 @@ class Witness:
             return {}
         self.replayed = chunk
         return alone
+
+
+def witnesses(chunks: Sequence[Chunk]) -> list[tuple[int, Witness]]:
+    """The chunks to be run again, with their numbers.
+
+    A value kept in a wrong place is overwritten by a later chunk, or was there from an earlier one, perhaps only by one
+    with inputs of the same shape: the smallest chunk that has both before and behind it, else one for each.
+    """
+    kinds = [tuple((t.shape, t.dtype) for t in c.call.tensors()) for c in chunks]
+    later = [i for i, kind in enumerate(kinds) if kind in kinds[i + 1 :]]
+    earlier = [i for i, kind in enumerate(kinds) if kind in kinds[:i]]
+    between = sorted(set(later) & set(earlier), key=lambda i: chunks[i].samples)
+    chosen = between[:1] or [*later[:1], *earlier[-1:]] or ([1] if len(chunks) > 2 else range(len(chunks)))
+    return [(i, Witness(chunks[i])) for i in chosen]
 
 
 def _near(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from bnfix.calibration.chunks import TARGET, Chunk, halves, joined, mask_at
+from bnfix.calibration.chunks import TARGET, Chunk, halves, joined, mask_at, same_mark
 from bnfix.calibration.engines import Outcome
 from bnfix.calibration.ledger import Place, stored
 from bnfix.calibration.listening import Listener, Seen, Stats
@@ -31,15 +31,8 @@ def stream(session: Session, chunks: Iterable[Chunk], method: str) -> Outcome:
     Raises:
         CalibrationError: the loader or a forward fails, or the data is not finite.
     """
-    error: BaseException | None = None
     sites: dict[Place, Moments] = {}
-    try:
-        _through(session, chunks, method, sites)
-    except BaseException as caught:
-        if session.ranks.world == 1:
-            raise
-        error = caught
-    session.ranks.agree(error)
+    _through(session, chunks, method, sites)
     sites = merged(sites, session.norms, session.ranks)
     stats: dict[int, Stats] = {}
     for key, moments in by_norm(sites).items():
@@ -105,7 +98,7 @@ def rejoined(chunks: Iterable[Chunk], target: int = TARGET) -> Iterator[Chunk]:
     """The same samples in chunks of ``target``, as they come; batches that don't fit together stay apart."""
     pending: Chunk | None = None
     for chunk in chunks:
-        together = joined([pending, chunk]) if pending is not None else chunk
+        together = chunk if pending is None else joined([pending, chunk]) if same_mark(pending, chunk) else None
         if together is None:
             assert pending is not None
             yield pending
