@@ -89,32 +89,34 @@ def recalibrate(
     from bnfix.graph import unwrap
     from bnfix.running import parse_bytes
 
-    check_model(model)
-    _check_options(method, when, certify, max_samples, tol)
-    model, notes = unwrap(model)
-    options = calibration.Options(
-        method=method,
-        when=when,
-        forward=forward,
-        mask=mask,
-        max_samples=max_samples,
-        tol=tol,
-        certify=certify,
-        memory_budget=None if memory_budget is None else parse_bytes(memory_budget),
-        spill_dir=spill_dir,
-        unbiased=unbiased,
-        dry_run=dry_run,
-    )
-    return calibration.recalibrate(
-        model,
-        data,
-        options,
-        select=select,
-        include_frozen=include_frozen,
-        ranks=calibration.ranks_of(group),
-        say=progress or silent,
-        notes=notes,
-    )
+    ranks = calibration.ranks_of(group)
+    with ranks.together():
+        check_model(model)
+        _check_options(method, when, certify, max_samples, tol)
+        model, notes = unwrap(model)
+        options = calibration.Options(
+            method=method,
+            when=when,
+            forward=forward,
+            mask=mask,
+            max_samples=max_samples,
+            tol=tol,
+            certify=certify,
+            memory_budget=None if memory_budget is None else parse_bytes(memory_budget),
+            spill_dir=spill_dir,
+            unbiased=unbiased,
+            dry_run=dry_run,
+        )
+        return calibration.recalibrate(
+            model,
+            data,
+            options,
+            select=select,
+            include_frozen=include_frozen,
+            ranks=ranks,
+            say=progress or silent,
+            notes=notes,
+        )
 
 
 def _check_options(method: str, when: str, certify: str | None, max_samples: int | None, tol: float | None) -> None:

@@ -22,11 +22,12 @@ FROZEN = "in evaluation mode while the model trains: frozen on purpose (include_
 class Norm:
     """Running statistics of one norm: known by the identity of its buffers.
 
-    ``key`` is the same on all ranks. ``why`` is empty for a norm to be re-estimated, else the reason why it stays;
-    ``frozen`` marks one that the user froze.
+    ``key`` and ``var_key`` are the places of its buffers in the model, the same on all ranks. ``why`` is empty for a
+    norm to be re-estimated, else the reason why it stays; ``frozen`` marks one that the user froze.
     """
 
     key: int
+    var_key: int
     path: str
     module: nn.Module
     mean: Tensor
@@ -66,9 +67,15 @@ class Norms:
         key, path, module, name = home  # functional: statistics that the model's own code hands to F.batch_norm
         site = path if name in ("running_mean", "") else f"{path}.{name}" if path else name
         why, frozen = self._decide(site, module)
-        norm = Norm(key, site, module, mean, var, None, why, frozen)
+        norm = Norm(key, other[0], site, module, mean, var, None, why, frozen)
         self.known[id(mean)] = norm
         return norm
+
+    def meet(self, key: int, var_key: int) -> None:
+        """Know the norm with these buffers, also if only other ranks have come by it."""
+        if all(norm.key != key for norm in self.known.values()):
+            at = {place[0]: _held(place) for place in self._tensors.values() if place[0] in (key, var_key)}
+            self.of(at.get(key), at.get(var_key))
 
     @property
     def half(self) -> bool:
@@ -81,16 +88,13 @@ class Norms:
         return iter(sorted(self.known.values(), key=lambda n: n.key))
 
     def by_key(self, key: int) -> Norm:
-        """The norm with this key, also one that only other ranks have met."""
-        for norm in self.known.values():
-            if norm.key == key:
-                return norm
-        tensor = self._by_position[key]
-        raise CalibrationError(f"the ranks disagree about {tensor}")
+        """The norm with this key."""
+        return next(norm for norm in self.known.values() if norm.key == key)
 
-    @property
-    def _by_position(self) -> dict[int, str]:
-        return {key: path for key, path, _, _ in self._tensors.values()}
+
+def _held(place: tuple[int, str, nn.Module, str]) -> Tensor | None:
+    found = getattr(place[2], place[3], None)
+    return found if isinstance(found, Tensor) else None
 
 
 def find_norms(model: nn.Module, select: Select = None, include_frozen: bool = False) -> Norms:
@@ -127,7 +131,7 @@ def find_norms(model: nn.Module, select: Select = None, include_frozen: bool = F
             tracked = getattr(module, "num_batches_tracked", None)
             why, frozen = decide(path, module)
             norms.known[id(mean)] = Norm(
-                places[id(mean)][0], path, module, mean, var,
+                places[id(mean)][0], places.get(id(var), (-1,))[0], path, module, mean, var,
                 tracked if isinstance(tracked, Tensor) else None, why, frozen,
             )  # fmt: skip
         elif isinstance(module, nn.modules.batchnorm._NormBase):

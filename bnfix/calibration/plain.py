@@ -70,9 +70,11 @@ def merged(found: dict[Place, Moments], norms: Norms, ranks: Ranks) -> dict[Plac
     """The same over all ranks; call sites that only some of them met are there on each."""
     if ranks.world == 1:
         return found
-    places = sorted({place for said in ranks.all_of(list(found)) for place in said})
+    met = {place: norms.by_key(place[0]).var_key for place in found}
+    places = {place: key for said in ranks.all_of(met) for place, key in said.items()}
     out: dict[Place, Moments] = {}
-    for place in places:
+    for place in sorted(places):
+        norms.meet(place[0], places[place])
         norm = norms.by_key(place[0])
         mine = found.get(place)
         out[place] = ranks.merged(Moments.empty(norm.channels, norm.mean.device) if mine is None else mine)

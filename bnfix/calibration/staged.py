@@ -21,7 +21,7 @@ from bnfix.stats import Moments
 
 T = TypeVar("T")
 Watch = Callable[[Place, Sequence[Strand]], None]
-_DONE, _PARKED, _FAILED, _STUCK, _FULL = range(5)
+_DONE, _PARKED, _STUCK, _FULL = range(4)
 
 
 class MemoryFullError(RuntimeError):
@@ -91,10 +91,10 @@ class Run:
                 strand.leave()
 
     def _attempt(self, work: Callable[[], T]) -> T | None:
-        """``work()``; what goes wrong is kept for :meth:`_next`, where all ranks hear of it."""
+        """``work()``; that it can't be done in this way is kept for :meth:`_next`, where all ranks hear of it."""
         try:
             return work()
-        except BaseException as error:
+        except (StuckError, MemoryFullError) as error:
             if self.ranks.world == 1:
                 raise
             self._error = error
@@ -103,12 +103,14 @@ class Run:
     def _next(self) -> Place | None:
         """The place to be served, agreed on by all ranks; None when all chunks of all ranks are done."""
         at = [(self.order.get(s.place, -1) + 1, len(s.route), *s.place) for s in self.strands if s.place is not None]
-        none = (0, 0, 0, 0)
-        mine = (_state(self._error), *none) if self._error else (_PARKED, *min(at)) if at else (_DONE, *none)
+        mine = (_DONE, 0, 0, 0, 0, 0)
+        if self._error is not None:
+            mine = (_STUCK if isinstance(self._error, StuckError) else _FULL, 0, 0, 0, 0, 0)
+        elif at:
+            here = min(at)
+            mine = (_PARKED, *here, self.ledger.norms.by_key(here[2]).var_key)
         said = self.ranks.numbers(mine)
         states = {s[0] for s in said}
-        if _FAILED in states:
-            self.ranks.agree(self._error)
         if _FULL in states:  # the same on all ranks, whatever else is wrong on some
             raise self._error if isinstance(self._error, MemoryFullError) else MemoryFullError("another rank")
         if _STUCK in states:
@@ -116,7 +118,8 @@ class Run:
         parked = [tuple(s[1:]) for s in said if s[0] == _PARKED]
         if not parked:
             return None
-        _, _, key, call = min(parked)
+        _, _, key, call, var_key = min(parked)
+        self.ledger.norms.meet(key, var_key)
         return key, call
 
     def _contribution(self, here: Sequence[Strand], place: Place) -> Moments | None:
@@ -131,6 +134,9 @@ class Run:
             stats = self.ledger.settle(norm, place, merged)
         except CalibrationError as error:
             where = next((w for s in here if (w := not_finite(s))), "")
+            if self.ranks.world > 1:  # all ranks come here: they have the same moments
+                said = self.ranks.all_of(where)
+                where = next((f"rank {rank}, {w}" for rank, w in enumerate(said) if w), "")
             raise CalibrationError(f"{where}{error.message}", hint=error.hint) from None
         self._attempt(lambda: self._advance(here, stats))
 
@@ -160,10 +166,6 @@ class Run:
     def _last(self, ahead: Strand) -> bool:
         """Whether the norm just left was the last: the chunk ahead met no other, and no chunk ever went another way."""
         return ahead is self.strands[0] and ahead.done and all(s.route == ahead.route for s in self.strands)
-
-
-def _state(error: BaseException) -> int:
-    return _STUCK if isinstance(error, StuckError) else _FULL if isinstance(error, MemoryFullError) else _FAILED
 
 
 def out_of_memory(error: BaseException) -> bool:
