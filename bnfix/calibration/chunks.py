@@ -12,7 +12,7 @@ from torch import Tensor
 from bnfix.errors import CalibrationError
 from bnfix.running import Call, join, size, split
 
-TARGET = 64
+TARGET = 128
 """Samples a chunk: more save nothing."""
 LEAST = 16
 """Samples a chunk at least: with fewer, PyTorch takes slower convolutions in one thread, and switching costs more than

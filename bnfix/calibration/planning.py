@@ -164,7 +164,7 @@ def _decided(
     short = f"{min(f.held for f in said):,} of {said[0].total} samples fit ({budget})"
     if any(f.crowded for f in said):
         short = f"more than {PLAIN_BATCHES} batches that can't be joined ({apart})"
-    way = "batches joined to 64" if not apart else f"batches of {largest} as they are ({apart})"
+    way = f"batches joined to {TARGET}" if not apart else f"batches of {largest} as they are ({apart})"
     why = f"{short}: {way}; one pass over the loader; spill_dir=, max_samples= or memory_budget= make it exact"
     session.say(f"method {chosen}: {why}")
     return Plan(chosen, why, reader, scouted, stream=iter(stream) if apart else rejoined(stream))

@@ -27,7 +27,7 @@ from bnfix.calibration.streaming import stream
 from bnfix.calibration.transaction import Handle, commit
 from bnfix.errors import CalibrationError
 from bnfix.graph import no_footprints, replicator
-from bnfix.running import preserved, replayable
+from bnfix.running import preserved, replayable, young_garbage_only
 from bnfix.types import Recalibration, Residual
 
 PROBE = 32
@@ -51,7 +51,7 @@ def recalibrate(
     _refuse_nothing(norms)
     ranks.alike(_asked(options, norms))
     device = next((n.mean.device for n in norms.known.values()), None) or _device(model)
-    with preserved(model), no_footprints(model, options.forward), torch.no_grad():
+    with young_garbage_only(), preserved(model), no_footprints(model, options.forward), torch.no_grad():
         replicate = replicator(model)
         for module in model.modules():
             module.training = False

@@ -2,6 +2,7 @@
 
 from bnfix.running.batches import Bound, batch_call, bind
 from bnfix.running.call import Call, as_call, fit_call, map_tensors
+from bnfix.running.garbage import young_garbage_only
 from bnfix.running.guess import FAILURES, accepts, guess_call, random_call, variations
 from bnfix.running.memory import Footprint, free_bytes, parse_bytes
 from bnfix.running.preserved import preserved
@@ -29,4 +30,5 @@ __all__ = [
     "size",
     "split",
     "variations",
+    "young_garbage_only",
 ]
