@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -67,6 +69,7 @@ class Turn:
     flags: tuple[Any, ...]
     rng: torch.Tensor
     cuda: torch.Tensor | None = None
+    seed: int = 0
 
     @classmethod
     def now(cls, device: torch.device) -> Turn:
@@ -80,7 +83,13 @@ class Turn:
         seed = (int(like.rng[:8].view(torch.int64).item()) + 0x9E3779B97F4A7C15 * (number + 1)) % 2**63
         rng = torch.Generator().manual_seed(seed).get_state()
         cuda = torch.Generator(device).manual_seed(seed).get_state() if device.type == "cuda" else None
-        return cls(like.flags, rng, cuda)
+        return cls(like.flags, rng, cuda, seed)
+
+    def put_all(self, device: torch.device) -> None:
+        """The same, and start the generators of ``random`` and NumPy, which are too slow to be swapped often."""
+        self.put(device)
+        random.seed(self.seed)
+        numpy.random.seed(self.seed % 2**32)
 
     def put(self, device: torch.device, flags_now: tuple[Any, ...] | None = None) -> None:
         """Make them those of the process."""

@@ -13,12 +13,13 @@ from bnfix.calibration.ambient import Ambient, Turn
 from bnfix.calibration.chunks import Chunk
 from bnfix.calibration.ledger import Ledger, Place
 from bnfix.calibration.listening import Stats
+from bnfix.calibration.passes import mended
 from bnfix.calibration.plain import listen
 from bnfix.calibration.replaying import CLEAN, LEAKS, MIXED, Witness, witnesses
 from bnfix.calibration.scouting import Scouted
 from bnfix.calibration.session import Session
 from bnfix.calibration.spill import Spiller
-from bnfix.calibration.staged import FailedError, Run
+from bnfix.calibration.staged import ElsewhereError, FailedError, Run
 from bnfix.calibration.strands import RerunStrand, Strand, StuckError, ThreadStrand
 from bnfix.errors import BnfixError, CalibrationError
 from bnfix.stats import Moments
@@ -89,6 +90,8 @@ def _tried(
         return _proven(session, chunks, scouted, quiet, cut)
     except StuckError as stuck:
         verdict, why = LEAKS, "a chunk waited for another one (a lock held across a norm)"
+        if isinstance(stuck, ElsewhereError):
+            verdict, why = CLEAN, ""
         error: BnfixError | None = None
         if isinstance(stuck, FailedError):
             why = f"{stuck.told.message}, though not when it runs alone"
@@ -96,7 +99,7 @@ def _tried(
                 verdict, why = MIXED, f"the model takes no other batches than the loader's ({stuck.told.message})"
                 error = None if cut else stuck.told
     session.ranks.agree(error)
-    return None, max(said[0] for said in session.ranks.numbers([verdict])), why
+    return None, max(said[0] for said in session.ranks.numbers([verdict])), why or "on another rank"
 
 
 def _runs_alone(session: Session, chunk: Chunk) -> bool:
@@ -173,14 +176,15 @@ def _plain_passes(session: Session, chunks: Sequence[Chunk], scouted: Scouted | 
 
     def strands() -> Sequence[Strand]:
         made[:] = [
-            RerunStrand(chunk, session.model, session.norms, Turn.seeded(turn, number, session.device))
+            RerunStrand(chunk, session.model, session.norms, Turn.seeded(turn, number, session.device), session.using)
             for number, chunk in enumerate(chunks)
         ]
         return made
 
     found = _converged(session, strands, scouted, "plain passes", None, quiet)
     found.chunks = chunks
-    found.forwards = sum(s.forwards for s in made) / max(len(made), 1) * found.iterations
+    found.stats, found.sites, passes = mended(session, chunks, found.stats, found.moved)
+    found.forwards = sum(s.forwards for s in made) / max(len(made), 1) * found.iterations + passes
     return found
 
 

@@ -1,7 +1,7 @@
 """One chunk on its way through the model: it stops at each norm and goes on when it is given statistics.
 
 Two kinds behave alike. A :class:`ThreadStrand` parks its forward in a thread of its own, on its own replica: each
-operation runs once. A :class:`RerunStrand` keeps nothing: it runs the plain model from the start, up to the next norm.
+operation runs once. A :class:`RerunStrand` keeps nothing: it runs the plain model anew for each norm.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,10 @@ from bnfix.calibration.chunks import Chunk, mask_at
 from bnfix.calibration.listening import Listener, Seen, Stats
 from bnfix.calibration.norms import Norms
 from bnfix.calibration.spill import SpilledStrand
+from bnfix.errors import CalibrationError
 from bnfix.stats import Moments, SampleSums, pool, sample_sums
 
+Using = Callable[[Mapping[int, Stats]], AbstractContextManager[None]]
 Place = tuple[int, int]
 """A norm's key, and the how-manieth of its calls in this forward."""
 PATIENCE = 5.0
@@ -178,41 +181,45 @@ class ThreadStrand(Strand):
 
 
 class RerunStrand(Strand):
-    """A forward of the plain model that is run again from the start for each norm: nothing is parked."""
+    """A forward of the plain model that is run again for each norm: nothing is parked.
 
-    def __init__(self, chunk: Chunk, model: nn.Module, norms: Norms, turn: Turn) -> None:
+    It runs to its end each time, since a forward that is cut short may leave locks taken and notes written. What the
+    norms before were given stands in the buffers meanwhile, for code that reads them there.
+    """
+
+    def __init__(self, chunk: Chunk, model: nn.Module, norms: Norms, turn: Turn, using: Using) -> None:
         super().__init__(chunk, norms)
-        self._model, self._turn = model, turn
+        self._model, self._turn, self._using = model, turn, using
         self._given: list[Stats | None] = []
         self._device = norms_device(norms)
         self.forwards = 0
 
     def resume(self, stats: Stats | None) -> None:
-        """Run up to the next norm that has no statistics yet."""
+        """Run anew, and listen at the next norm that has no statistics yet."""
         if self.place is not None:
             self._given.append(stats)
-        self.place, self.sums, self.x = None, None, None
+        self.place, self.sums, self.x, self.mask = None, None, None, None
         number = -1
         calls: dict[int, int] = defaultdict(int)
 
         def ask(seen: Seen) -> Stats | None:
             nonlocal number
-            if self.place is not None:  # somebody swallowed the exception below
-                raise Unwind
             number += 1
             if number < len(self._given):
+                if seen.norm.key != self.route[number][0]:
+                    raise CalibrationError(f"the forward takes another way each time it runs, here to {seen.norm.path}")
                 calls[seen.norm.key] += 1
                 return self._given[number]
-            self.place = self._arrive(seen, calls)
-            raise Unwind
+            if self.place is None:
+                self.place = self._arrive(seen, calls)
+            return None
 
         mine = Turn.now(self._device)
-        self._turn.put(self._device)
+        self._turn.put_all(self._device)
+        known = {key: given for (key, _), given in zip(self.route, self._given, strict=True) if given is not None}
         try:
-            with torch.no_grad(), Listener(self.norms, ask):
+            with self._using(known), torch.no_grad(), Listener(self.norms, ask):
                 self.chunk.call.run(self._model)
-        except Unwind:
-            pass
         except Exception as error:  # noqa: BLE001  # the user's forward; the coordinator names the chunk
             self.error = error
         finally:

@@ -1,0 +1,85 @@
+"""Statistics held against plain forwards of the model over all chunks, and mended where they do not stand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from bnfix.calibration.ambient import Turn
+from bnfix.calibration.chunks import Chunk
+from bnfix.calibration.ledger import Place, residual, stored
+from bnfix.calibration.listening import Stats
+from bnfix.calibration.plain import by_norm, measure, merged
+from bnfix.calibration.session import Session
+from bnfix.errors import CalibrationError
+from bnfix.stats import Moments
+from bnfix.types import Residual
+
+STANDS = 1e-5
+"""Distance from what plain forwards measure, in standard deviations, at which statistics stand."""
+ROUNDS, UNDAMPED = 24, 8
+
+
+def mended(
+    session: Session, chunks: Sequence[Chunk], stats: dict[int, Stats], moved: Residual | None
+) -> tuple[dict[int, Stats], dict[Place, Moments], int]:
+    """Statistics that plain forwards with them reproduce, what these measured, and how many passes it took.
+
+    What was estimated norm by norm does, unless the model's own code reads running statistics somewhere (a norm folded
+    into its convolution as it runs) or remembers earlier calls. Then all norms are measured with all of them in the
+    buffers, again and again; ``moved`` is what iterated norms may be apart anyway.
+
+    Raises:
+        CalibrationError: they never stand; names the norm. Or a forward fails.
+    """
+    turn, far, key = Turn.now(session.device), math.inf, -1
+    allowed = max(STANDS, *(3 * m for m in (moved.mean, moved.var))) if moved is not None else STANDS
+    for number in range(1, ROUNDS + 1):
+        session.say(f"checking the statistics in plain forwards, pass {number}")
+        sites = _measured(session, chunks, stats, turn)
+        found = {
+            key: new
+            for key, moments in by_norm(sites).items()
+            if key in stats
+            and (new := stored(session.norms.by_key(key), moments, session.options.unbiased)) is not None
+        }
+        far, key = max(((_apart(old, found.get(k)), k) for k, old in stats.items()), default=(0.0, -1))
+        if far <= allowed:
+            return stats, sites, number
+        step = 1.0 if number <= UNDAMPED or number % 2 else 0.5  # what swings is halved, what follows comes along
+        stats = {k: _towards(old, found.get(k, old), step) for k, old in stats.items()}
+    raise CalibrationError(
+        f"{session.norms.by_key(key).path}: its statistics do not settle: {far:.2g} σ between what it was given "
+        "and what it sees then; the model remembers earlier calls, or draws at random",
+        hint="method='population' averages over that",
+    )
+
+
+def _measured(session: Session, chunks: Sequence[Chunk], stats: dict[int, Stats], turn: Turn) -> dict[Place, Moments]:
+    found: dict[Place, Moments] = {}
+    error: BaseException | None = None
+    try:
+        with session.using(stats):
+            for number, chunk in enumerate(chunks):
+                Turn.seeded(turn, number, session.device).put_all(session.device)
+                for place, moments in measure(session.model, [chunk], session.norms).items():
+                    found[place] = found[place].merge(moments) if place in found else moments
+    except BaseException as caught:
+        if session.ranks.world == 1:
+            raise
+        error = caught
+    finally:
+        turn.put(session.device)
+    session.ranks.agree(error)
+    return merged(found, session.norms, session.ranks)
+
+
+def _apart(old: Stats, new: Stats | None) -> float:
+    far = residual([(old, new)]) if new is not None else Residual(math.inf, math.inf)
+    return max(far.mean, far.var)
+
+
+def _towards(old: Stats, new: Stats, step: float) -> Stats:
+    return (torch.lerp(old[0], new[0], step), torch.lerp(old[1], new[1], step)) if step < 1 else new
