@@ -60,16 +60,24 @@ def change(before: Any, after: Any) -> float | None:
     return worst
 
 
-def null(session: Session, chunks: Sequence[Chunk], probe: Chunk) -> float | None:
-    """The change between recalibrations on two disjoint halves; None where the data can't be halved."""
+def null(session: Session, chunks: Sequence[Chunk], probe: Chunk | None) -> float | None:
+    """The change between recalibrations on two disjoint halves; None where the data can't be halved.
+
+    All ranks take part, those without a ``probe`` of their own too.
+    """
     if len(chunks) > 1:
         two = [list(chunks[0::2]), list(chunks[1::2])]
     elif len(chunks) == 1 and chunks[0].samples > 3 and splittable(chunks[0]):
         two = [[half] for half in halves(chunks[0], chunks[0].samples // 2)]
     else:
+        two = [list(chunks), []]
+    counts = session.ranks.numbers([len(half) for half in two])
+    if not all(map(sum, zip(*counts, strict=True))):
         return None
     session.say("recalibrating on two halves, to see what chance does")
     done: list[Outcome] = [staged(session, half, None, quiet=True) for half in two]
+    if probe is None:
+        return None
     return change(*(outputs(session, probe, half.stats) for half in done))
 
 

@@ -182,6 +182,7 @@ class _Work:
 
     def _change(self, plan: Plan, outcome: Outcome) -> judging.Change:
         session, scouted = self.session, plan.scouted
+        probe: Chunk | None = None
         thorough = self.options.when == "needed" or self.options.dry_run
         found = judging.Change(None)
         if scouted is not None:
@@ -195,8 +196,8 @@ class _Work:
             else:
                 after = judging.outputs(session, probe, outcome.stats)
             found = judging.Change(judging.change(before, after), None, probe.samples)
-            if thorough and plan.chunks and self.ranks.world == 1:
-                found = dataclasses.replace(found, null=judging.null(session, plan.chunks, probe))
+        if thorough and plan.method == "staged":
+            found = dataclasses.replace(found, null=judging.null(session, plan.chunks, probe))
         if self.ranks.world == 1:
             return found
         return next((c for c in self.ranks.all_of(found) if c.value is not None), found)

@@ -36,6 +36,10 @@ class FailedError(StuckError):
         self.chunk, self.told = chunk, told
 
 
+class ElsewhereError(StuckError):
+    """It was not on this rank that chunks waited for one another, or failed."""
+
+
 class Run:
     """One run of all chunks over all norms.
 
@@ -114,7 +118,7 @@ class Run:
         if _FULL in states:  # the same on all ranks, whatever else is wrong on some
             raise self._error if isinstance(self._error, MemoryFullError) else MemoryFullError("another rank")
         if _STUCK in states:
-            raise self._error or StuckError("another rank")
+            raise self._error or ElsewhereError("another rank")
         parked = [tuple(s[1:]) for s in said if s[0] == _PARKED]
         if not parked:
             return None
