@@ -198,7 +198,7 @@ def _converged(
 ) -> Outcome:
     """Runs until norms with several call sites no longer move; one run where there are none."""
     order = {place: i for i, place in enumerate(scouted.route)} if scouted else {}
-    stop = scouted is not None and scouted.tail > TAIL
+    stop = scouted is not None and scouted.tail > TAIL and not scouted.reads
     ledger = Ledger(session.norms, session.options.unbiased)
     damping, best, rounds, last = 1.0, ledger, 0, Residual(float("inf"), float("inf"))
     while True:

@@ -32,6 +32,16 @@ _NAMES: Mapping[Any, tuple[str, ...]] = {
 }
 """Functions that normalise with running statistics, and the names of their arguments by position."""
 
+_READS = frozenset(
+    {
+        Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__bool__, Tensor.__int__, Tensor.__float__,
+        Tensor.__index__, Tensor.__contains__, Tensor.is_nonzero, Tensor.equal, Tensor.allclose, Tensor.nonzero,
+        Tensor.masked_select, Tensor.unique, Tensor.unique_consecutive, torch.is_nonzero, torch.equal, torch.allclose,
+        torch.nonzero, torch.masked_select, torch.unique, torch.unique_consecutive,
+    }
+)  # fmt: skip
+"""Functions by which values, or how many there are, get to Python: what comes behind may depend on the data."""
+
 Stats = tuple[Tensor, Tensor]
 
 
@@ -52,13 +62,14 @@ class Listener(TorchFunctionMode):
 
     A norm that works on the batch's own statistics in evaluation mode as well is let through, but never writes
     its running ones; ``mixing`` is set then. Statistics that are no buffers of the model are counted in ``norms.odd``.
+    ``reads`` is set where the code looks at values, so that the way it takes may depend on them.
     ``watch`` is told what every other operation returns.
     """
 
     def __init__(self, norms: Norms, ask: Normaliser, watch: Callable[[Any], None] | None = None) -> None:
         super().__init__()
         self.norms, self.ask, self.watch = norms, ask, watch
-        self.mixing = False
+        self.mixing = self.reads = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -69,6 +80,7 @@ class Listener(TorchFunctionMode):
         except TypeError:  # an unhashable callable
             names = None
         if names is None:
+            self.reads = self.reads or func in _READS or (func is Tensor.__getitem__ and _is_mask(args[1]))
             result = func(*args, **(kwargs or {}))
             if self.watch is not None:
                 self.watch(result)
@@ -94,3 +106,8 @@ class Listener(TorchFunctionMode):
             return func(**given)
         positional = [given.pop(n) for n in names[: len(args)]]
         return func(*positional, **given)
+
+
+def _is_mask(index: Any) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(p, Tensor) and p.dtype == torch.bool for p in parts)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +31,8 @@ class Scouted:
 
     ``parked``, ``forward`` and ``largest`` are bytes a sample: alive at the worst norm, at a forward's peak, and of the
     largest input of a norm. ``tail`` is the share of the time that comes after the last norm. ``inseparable`` says
-    why samples can't be put together and cut apart at will; empty if they can. ``reached`` holds the norm modules
-    that were called at all, ``outputs`` are those of ``chunk``.
+    why samples can't be put together and cut apart at will; empty if they can. ``reads`` says that the way through the
+    model may depend on values, ``reached`` how often each norm module was called; ``outputs`` are those of ``chunk``.
     """
 
     chunk: Chunk
@@ -43,7 +43,8 @@ class Scouted:
     tail: float = 0.0
     inseparable: str = ""
     mixing: bool = False
-    reached: set[int] = field(default_factory=set)
+    reads: bool = False
+    reached: Counter[int] = field(default_factory=Counter)
     outputs: Any = None
 
 
@@ -57,6 +58,8 @@ class _Trip:
     peak: int
     largest: int
     mixing: bool
+    reads: bool
+    heard: Mapping[int, int]
 
 
 def scout(chunk: Chunk, replicate: Callable[[], nn.Module], norms: Norms) -> Scouted:
@@ -71,7 +74,11 @@ def scout(chunk: Chunk, replicate: Callable[[], nn.Module], norms: Norms) -> Sco
         found.inseparable = "the inputs have no common axis of samples"
     elif trip.mixing:
         found.inseparable = "a norm uses the batch's own statistics in evaluation mode"
+    for norm in norms:
+        if 0 < trip.heard.get(norm.key, 0) < found.reached[id(norm.mean)] and not norm.why:
+            norm.why = "is also called where bnfix can't see it (a thread of the model's own, torch functions disabled)"
     found.route, found.mixing, found.outputs = tuple(trip.sums), trip.mixing, trip.outputs
+    found.reads = trip.reads
     found.parked, found.forward = trip.parked / chunk.samples, trip.peak / chunk.samples
     found.largest = trip.largest / chunk.samples
     found.tail = 1 - trip.last / trip.seconds if trip.seconds > 0 else 0.0
@@ -88,13 +95,13 @@ def mixed(chunk: Chunk, replicate: Callable[[], nn.Module], norms: Norms) -> str
             "the inputs have no common axis of samples" if not splittable(chunk) else "a single sample is all there is"
         )
     try:
-        parts = [_trip(part, replicate(), norms, set()) for part in halves(chunk, 1)]
+        parts = [_trip(part, replicate(), norms, Counter()) for part in halves(chunk, 1)]
     except CalibrationError:
         return "the model does not take one sample alone"
-    return _difference(_trip(chunk, replicate(), norms, set()), parts, norms)
+    return _difference(_trip(chunk, replicate(), norms, Counter()), parts, norms)
 
 
-def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: set[int], *, measured: bool = False) -> _Trip:
+def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int], *, measured: bool = False) -> _Trip:
     sums: dict[Place, SampleSums] = {}
     calls: dict[int, int] = defaultdict(int)
     parked, largest, last = 0, 0, 0.0
@@ -111,7 +118,7 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: set[int], *, 
         last = time.perf_counter()
 
     handles = [
-        m.register_forward_pre_hook(lambda module, _args: reached.add(id(_origin(module))))
+        m.register_forward_pre_hook(lambda module, _args: reached.update([id(_origin(module))]))
         for m in _norm_modules(replica)
     ]
     start = last = time.perf_counter()
@@ -134,7 +141,9 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: set[int], *, 
     given = sum(t.numel() * t.element_size() for t in chunk.call.tensors())
     end = time.perf_counter()
     peak = (held.peak if held else 0) + given
-    return _Trip(sums, outputs, end - start, last - start, parked + given, peak, largest, listener.mixing)
+    return _Trip(
+        sums, outputs, end - start, last - start, parked + given, peak, largest, listener.mixing, listener.reads, calls
+    )
 
 
 def _norm_modules(replica: nn.Module) -> list[nn.Module]:
