@@ -363,3 +363,13 @@ def test_neither_help_nor_usage_errors_import_torch_and_the_work_imports_no_comp
     lines = done.stderr.splitlines()
     assert "[0, 2, 2] False" in lines
     assert lines[-1] == "0 False"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_and_written_for_anywhere(shop: Path) -> None:
+    assert run([*SPOILT, "--data", "x.npy", "-o", "cpu.pt"]) == 0
+    assert run([*SPOILT, "--data", "x.npy", "--device", "cuda", "-o", "gpu.pt"]) == 0
+    state = torch.load("gpu.pt", map_location=None)
+    assert {t.device.type for t in state.values()} == {"cpu"}
+    # convolutions of the GPU may round to TF32's 2⁻¹¹
+    torch.testing.assert_close(state, torch.load("cpu.pt"), rtol=5e-3, atol=5e-3)

@@ -101,14 +101,14 @@ def recalibrate(
         "dry_run": dry_run,
     }
     keep_freed_memory()
-    with team(cuda=device.startswith("cuda"), traceback=traceback) as crew:
+    with team(device=device, traceback=traceback) as crew:
         with crew.together():
             _check_options(select, tol, spill_dir)
             target = _checked(asked, output, in_place=in_place, dry_run=dry_run, first=crew.first)
         with working(quiet=not crew.first) as steps:
             with crew.together():
                 _check_memory(memory_budget)
-                opened, batches, notes = _opened(asked, batch_size, device, crew, steps)
+                opened, batches, notes = _opened(asked, batch_size, crew, steps)
             from bnfix import api
 
             with users_code(str(data)), _in_options():
@@ -125,7 +125,7 @@ def recalibrate(
             with crew.together():
                 if written is not None and crew.first:
                     steps(f"writing {written}")
-                    opened.model.to("cpu")
+                    _move(opened, "cpu")
                     source = opened.loaded.info
                     notes += api.update_file(opened.model, written, source=source, trust=trust, inplace=in_place)
         would_change = dry_run and _would_change(result, when)
@@ -173,17 +173,14 @@ def _checked(asked: o.Asked, output: str | None, *, in_place: bool, dry_run: boo
     )
 
 
-def _opened(
-    asked: o.Asked, batch_size: int, device: str, crew: Team, steps: Steps
-) -> tuple[Opened, Iterable[Any], tuple[str, ...]]:
+def _opened(asked: o.Asked, batch_size: int, crew: Team, steps: Steps) -> tuple[Opened, Iterable[Any], tuple[str, ...]]:
     """The model in the modes it was saved in, this process's share of the data, and what to know of both."""
     loaded = load_model(asked, steps, modes_as_saved=True)
     from bnfix import api
     from bnfix.formats import shard
 
     opened = Opened(loaded, [], loaded.notes)
-    with users_words("--device"):
-        _to(opened, device, crew)
+    _move(opened, crew.device)
     with users_words("--forward"):
         api.read_forward(asked.forward)
     steps(f"opening {asked.data}")
@@ -199,18 +196,10 @@ def _opened(
     return opened, batches, (*notes, *([share] if share else []))
 
 
-def _to(opened: Opened, device: str, crew: Team) -> None:
-    if device == "cpu":
-        return
-    import torch
-
-    if device == "cuda" and crew.world > 1:
-        device = f"cuda:{crew.local}"
+def _move(opened: Opened, device: str) -> None:
     try:
         opened.model.to(device)
-        if device.startswith("cuda:"):
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
         raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
 
 
