@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from bnfix.calibration.norms import Norm, Norms
 
-_aten = torch.ops.aten
+_aten, functorch = torch.ops.aten, torch._C._functorch
 _LEGACY = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
 _NAMES: Mapping[Any, tuple[str, ...]] = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
@@ -70,11 +70,32 @@ class Listener(TorchFunctionMode):
         super().__init__()
         self.norms, self.ask, self.watch = norms, ask, watch
         self.mixing = self.reads = False
+        self._failed: BaseException | None = None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """What ``ask`` raised comes out, also where the model's own code swallowed it."""
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        failed, self._failed = self._failed, None
+        if failed is not None and failed is not error:
+            raise failed
+
+    def _asked(self, seen: Seen) -> Stats | None:
+        if self._failed is not None:  # swallowed: let the forward come to its end
+            return None
+        try:
+            return self.ask(seen)
+        except BaseException as error:
+            self._failed = error
+            raise
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Let everything through but batch norms."""
+        if (
+            torch.compiler.is_dynamo_compiling()
+        ):  # a body that runs compiled (torch.cond): nothing can be heard in there
+            return func(*args, **(kwargs or {}))
         try:
             names = _NAMES.get(func)
         except TypeError:  # an unhashable callable
@@ -99,13 +120,22 @@ class Listener(TorchFunctionMode):
         if norm is None:
             self.norms.odd.add(f"{tuple(given['input'].shape)}")
         elif not norm.why:
-            found = self.ask(Seen(norm, given["input"]))
+            found = self._asked(Seen(norm, physical(given["input"])))
             if found is not None:
                 given |= {"running_mean": found[0], "running_var": found[1]}
         if func is F.batch_norm:
             return func(**given)
         positional = [given.pop(n) for n in names[: len(args)]]
         return func(*positional, **given)
+
+
+def physical(x: Tensor) -> Tensor:
+    """The values that a tensor inside ``torch.func`` transforms stands for: mapped axes become part of the first."""
+    while functorch.is_functorch_wrapped_tensor(x):
+        mapped = functorch.maybe_get_bdim(x) if functorch.is_batchedtensor(x) else -1
+        inner = functorch.get_unwrapped(x)
+        x = inner if mapped < 0 else physical(inner.movedim(mapped, 0)).flatten(0, 1)
+    return x
 
 
 def _is_mask(index: Any) -> bool:

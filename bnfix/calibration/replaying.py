@@ -8,6 +8,7 @@ be told with so few samples, the whole chunk is run again: that has to agree to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,22 +59,24 @@ class Witness:
         self, session: Session, stats: dict[int, Stats], sites: Mapping[Place, Moments], turn: Turn, *, cut: bool
     ) -> tuple[int, str]:
         """Whether the chunk ran as if alone, and if not, what is wrong; ``cut``: it is not a batch of the loader's."""
+        few, near = self.chunk, math.inf
         if splittable(self.chunk) and self.chunk.samples > FEW and not session.coarse:
             # From the middle: there a sample has others before it and behind it that it could be mixed with.
             start = (self.chunk.samples - FEW) // 2
             few = part(self.chunk, start, FEW)
             alone = self._replay(session, few, stats, turn)
-            self.distance = _near(alone, self.sums, sites, start, FEW)
-            if self.distance <= NEAR:
+            self.distance = near = _near(alone, self.sums, sites, start, FEW)
+            if near <= NEAR:
                 return CLEAN, ""
         alone = self._replay(session, self.chunk, stats, turn)
         self.distance = _exact(alone, self.sums, sites)
         if not self.distance <= APART:
             far = f"a chunk alone differs by {self.distance:.2g} σ"
             return LEAKS, f"the forward keeps values where chunks that run in turns overwrite them ({far})"
-        if cut and splittable(self.chunk) and not session.coarse:
+        if cut and self.chunk.samples > 1 and splittable(self.chunk) and not session.coarse:
+            why = "samples are mixed within a batch" if math.isfinite(near) else ""
             with session.using(stats):
-                why = mixed(self.chunk, session.replicate, session.norms)
+                why = why or mixed(few, session.replicate, session.norms)
             if why:
                 return MIXED, why
         return CLEAN, ""

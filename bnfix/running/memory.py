@@ -145,6 +145,8 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
     the thread that entered it. Meant for one small forward.
     """
 
+    supports_higher_order_operators = True  # torch.cond and the like: their bodies come by as well
+
     def __init__(self, excluded: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
