@@ -135,8 +135,10 @@ class ThreadStrand(Strand):
         """End the forward where it is parked; a stuck thread is left behind as a daemon (it can't write anything)."""
         self._leaving = True
         if self._thread is not None and not self.done:
+            mine = Turn.now(self._device)
             self._go.release()
             self._back.acquire(timeout=PATIENCE)
+            mine.put(self._device)  # what the forward leaves on its way out is not for the process
         self.x, self.sums, self.mask, self.place = None, None, None, None
 
     def _wait(self) -> None:
