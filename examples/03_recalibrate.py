@@ -1,8 +1,9 @@
 """Set running statistics anew after the weights have changed, and see how good the new ones are.
 
-The same from the command line is ``03_recalibrate.sh``. Weights that were averaged, pruned or edited are another network
-than the one whose batches the statistics are of. ``bnfix.recalibrate`` changes the model in place, all or nothing:
-afterwards each norm's mean and variance are those of what it sees when the model runs in evaluation mode on the data.
+The same from the command line is ``03_recalibrate.sh``. Weights that were averaged, pruned or edited are another
+network than the one whose batches the statistics are of. ``bnfix.recalibrate`` changes the model in place, all or
+nothing: afterwards each norm's mean and variance are those of what it sees when the model runs in evaluation mode on
+the data.
 """
 
 from __future__ import annotations
