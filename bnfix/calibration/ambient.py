@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import random
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +22,8 @@ class Ambient:
     """The surroundings of the caller: entered again in each thread that works for it.
 
     Carried: the device context and default device, autocast, the user's function and dispatch modes, context
-    variables, the current CUDA device and stream. Gradients are off. The default dtype, backend flags and random
-    generators belong to the process (see :class:`Turn`).
+    variables, the current CUDA device and stream. Gradients are off. The default dtype, backend flags, random
+    generators, filters of warnings and the standard streams belong to the process (see :class:`Turn`).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -64,7 +66,7 @@ class Ambient:
 
 @dataclass
 class Turn:
-    """Backend flags and random generators of the process, as one thread left them: swapped in for its next turn."""
+    """Flags and random generators of the process, as one thread left them: swapped in for its next turn."""
 
     flags: tuple[Any, ...]
     rng: torch.Tensor
@@ -96,27 +98,59 @@ class Turn:
         torch.set_rng_state(self.rng)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, device)
-        if self.flags != (flags_now if flags_now is not None else _flags()):
-            _set_flags(self.flags)
+        now = flags_now if flags_now is not None else _flags()
+        if any(a is not b and (a != b or isinstance(a, list)) for a, b in zip(self.flags, now, strict=True)):
+            _set_flags(self.flags, now)
+
+
+# The getters and setters behind torch.backends: a tenth of the time, and they are asked at each norm of each chunk.
+_SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], None]], ...] = tuple(
+    (getattr(torch._C, getter), getattr(torch._C, setter))
+    for getter, setter in (
+        ("_get_mkldnn_enabled", "_set_mkldnn_enabled"),
+        ("_get_mkldnn_deterministic", "_set_mkldnn_deterministic"),
+        ("_get_nnpack_enabled", "_set_nnpack_enabled"),
+        ("_get_cudnn_enabled", "_set_cudnn_enabled"),
+        ("_get_cudnn_benchmark", "_set_cudnn_benchmark"),
+        ("_get_cudnn_deterministic", "_set_cudnn_deterministic"),
+        ("_get_flash_sdp_enabled", "_set_sdp_use_flash"),
+        ("_get_mem_efficient_sdp_enabled", "_set_sdp_use_mem_efficient"),
+        ("_get_math_sdp_enabled", "_set_sdp_use_math"),
+        ("_get_cudnn_sdp_enabled", "_set_sdp_use_cudnn"),
+        ("_get_cudnn_allow_tf32", "_set_cudnn_allow_tf32"),
+        ("_get_float32_matmul_precision", "_set_float32_matmul_precision"),  # allow_tf32 of matmul is the same switch
+    )
+    if hasattr(torch._C, getter) and hasattr(torch._C, setter)
+)
 
 
 def _flags() -> tuple[Any, ...]:
-    # The getters behind torch.backends: a tenth of the time, and this is asked at each norm of each chunk.
-    c = torch._C
     return (
-        c._get_mkldnn_enabled(),
-        c._get_cudnn_enabled(),
-        c._get_cudnn_benchmark(),
-        c._get_cudnn_deterministic(),
-        c._get_cudnn_allow_tf32(),
-        c._get_cublas_allow_tf32(),
+        torch._C._get_deterministic_algorithms(),
+        torch._C._get_deterministic_algorithms_warn_only(),
         torch.get_default_dtype(),
+        warnings.filters,
+        sys.stdout,
+        sys.stderr,
+        *[_known(getter) for getter, _ in _SWITCHES],
     )
 
 
-def _set_flags(flags: tuple[Any, ...]) -> None:
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    torch.backends.mkldnn.enabled = flags[0]
-    cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = flags[1:5]
-    matmul.allow_tf32 = flags[5]
-    torch.set_default_dtype(flags[6])
+def _known(getter: Callable[[], Any]) -> Any:
+    try:
+        return getter()
+    except RuntimeError:  # set through fp32_precision, which the older interface can't express
+        return None
+
+
+def _set_flags(flags: tuple[Any, ...], now: tuple[Any, ...]) -> None:
+    deterministic, warn_only, dtype, filters, stdout, stderr, *switches = flags
+    torch._C._set_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.set_default_dtype(dtype)
+    sys.stdout, sys.stderr = stdout, stderr
+    if warnings.filters is not filters:
+        warnings.filters = filters
+        getattr(warnings, "_filters_mutated", getattr(warnings, "_filters_mutated_lock_held", int))()
+    for (_, setter), value, current in zip(_SWITCHES, switches, now[-len(_SWITCHES) :], strict=True):
+        if value is not None and value != current:
+            setter(value)

@@ -90,9 +90,21 @@ class Run:
                 said = self._attempt(lambda here=here, place=place: self._contribution(here, place))  # type: ignore[misc]
                 merged = self.ranks.merged(said or Moments.empty(norm.channels, norm.mean.device))
                 self._settle(norm, place, merged, here)
+        except (StuckError, MemoryFullError):
+            self._leave(gently=True)  # there will be another attempt: it must not find locks taken
+            raise
         finally:
-            for strand in self.strands:
-                strand.leave()
+            self._leave()
+
+    def _leave(self, *, gently: bool = False) -> None:
+        staying = list(self.strands)
+        try:
+            while staying:
+                staying[0].leave(gently=gently)
+                del staying[0]
+        finally:
+            for strand in staying:  # interrupted once more
+                strand.dismiss()
 
     def _attempt(self, work: Callable[[], T]) -> T | None:
         """``work()``; that it can't be done in this way is kept for :meth:`_next`, where all ranks hear of it."""

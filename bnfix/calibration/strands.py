@@ -6,6 +6,7 @@ operation runs once. A :class:`RerunStrand` keeps nothing: it runs the plain mod
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import defaultdict
@@ -28,6 +29,8 @@ Place = tuple[int, int]
 """A norm's key, and the how-manieth of its calls in this forward."""
 PATIENCE = 5.0
 """Seconds without any work done after which a chunk that neither parks nor ends is stuck."""
+MORE_PATIENCE = 30.0
+"""The same where its thread does nothing but other threads of the process work."""
 
 
 class Unwind(BaseException):
@@ -58,9 +61,12 @@ class Strand:
         """Go on with these statistics, to the next norm or the end; None at the start."""
         raise NotImplementedError
 
-    def leave(self) -> None:
-        """Nothing more is needed of this chunk: end its forward here."""
+    def leave(self, *, gently: bool = False) -> None:
+        """Nothing more is needed of this chunk: end its forward here, or ``gently`` at its end."""
         raise NotImplementedError
+
+    def dismiss(self) -> None:
+        """The same, without waiting."""
 
     def _arrive(self, seen: Seen, calls: dict[int, int]) -> Place:
         """Take what this chunk has to say about the norm's input."""
@@ -87,6 +93,11 @@ def _closed_gate() -> threading.Lock:
     return gate
 
 
+def _open(gate: threading.Lock) -> None:
+    with contextlib.suppress(RuntimeError):  # open already: an interrupt came between
+        gate.release()
+
+
 class ThreadStrand(Strand):
     """A forward in a thread of its own; only one thread of all runs at a time."""
 
@@ -107,7 +118,8 @@ class ThreadStrand(Strand):
         self._device = norms_device(norms)
         self._go, self._back = _closed_gate(), _closed_gate()
         self._stats: Stats | None = None
-        self._leaving = False
+        self._leaving = self._gently = False
+        self._timer: int | None = None
         self._calls: dict[int, int] = defaultdict(int)
         self._thread: threading.Thread | None = None
         self._spilled = spilled
@@ -122,36 +134,59 @@ class ThreadStrand(Strand):
             self._thread = threading.Thread(target=self._ambient.run, args=(self._work,), daemon=True, name="bnfix")
             self._thread.start()
         self._stats, self.place, self.x, self.sums, self.mask = stats, None, None, None, None
+        self._run_on()
+
+    def _run_on(self) -> None:
+        """Let the thread go on, in its own surroundings, until it parks or ends."""
         mine = Turn.now(self._device)
         self._turn.put(self._device, mine.flags)
         try:
-            self._go.release()
+            _open(self._go)
             self._wait()
         finally:
             self._turn = Turn.now(self._device)
             mine.put(self._device, self._turn.flags)
 
-    def leave(self) -> None:
-        """End the forward where it is parked; a stuck thread is left behind as a daemon (it can't write anything)."""
-        self._leaving = True
+    def leave(self, *, gently: bool = False) -> None:
+        """End the forward where it is parked; a stuck thread is left behind as a daemon (it can't write anything).
+
+        ``gently``: it runs on to its end, so that it puts back and gives free what it took.
+        """
+        self._leaving, self._gently = True, gently
         if self._thread is not None and not self.done:
-            mine = Turn.now(self._device)
-            self._go.release()
-            self._back.acquire(timeout=PATIENCE)
-            mine.put(self._device)  # what the forward leaves on its way out is not for the process
+            with contextlib.suppress(StuckError):
+                self._run_on()
         self.x, self.sums, self.mask, self.place = None, None, None, None
 
+    def dismiss(self) -> None:
+        """End it without waiting for it."""
+        self._leaving, self._gently = True, False
+        _open(self._go)
+
     def _wait(self) -> None:
-        window = PATIENCE
-        cpu, started = time.process_time(), time.monotonic()
+        own, process, since = self._clock(), time.process_time(), time.monotonic()
         while not self._back.acquire(timeout=0.25):
-            now, clock = time.process_time(), time.monotonic()
-            if now - cpu > 0.02 * (clock - started):  # somebody works
-                cpu, started = now, clock
-            elif clock - started > window:
+            now, waited = self._clock(), time.monotonic() - since
+            if now - own > 0.02 * waited:  # it works
+                own, process, since = now, time.process_time(), time.monotonic()
+                continue
+            # Others may work for it, or for something else altogether.
+            idle = time.process_time() - process <= 0.02 * waited
+            if waited > (PATIENCE if idle else MORE_PATIENCE):
                 raise StuckError(f"{self.chunk.where} waits for something that never comes")
 
+    def _clock(self) -> float:
+        """CPU time of the thread, or of the process where that can't be told."""
+        if self._timer is None:
+            return time.process_time()
+        try:
+            return time.clock_gettime(self._timer)
+        except OSError:  # it has just ended
+            return 0.0
+
     def _work(self) -> None:
+        if hasattr(time, "pthread_getcpuclockid"):
+            self._timer = time.pthread_getcpuclockid(threading.get_ident())
         self._go.acquire()
         try:
             if not self._leaving:
@@ -168,7 +203,7 @@ class ThreadStrand(Strand):
 
     def _ask(self, seen: Seen) -> Stats | None:
         if self._leaving:
-            raise Unwind
+            return self._unwound()
         place = self._arrive(seen, self._calls)
         self.place = place
         self.route.append(place)
@@ -177,9 +212,12 @@ class ThreadStrand(Strand):
             self._spilled.park()
         self._back.release()
         self._go.acquire()
-        if self._leaving:
+        return self._unwound() if self._leaving else self._stats
+
+    def _unwound(self) -> Stats | None:
+        if not self._gently:
             raise Unwind
-        return self._stats
+        return None
 
 
 class RerunStrand(Strand):
@@ -232,7 +270,7 @@ class RerunStrand(Strand):
         else:
             self.route.append(self.place)
 
-    def leave(self) -> None:
+    def leave(self, *, gently: bool = False) -> None:
         """Nothing is parked."""
         self.x, self.sums = None, None
 
