@@ -20,6 +20,8 @@ it saves."""
 LARGEST = 8 << 20
 """Bytes of the largest activation of a chunk: memory of larger ones goes back to the system with each use (glibc), and
 fresh pages cost more time than the rest of a norm."""
+PROBED = 2
+"""Samples that are looked at first, and that are run again in the end."""
 MOST = 96
 """Chunks, that is threads, before they grow beyond all that."""
 
@@ -143,6 +145,20 @@ def part(chunk: Chunk, start: int, count: int) -> Chunk:
     """``count`` samples from ``start`` on; views."""
     rest = halves(chunk, start)[1] if start else chunk
     return first_samples(rest, count)
+
+
+def centred(chunks: list[Chunk], count: int) -> list[Chunk]:
+    """The same samples, the first ``count`` of them in the middle of the second chunk.
+
+    They are looked at first and run again in the end: there, with others before and behind them.
+    """
+    first = chunks[0]
+    if len(chunks) < 3 or first.samples < 2 * count + 2 or not splittable(first):
+        return chunks
+    before = (first.samples - count) // 2
+    behind = first.samples - count - before
+    moved = joined([part(first, count, before), part(first, 0, count), part(first, count + before, behind)])
+    return chunks if moved is None else [chunks[1], moved, *chunks[2:]]
 
 
 def joined(taken: Sequence[Chunk]) -> Chunk | None:

@@ -7,7 +7,19 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bnfix.calibration.chunks import LARGEST, LEAST, MOST, TARGET, Chunk, first_samples, joined, pieces, splittable
+from bnfix.calibration.chunks import (
+    LARGEST,
+    LEAST,
+    MOST,
+    PROBED,
+    TARGET,
+    Chunk,
+    centred,
+    first_samples,
+    joined,
+    pieces,
+    splittable,
+)
 from bnfix.calibration.reading import Reader, length
 from bnfix.calibration.scouting import Scouted, mixed, scout
 from bnfix.calibration.session import Session
@@ -15,8 +27,6 @@ from bnfix.calibration.streaming import rejoined
 from bnfix.errors import CalibrationError
 from bnfix.running import free_bytes
 
-PROBED = 2
-"""Samples that are looked at first."""
 PLAIN_BATCHES = 256
 """Chunks (threads) at most where batches can't be joined."""
 SMALL = 32
@@ -67,10 +77,12 @@ def make_plan(session: Session) -> Plan:
     mine = _Found()
     if scouted is not None and options.method in ("auto", "staged"):
         held, mine = _read(session, reader, scouted, held)
-    said = ranks.all_of((len(held), mine, scouted is not None))
-    if not any(has for _, _, has in said):
+    said = ranks.all_of((mine, scouted is not None, {n.key: n.why for n in session.norms if n.why}))
+    if not any(has for _, has, _ in said):
         raise CalibrationError("the data holds no batch", hint="a generator that was used up gives nothing any more")
-    return _decided(session, reader, scouted, held, [found for _, found, has in said if has])
+    for norm in session.norms:  # what one rank found out about a norm holds for all
+        norm.why = norm.why or next((whys[norm.key] for _, _, whys in said if norm.key in whys), "")
+    return _decided(session, reader, scouted, held, [found for found, has, _ in said if has])
 
 
 def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chunk]]:
@@ -154,6 +166,7 @@ def _decided(
         count = sum(c.samples for c in held)
         kept = f"; its batches are kept as they are ({apart})" if apart else ""
         share = f"all {count:,} samples" if fits else f"{count:,} of {said[0].total} samples"
+        share += " of this rank" * (session.ranks.world > 1)
         room = "in files" if session.options.spill_dir is not None else f"in memory ({budget})"
         why = f"{share} fit {room} together{kept}; one pass over the loader"
         why = f"{asked}: {why}" if asked else why
@@ -190,7 +203,7 @@ def _chunks(session: Session, held: list[Chunk], scouted: Scouted | None, apart:
     room = session.options.memory_budget or free_bytes(session.device) // 4
     target = min(TARGET, int(LARGEST / max(scouted.largest, 1.0)), int(room / 4 / max(scouted.forward, 1.0)))
     target = max(target, LEAST, -(-total // MOST))
-    return pieces(held, target)
+    return centred(pieces(held, target), PROBED)
 
 
 def _gigabytes(count: int) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bnfix.calibration.ambient import Turn
-from bnfix.calibration.chunks import Chunk, part, splittable
+from bnfix.calibration.chunks import PROBED, Chunk, part, splittable
 from bnfix.calibration.ledger import Place
 from bnfix.calibration.listening import Stats
 from bnfix.calibration.plain import listen
@@ -26,10 +26,9 @@ from bnfix.errors import CalibrationError
 from bnfix.stats import Moments, SampleSums
 
 CLEAN, MIXED, LEAKS = range(3)
-FEW = 2
-"""Samples that are run again first."""
-NEAR = 1e-4
-"""Distance of a sample alone and among others, in standard deviations: kernels give some 1e-6, leaks 1e-1."""
+NEAR = 5e-4
+"""Distance of a sample alone and among others, in standard deviations. Kernels that depend on the batch size give up to
+1e-4 in the depth of untrained networks (which amplify any rounding), leaks and layers that mix a batch 1e-1."""
 APART = 1e-5
 """The same for a whole chunk, which runs through the same kernels: clean models give 0."""
 
@@ -60,12 +59,12 @@ class Witness:
     ) -> tuple[int, str]:
         """Whether the chunk ran as if alone, and if not, what is wrong; ``cut``: it is not a batch of the loader's."""
         few, near = self.chunk, math.inf
-        if splittable(self.chunk) and self.chunk.samples > FEW and not session.coarse:
+        if splittable(self.chunk) and self.chunk.samples > PROBED and not session.coarse:
             # From the middle: there a sample has others before it and behind it that it could be mixed with.
-            start = (self.chunk.samples - FEW) // 2
-            few = part(self.chunk, start, FEW)
+            start = (self.chunk.samples - PROBED) // 2
+            few = part(self.chunk, start, PROBED)
             alone = self._replay(session, few, stats, turn)
-            self.distance = near = _near(alone, self.sums, sites, start, FEW)
+            self.distance = near = _near(alone, self.sums, sites, start, PROBED)
             if near <= NEAR:
                 return CLEAN, ""
         alone = self._replay(session, self.chunk, stats, turn)
@@ -148,5 +147,5 @@ def _distance(a: SampleSums, b: SampleSums, site: Moments) -> float:
     square = site.mean**2 + site.variance(unbiased=False)
     scale = (site.variance(unbiased=False) + 1e-4 * square).clamp(min=1e-30)
     mean = ((means[0] - means[1]).abs() / scale.sqrt()).max().item()
-    power = ((squares[0] - squares[1]).abs() / (scale + square)).max().item()
+    power = ((squares[0] - squares[1]).abs() / (scale + torch.maximum(square, squares[0]))).max().item()
     return max(mean, power) if mean == mean and power == power else float("inf")
