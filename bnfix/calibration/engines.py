@@ -19,7 +19,7 @@ from bnfix.calibration.replaying import CLEAN, LEAKS, MIXED, Witness, witnesses
 from bnfix.calibration.scouting import Scouted
 from bnfix.calibration.session import Session
 from bnfix.calibration.spill import Spiller
-from bnfix.calibration.staged import ElsewhereError, FailedError, Run
+from bnfix.calibration.staged import ElsewhereError, FailedError, MemoryFullError, Run, memory
 from bnfix.calibration.strands import RerunStrand, Strand, StuckError, ThreadStrand
 from bnfix.errors import BnfixError, CalibrationError
 from bnfix.stats import Moments
@@ -68,13 +68,15 @@ def staged(
         MemoryFullError: the chunks don't fit into memory together.
     """
     kept = batches or chunks
-    found, verdict, why = _tried(session, chunks, scouted, quiet, cut=chunks is not kept)
+    cut = any(said[0] for said in session.ranks.numbers([int(chunks is not kept)]))
+    notes: list[str] = [] if quiet else session.notes
+    found, verdict, why = _tried(session, chunks, scouted, quiet, cut=cut)
     if verdict == MIXED:
-        session.notes.append(f"{why}: the loader's batches were kept as they are")
+        notes.append(f"{why}: the loader's batches were kept as they are")
         found, verdict, why = _tried(session, kept, scouted, quiet, cut=False)
     if verdict == CLEAN and found is not None:
         return found
-    session.notes.append(f"{why}: the norms were done one by one, in plain passes over the data")
+    notes.append(f"{why}: the norms were done one by one, in plain passes over the data")
     return _plain_passes(session, kept, scouted, quiet)
 
 
@@ -88,6 +90,10 @@ def _tried(
     """
     try:
         return _proven(session, chunks, scouted, quiet, cut)
+    except MemoryFullError as full:
+        if not cut:
+            raise
+        return None, MIXED, f"no memory for larger batches than the loader's ({full})"
     except StuckError as stuck:
         verdict, why = LEAKS, "a chunk waited for another one (a lock held across a norm)"
         if isinstance(stuck, ElsewhereError):
@@ -121,7 +127,8 @@ def _proven(
     for number, witness in watched:
         session.say("replaying a part of one chunk alone")
         seeded = Turn.seeded(turn, number, session.device)
-        verdict, why = witness.judge(session, found.stats, found.sites, seeded, cut=cut)
+        with memory():
+            verdict, why = witness.judge(session, found.stats, found.sites, seeded, cut=cut)
         turn.put(session.device)
         found.replay = max(witness.distance or 0.0, found.replay or 0.0)
         found.replayed, found.outputs = witness.replayed, witness.outputs

@@ -65,7 +65,7 @@ def recalibrate(
     if report.changed:
         ranks.agree()
         with ranks.or_undone(lambda: handle.undo() if handle.done else None):
-            handle = commit(list(norms), stats, batches)
+            handle = commit(norms, stats, batches)
     return dataclasses.replace(report, handle=handle, seconds={"total": time.process_time() - began, **session.seconds})
 
 
@@ -85,7 +85,7 @@ class _Work:
         chunks, reader, scouted = plan.chunks, plan.reader, plan.scouted
         before = residual = fresh = None
         with self._timed("certifying"):
-            if options.certify == "full" and chunks:
+            if options.certify == "full" and plan.method == "staged":
                 before, residual = self._residual(chunks, {}, outcome), self._residual(chunks, outcome.stats, outcome)
             if options.certify == "full":
                 fresh = self._fresh(chunks, outcome)
@@ -147,7 +147,9 @@ class _Work:
                 why = "out of memory with all chunks at once: one pass over the same samples, batch by batch"
                 session.notes.append(why)
                 session.say(f"method population: {why}")
-                plan = dataclasses.replace(plan, method="population", why=why, stream=iter(plan.chunks), chunks=())
+                plan = dataclasses.replace(
+                    plan, method="population", why=why, stream=iter(plan.batches or plan.chunks), chunks=()
+                )
         if length(session.data) is None and self.options.max_samples is None and self.options.tol is None:
             session.options = self.options = dataclasses.replace(self.options, tol=TOL)
             session.notes.append(

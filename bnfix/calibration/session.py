@@ -15,6 +15,7 @@ from bnfix.calibration.listening import Stats
 from bnfix.calibration.norms import Norms
 from bnfix.calibration.ranks import Ranks
 from bnfix.calibration.reading import Mask
+from bnfix.calibration.transaction import put
 from bnfix.graph import Replicator
 from bnfix.running.call import Forward
 
@@ -63,13 +64,12 @@ class Session:
         """The model with these statistics in its buffers; inside only."""
         written = [(norm, stats[norm.key]) for norm in self.norms if norm.key in stats]
         kept = [(n.mean.detach().clone(), n.var.detach().clone()) for n, _ in written]
-        with torch.no_grad():
-            try:
-                for norm, (mean, var) in written:
-                    norm.mean.copy_(mean)
-                    norm.var.copy_(var)
-                yield
-            finally:
-                for (norm, _), (mean, var) in zip(written, kept, strict=True):
-                    norm.mean.copy_(mean)
-                    norm.var.copy_(var)
+        try:
+            for norm, (mean, var) in written:
+                put(norm.mean, mean)
+                put(norm.var, var)
+            yield
+        finally:
+            for (norm, _), (mean, var) in zip(written, kept, strict=True):
+                put(norm.mean, mean)
+                put(norm.var, var)

@@ -6,7 +6,8 @@ the place with the fewest norms before it is served. A norm that other chunks re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -109,7 +110,8 @@ class Run:
     def _attempt(self, work: Callable[[], T]) -> T | None:
         """``work()``; that it can't be done in this way is kept for :meth:`_next`, where all ranks hear of it."""
         try:
-            return work()
+            with memory():
+                return work()
         except (StuckError, MemoryFullError) as error:
             if self.ranks.world == 1:
                 raise
@@ -164,10 +166,7 @@ class Run:
                 strand.leave()
                 strand.done, strand.place = True, None
                 continue
-            try:
-                strand.resume(stats)  # type: ignore[arg-type]
-            except torch.OutOfMemoryError as error:
-                raise MemoryFullError(str(error)) from error
+            strand.resume(stats)  # type: ignore[arg-type]
             if strand.error is not None:
                 raise self._failure(strand)
 
@@ -189,6 +188,17 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "start new thread" in str(error))
     )
+
+
+@contextmanager
+def memory() -> Iterator[None]:
+    """Whatever says inside that there is no memory left becomes a :class:`MemoryFullError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryFullError) or not out_of_memory(error):
+            raise
+        raise MemoryFullError(one_line(error)) from error
 
 
 def not_finite(strand: Strand) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnfix.calibration.listening import Stats
-from bnfix.calibration.norms import Norm
+from bnfix.calibration.norms import Norms
 from bnfix.errors import CalibrationError
+from bnfix.graph import find_owners
 
 
 @dataclass
@@ -19,6 +21,7 @@ class Handle:
 
     done: bool = False
     _entries: list[tuple[str, Tensor, Tensor, Tensor]] = field(default_factory=list)
+    _model: Callable[[], nn.Module | None] = lambda: None
 
     def undo(self) -> None:
         """Write back what stood there.
@@ -28,6 +31,15 @@ class Handle:
         """
         if not self.done:
             raise CalibrationError("nothing of this recalibration is in the model, so there is nothing to undo")
+        model = self._model()
+        if model is not None:  # else it was but a wrapper: whoever has its layers has these tensors
+            held = find_owners(model).tensors
+            gone = [name for name, tensor, _, _ in self._entries if id(tensor) not in held]
+            if gone:
+                raise CalibrationError(
+                    f"{gone[0]} is another tensor by now: undo can't reach it",
+                    hint="undo first, then convert the model or take layers out of it",
+                )
         moved = [name for name, tensor, _, now in self._entries if not _same(tensor, now)]
         if moved:
             raise CalibrationError(
@@ -38,7 +50,7 @@ class Handle:
         self.done = False
 
 
-def commit(norms: list[Norm], stats: Mapping[int, Stats], batches: int) -> Handle:
+def commit(norms: Norms, stats: Mapping[int, Stats], batches: int) -> Handle:
     """Write ``stats`` (by key) into the buffers of ``norms``: all or nothing, Ctrl-C included.
 
     ``num_batches_tracked`` stays, except that 0 becomes ``batches``: with momentum=None the next training batch would
@@ -54,7 +66,7 @@ def commit(norms: list[Norm], stats: Mapping[int, Stats], batches: int) -> Handl
         path = f"{norm.path}." if norm.path else ""
         entries += [(f"{path}{name}", tensor, tensor.detach().clone(), now) for name, tensor, now in pairs]
     _write([(tensor, now, before) for _, tensor, before, now in entries])
-    return Handle(True, entries)
+    return Handle(True, entries, weakref.ref(norms.model))
 
 
 def _write(changes: list[tuple[Tensor, Tensor, Tensor]]) -> None:
@@ -63,14 +75,15 @@ def _write(changes: list[tuple[Tensor, Tensor, Tensor]]) -> None:
     try:
         for tensor, value, _ in changes:
             written += 1
-            _put(tensor, value)
+            put(tensor, value)
     except BaseException:
         for tensor, _, before in changes[:written]:
-            _put(tensor, before)
+            put(tensor, before)
         raise
 
 
-def _put(tensor: Tensor, value: Tensor) -> None:
+def put(tensor: Tensor, value: Tensor) -> None:
+    """Write ``value`` into a tensor, also into one that was made in inference mode."""
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         tensor.copy_(value)
 

@@ -18,7 +18,7 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
 
     Kept: the training flag of each module by itself, the values and identities of buffers, entries of
     each module's ``__dict__`` (an attribute written in forward goes again), the RNG states of torch, every
-    CUDA device in use, NumPy where it is loaded, and ``random``; the grad mode and the backend flags.
+    CUDA device in use, NumPy where it is loaded, and ``random``; grad mode, default dtype and backend flags.
     Parameters are not copied: nothing that bnfix runs inside writes to them.
     """
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # theirs can't be swapped
@@ -28,6 +28,7 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
     values = [(b, b.detach().clone()) for b in buffers]
     rng = _rng_state()
     backends = (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, torch.is_grad_enabled())
+    dtype = torch.get_default_dtype()
     try:
         yield model
     finally:
@@ -43,13 +44,14 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
                 if _changed(table, kept):
                     table.clear()
                     table.update(kept)  # type: ignore[arg-type]
-        with torch.no_grad():
-            for buffer, value in values:
-                if not torch.equal(buffer, value):  # NaN compares unequal and is written again: the same bits
+        for buffer, value in values:
+            if not torch.equal(buffer, value):  # NaN compares unequal and is written again: the same bits
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                     buffer.copy_(value)
         _set_rng_state(rng)
         torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled = backends[:2]
         torch.set_grad_enabled(backends[2])
+        torch.set_default_dtype(dtype)
 
 
 def _changed(table: dict[str, Any], kept: dict[str, Any]) -> bool:
