@@ -208,12 +208,14 @@ def test_demo_and_every_command_that_it_shows(tmp_path: Path, capsys: Output, mo
     assert run(["demo"]) == 0
     out = capsys.readouterr().out
     accuracy = [float(a) for a in re.findall(r"accuracy (\d+\.\d+) %", out)]
-    assert len(accuracy) == 4
-    assert len(set(accuracy)) == 1
+    assert len(accuracy) == 5
+    assert len(set(accuracy[:4])) == 1
+    assert accuracy[4] < 50  # pale images, as trained
+    assert float(re.findall(r"(\d+\.\d+) % recalibrated", out)[0]) > 95
     assert accuracy[0] > 95  # a wrong fold or an untrained network is near 10
     assert "folded 4 of 5 norms, kept 1" in out
     shown = [shlex.split(line[2:]) for line in out.splitlines() if line.startswith("$ ")]
-    assert [words[1] for words in shown] == ["info", "fold", "export", "verify"]
+    assert [words[1] for words in shown] == ["info", "fold", "export", "verify", "recalibrate"]
     for words in shown:
         assert run(words[1:]) == 0
     assert _prepare(Path("bnfix-demo")) is False  # its own folder may be used again, and is not taken away

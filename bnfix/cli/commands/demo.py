@@ -22,7 +22,7 @@ def demo(
     dir: Annotated[str, typer.Option("--dir", metavar="FOLDER", help="Where its files go.")] = "bnfix-demo",
     traceback: o.TracebackOption = False,
 ) -> int:
-    """Train a small CNN on handwritten digits, then fold, export and verify it: offline, in under a minute.
+    """Train a small CNN on handwritten digits; fold, export, verify and recalibrate it: offline, in under a minute.
 
     Each step is shown as the command that you would type; the files stay, and every command can be pasted.
     """

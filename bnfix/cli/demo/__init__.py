@@ -1,4 +1,4 @@
-"""The demo: train, fold, export, verify; every command it shows is the command that it runs."""
+"""The demo: train, fold, export, verify, recalibrate; every command it shows is the command that it runs."""
 
 from __future__ import annotations
 
@@ -90,7 +90,12 @@ def _steps(folder: str) -> int:
             "5  Verify: does the ONNX file still compute what the trained model does?",
             ["verify", path("digits.pt"), path("digits-folded.onnx"), *arch, *data],
         ),
-    )
+        (
+            "6  Another scanner gives pale images: recalibrate on some of them, no labels needed",
+            ["recalibrate", path("digits.pt"), *arch, "--data", f"{path('digits_net.py')}:pale_batches", "-o",
+             path("digits-pale.pt")],
+        ),
+    )  # fmt: skip
     for title, argv in commands:
         _say(f"{title}\n\n$ {shlex.join(['bnfix', *argv])}")
         code = run(argv)
@@ -103,11 +108,15 @@ def _steps(folder: str) -> int:
         folded: nn.Module = bnfix.load(path("digits-folded.pt"), arch=arch[1])
         after = net.predictions(folded.eval())
         deployed = _run_onnx(path("digits-folded.onnx"), net.images().numpy())
+        pale = net.pale(net.images())
+        lost = net.predictions(model, pale)
+        found = net.predictions(bnfix.load(path("digits-pale.pt"), arch=arch[1]), pale)
     changed = [sum(a != b for a, b in zip(before, other, strict=True)) for other in (after, deployed)]
     _say(f"The {len(truth)} test digits, in short:\n")
     _say(f"  as trained       accuracy {_accuracy(before, truth)}")
     _say(f"  folded           accuracy {_accuracy(after, truth)}, {changed[0]} predictions changed")
-    _say(f"  in ONNX Runtime  accuracy {_accuracy(deployed, truth)}, {changed[1]} predictions changed\n")
+    _say(f"  in ONNX Runtime  accuracy {_accuracy(deployed, truth)}, {changed[1]} predictions changed")
+    _say(f"  pale images      accuracy {_accuracy(lost, truth)} as trained, {_accuracy(found, truth)} recalibrated\n")
     _say(f"{time.monotonic() - began:.0f} s in all. The files stay in {folder}; every command above can be pasted.")
     return 0
 

@@ -63,11 +63,21 @@ def batches() -> Iterator[Tensor]:
     yield from torch.split(images(), 60)
 
 
-def predictions(model: nn.Module) -> list[int]:
-    """The digit that ``model`` sees in each test image."""
+def pale(images: Tensor) -> Tensor:
+    """What another scanner makes of the same digits: grey on grey."""
+    return 0.3 * images + 0.5
+
+
+def pale_batches() -> Iterator[Tensor]:
+    """Pale training images, without labels, in batches of 64: what ``--data digits_net.py:pale_batches`` takes."""
+    yield from torch.split(pale(_split()[0]), 64)
+
+
+def predictions(model: nn.Module, seen: Tensor | None = None) -> list[int]:
+    """The digit that ``model`` sees in each test image, or in each of ``seen``."""
     model.eval()
     with torch.no_grad():
-        return [int(i) for i in model(images()).argmax(1)]
+        return [int(i) for i in model(images() if seen is None else seen).argmax(1)]
 
 
 def train(epochs: int, progress: Callable[[str], None] = print, seed: int = 0) -> DigitsNet:
