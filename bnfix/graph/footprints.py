@@ -13,33 +13,99 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
-from bnfix.graph.owners import closure_values, find_owners
+from bnfix.graph.owners import Owners, closure_values, find_owners
 
-_CONTAINERS = (list, dict, set, collections.defaultdict, collections.OrderedDict)
+_CONTAINERS = (list, dict, set, collections.defaultdict, collections.OrderedDict, collections.deque)
 _LIBRARIES = ("torch", "builtins", "numpy", "collections", "functools", "typing", "abc")
+_SIMPLE = (
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    type(None),
+    torch.Tensor,
+    nn.Module,
+    type,
+    types.FunctionType,
+    types.ModuleType,
+)
+_BARE = nn.Module()
+_LARGE = 1000
 _DEPTH = 3  # functions named by functions named by the model's own
 
 
 @contextlib.contextmanager
 def no_footprints(model: nn.Module, *functions: Callable[..., Any] | None) -> Iterator[None]:
-    """Run copies of ``model`` and ``functions`` inside; the containers that their code can reach stay as they were.
+    """Run ``model``, copies of it and ``functions`` inside; the containers that their code can reach stay as they were.
 
-    The containers themselves, and the containers in them one level down, get their entries back in place. An object
-    that is no container is not looked into.
+    What the model itself holds is looked through: lists, dicts and sets, the attributes of plain objects, tensors that
+    are no parameters or buffers, random generators. Of what its code holds (closures, defaults, globals, classes), the
+    containers, and the containers in them one level down, get their entries back in place.
     """
-    kept = [(container, copy.copy(container)) for container in _reachable(model, functions)]
+    owners = find_owners(model)
+    own, tensors, generators = _holdings(owners)
+    containers = {id(c): c for c in (*own, *_reachable(owners, functions))}.values()
+    kept = [(container, copy.copy(container)) for container in containers]
+    values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    states = [(generator, generator.get_state()) for generator in generators]
     try:
         yield
     finally:
+        for generator, state in states:
+            generator.set_state(state)
+        for tensor, value in values:
+            if not torch.equal(tensor, value):
+                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                    tensor.copy_(value)
         for container, entries in kept:
             if not _same(container, entries):
                 _restore(container, entries)
 
 
-def _reachable(model: nn.Module, functions: tuple[Callable[..., Any] | None, ...]) -> list[Any]:
-    owners = find_owners(model)
+def _holdings(owners: Owners) -> tuple[list[Any], list[torch.Tensor], list[torch.Generator]]:
+    """Containers and attributes of plain objects, tensors beside parameters and buffers, generators.
+
+    Of objects, those of the packages that the modules are of: not a trainer, and all that it leads to.
+    """
+    packages = {_package(m) for m in owners.modules.values()}.difference(_LIBRARIES)
+    containers: list[Any] = []
+    generators: list[torch.Generator] = []
+    registered = {
+        id(t) for m in owners.modules.values() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
+    }
+    seen: set[int] = set()
+    pending = [
+        v for m in owners.modules.values() for k, v in vars(m).items() if not (k[0] == "_" and hasattr(_BARE, k))
+    ]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, _SIMPLE) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Generator):
+            generators.append(value)
+        elif isinstance(value, tuple):
+            pending += value
+        elif type(value) in _CONTAINERS:
+            containers.append(value)
+            if len(value) <= _LARGE:
+                pending += value.values() if isinstance(value, dict) else value
+        elif _package(value) in packages and hasattr(value, "__dict__"):
+            containers.append(vars(value))
+            pending += vars(value).values()
+    loose = [t for t in owners.tensors.values() if id(t) not in registered and t.is_leaf and not t.is_meta]
+    return containers, [t for t in loose if t.layout == torch.strided and not t.is_nested], generators
+
+
+def _package(value: Any) -> str:
+    return str(type(value).__module__).partition(".")[0]
+
+
+def _reachable(owners: Owners, functions: tuple[Callable[..., Any] | None, ...]) -> list[Any]:
     found: dict[int, Any] = {}
     seen: set[int] = set()
     pending: list[tuple[Any, int]] = [(f, 0) for f in (*(f for _, f in owners.functions), *functions)]
@@ -76,7 +142,7 @@ def _same(container: Any, entries: Any) -> bool:
 
 def _restore(container: Any, entries: Any) -> None:
     container.clear()
-    if isinstance(container, list):
+    if isinstance(container, (list, collections.deque)):
         container.extend(entries)
     else:
         container.update(entries)  # a mapping or a set
