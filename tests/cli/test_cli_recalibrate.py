@@ -187,11 +187,15 @@ def test_noise_is_refused(shop: Path, capsys: Output) -> None:
         (["--device", "abacus"], "--device abacus: "),
         (["--data", "loader.py:gone"], "loader.py has no gone"),
         (["--spill-dir", "no-such-folder"], "--spill-dir"),
+        (["--data", "nowhere.npy"], "error: there is no file nowhere.npy\n  --data loader.py:make "),
+        (["--data", "bytes.npy"], "\n  --forward 'lambda m, b: m(b.permute(0, 3, 1, 2).float() / 255)'"),
+        (["--arch", "torch.nn:Flatten"], "unknown to it"),
     ],
 )
 def test_wrong_use_is_one_error_in_words_of_the_command_line(
     shop: Path, capsys: Output, more: list[str], said: str
 ) -> None:
+    np.save("bytes.npy", np.zeros((4, 8, 8, 3), dtype=np.uint8))
     assert run([*SPOILT, "--data", "x.npy", "-o", "fixed.pt", *more]) == 2
     out, err = capsys.readouterr()
     assert said in err
@@ -225,6 +229,14 @@ def test_when_needed_writes_nothing_where_nothing_is_gained(shop: Path, capsys: 
     assert run([*again, "-o", "twice.pt"]) == 0
     assert "nothing was changed: twice.pt was not written" in capsys.readouterr().out
     assert not Path("twice.pt").exists()
+
+
+def test_a_model_without_running_statistics_is_told_so_before_the_data_is_read(shop: Path, capsys: Output) -> None:
+    torch.save(nn.Linear(3, 4).state_dict(), "linear.pt")
+    sizes = ["--arch-kw", "in_features=3", "--arch-kw", "out_features=4"]
+    argv = ["recalibrate", "linear.pt", "--arch", "torch.nn:Linear", *sizes, "--data", "loader.py:breaks", "-o", "f.pt"]
+    assert run(argv) == 2
+    assert "linear.pt keeps no running statistics" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ what is in the file

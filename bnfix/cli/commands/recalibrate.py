@@ -22,6 +22,7 @@ from bnfix.cli.screen import Steps, report, working
 from bnfix.cli.team import Team, team
 from bnfix.cli.wording import as_options
 from bnfix.errors import BnfixError
+from bnfix.formats.specs import parse_spec
 from bnfix.render import About
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ written) · 1 --dry-run would change something · 2 wrong use or an error: then 
 FORMS = """--data loader.py:make   a function that returns your DataLoader, or any iterable of batches
 --data train_images/    a folder of images, read as the model's own evaluation reads them
 --data x.npy            an array of samples; .npz and .safetensors too"""
+
+FEED = """if the data is not what the model is called with, say how it becomes that, for example
+--forward 'lambda m, b: m(b.permute(0, 3, 1, 2).float() / 255)'"""
 
 
 def recalibrate(
@@ -163,6 +167,8 @@ def _checked(asked: o.Asked, output: str | None, *, in_place: bool, dry_run: boo
             "--data random: gives noise, and the model would have the statistics of noise",
             hint=f"data that the model was trained on:\n{FORMS}",
         )
+    if not os.path.exists(asked.data) and parse_spec(asked.data) is None:
+        raise UsageError(f"there is no file {asked.data}", hint=FORMS)
     return check_output(
         asked,
         output,
@@ -180,6 +186,11 @@ def _opened(asked: o.Asked, batch_size: int, crew: Team, steps: Steps) -> tuple[
     from bnfix.formats import shard
 
     opened = Opened(loaded, [], loaded.notes)
+    if not any(True for _ in opened.model.buffers()):
+        raise BnfixError(
+            f"{asked.model} keeps no running statistics: nothing to recalibrate",
+            hint="BatchNorm does; LayerNorm, GroupNorm and InstanceNorm use those of their input",
+        )
     _move(opened, crew.device)
     with users_words("--forward"):
         api.read_forward(asked.forward)
@@ -226,6 +237,8 @@ def _in_options() -> Iterator[None]:
         yield
     except BnfixError as error:
         error.hint = as_options(error.hint) if error.hint else None
+        if error.hint is None and "the forward failed" in error.message:
+            error.hint = FEED
         if error.message.startswith("select="):
             error.message = as_options(error.message)
         raise
