@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -30,9 +31,14 @@ class Call:
     def run(self, model: nn.Module) -> Any:
         """Call ``model`` with copies of these inputs: a forward that works in place does not change the user's.
 
-        Its mode and the grad mode are as they are.
+        Objects are copied too, arrays and graphs with all that is in them. Mode and grad mode are as they are.
         """
-        return self.map(lambda t: t.detach().clone()).apply(model)
+        private = replace(
+            self,
+            args=map_tensors(self.args, _cloned, other=_copied),
+            kwargs=map_tensors(dict(self.kwargs), _cloned, other=_copied),
+        )
+        return private.apply(model)
 
     def apply(self, model: nn.Module) -> Any:
         """Call ``model`` with these very inputs."""
@@ -113,11 +119,17 @@ def movable(value: Any) -> bool:
     return not isinstance(value, (Tensor, nn.Module, type)) and callable(getattr(value, "to", None))
 
 
-def map_tensors(value: Any, change: Callable[[Tensor], Tensor], move: Callable[[Any], Any] | None = None) -> Any:
+def map_tensors(
+    value: Any,
+    change: Callable[[Tensor], Tensor],
+    move: Callable[[Any], Any] | None = None,
+    other: Callable[[Any], Any] | None = None,
+) -> Any:
     """``value`` with every tensor in its nested tuples, lists, dicts and dataclasses replaced.
 
     Of a PackedSequence the data are replaced; its sizes are bookkeeping and have to stay on the CPU. Other objects
-    with a ``to`` of their own (:func:`movable`) become ``move(object)`` where that is given.
+    with a ``to`` of their own (:func:`movable`) become ``move(object)`` where that is given, whatever is none of all
+    this ``other(value)``.
     """
     if isinstance(value, Tensor):
         return change(value)
@@ -127,11 +139,11 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor], move: Callable[[
     if move is not None and movable(value):
         return move(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(v, change, move) for v in value))
+        return type(value)(*(map_tensors(v, change, move, other) for v in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(v, change, move) for v in value)
+        return type(value)(map_tensors(v, change, move, other) for v in value)
     if isinstance(value, Mapping):
-        changed = {k: map_tensors(v, change, move) for k, v in value.items()}
+        changed = {k: map_tensors(v, change, move, other) for k, v in value.items()}
         if type(value) is dict:
             return changed
         try:
@@ -139,8 +151,24 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor], move: Callable[[
         except TypeError:  # a mapping with a constructor of its own
             return changed
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{k: map_tensors(v, change, move) for k, v in vars(value).items()})
-    return value
+        return replace(value, **{k: map_tensors(v, change, move, other) for k, v in vars(value).items()})
+    return value if other is None else other(value)
+
+
+def _cloned(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy; the value itself where it is immutable, or can't be copied."""
+    if isinstance(value, (str, bytes, int, float, complex, type(None), type, FunctionType, ModuleType, nn.Module)):
+        return value
+    inside = vars(value).values() if hasattr(value, "__dict__") else ()
+    memo = {id(t): _cloned(t) for t in Call(tuple(inside)).tensors()}  # deepcopy would copy the whole storage of a view
+    try:
+        return copy.deepcopy(value, memo)
+    except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, copy.Error):
+        return value
 
 
 def describe(value: Any) -> str:
