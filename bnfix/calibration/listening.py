@@ -63,10 +63,10 @@ class Listener(TorchFunctionMode):
     A norm that works on the batch's own statistics in evaluation mode as well is let through, but never writes
     its running ones; ``mixing`` is set then. Statistics that are no buffers of the model are counted in ``norms.odd``.
     ``reads`` is set where the code looks at values, so that the way it takes may depend on them.
-    ``watch`` is told what every other operation returns.
+    ``watch`` is told what every other operation returns, and what it was given.
     """
 
-    def __init__(self, norms: Norms, ask: Normaliser, watch: Callable[[Any], None] | None = None) -> None:
+    def __init__(self, norms: Norms, ask: Normaliser, watch: Callable[[Any, Any], None] | None = None) -> None:
         super().__init__()
         self.norms, self.ask, self.watch = norms, ask, watch
         self.mixing = self.reads = False
@@ -92,21 +92,20 @@ class Listener(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Let everything through but batch norms."""
-        if (
-            torch.compiler.is_dynamo_compiling()
-        ):  # a body that runs compiled (torch.cond): nothing can be heard in there
+        if torch.compiler.is_dynamo_compiling():  # the body of a torch.cond is traced here: nothing can be heard
             return func(*args, **(kwargs or {}))
         try:
             names = _NAMES.get(func)
+            self.reads = self.reads or func in _READS or (func is Tensor.__getitem__ and _is_mask(args[1]))
         except TypeError:  # an unhashable callable
             names = None
-        if names is None:
-            self.reads = self.reads or func in _READS or (func is Tensor.__getitem__ and _is_mask(args[1]))
-            result = func(*args, **(kwargs or {}))
-            if self.watch is not None:
-                self.watch(result)
-            return result
-        given = dict(zip(names, args, strict=False)) | dict(kwargs or {})
+        result = func(*args, **(kwargs or {})) if names is None else self._norm(func, names, args, kwargs or {})
+        if self.watch is not None:
+            self.watch(result, (args, kwargs))
+        return result
+
+    def _norm(self, func: Any, names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        given = dict(zip(names, args, strict=False)) | dict(kwargs)
         mean, var = given.get("running_mean"), given.get("running_var")
         if given.get("training", False) or mean is None:
             self.mixing = True

@@ -45,8 +45,8 @@ def _forward(model: nn.Module, chunk: Chunk, norms: Norms, hear: Callable[[Place
     try:
         with torch.no_grad(), Listener(norms, ask):
             return chunk.call.run(model)
-    except CalibrationError:
-        raise
+    except CalibrationError as error:
+        raise CalibrationError(f"{chunk.where}: {error.message}", hint=error.hint) from None
     except Exception as error:  # the user's own forward
         if out_of_memory(error):
             raise

@@ -38,6 +38,7 @@ class Reader:
         self.used = ""
         self.ended = False
         self.labels: set[int] = set()
+        self._copies = _may_overwrite(data)
         try:
             self._data: Iterator[Any] = iter(data)
         except TypeError as error:
@@ -82,19 +83,23 @@ class Reader:
             raise CalibrationError(f"batch {number}: {error.message}", hint=error.hint) from error
         if not self.used:
             self.used = bound.used
-        bad = check_finite(bound.call)
+        call = bound.call.private() if self._copies else bound.call
+        bad = check_finite(call)
         if bad is not None:
             raise CalibrationError(
                 f"batch {number} holds NaN or Inf ({bad})",
                 hint="find out where it comes from: statistics keep it for ever",
             )
-        samples = size(bound.call)
+        samples = size(call)
         if samples is None:
-            samples = next((t.shape[0] for t in bound.call.tensors() if t.dim()), 1)
+            samples = next((t.shape[0] for t in call.tensors() if t.dim()), 1)
         if samples == 0:
             raise CalibrationError(f"batch {number} is empty")
         self._look_at_labels(batch)
-        return Chunk(bound.call, samples, (number,) * samples, self._masked(batch, bound.call, number))
+        mask = self._masked(batch, call, number)
+        if mask is not None and len(mask) != samples and size(call) is not None:
+            raise CalibrationError(f"batch {number}: the mask has {len(mask)} rows, and the batch {samples} samples")
+        return Chunk(call, samples, (number,) * samples, mask)
 
     def _masked(self, batch: Any, call: Call, number: int) -> Tensor | None:
         if self._mask is None:
@@ -106,7 +111,7 @@ class Reader:
         if not isinstance(found, Tensor) or found.dim() == 0:
             raise CalibrationError(f"batch {number}: the mask is no tensor (N, *positions), but {type(found).__name__}")
         device = next((t.device for t in call.tensors()), torch.device("cpu"))
-        return found.to(device).bool()
+        return found.to(device, torch.bool, copy=self._copies)
 
     def _look_at_labels(self, batch: Any) -> None:
         values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
@@ -115,6 +120,13 @@ class Reader:
             found = set(labels[0].tolist()) if len(labels[0]) < 10_000 else set()
             self.pure += len(found) == 1
             self.labels |= found if len(self.labels) < 1000 else set()
+
+
+def _may_overwrite(data: Any) -> bool:
+    """Whether a batch could be written over with the next one: not in a list, nor by PyTorch's own collating."""
+    if isinstance(data, torch.utils.data.DataLoader):
+        return data.batch_size is None and data.num_workers == 0
+    return not isinstance(data, (list, tuple))
 
 
 def length(data: Any) -> int | None:

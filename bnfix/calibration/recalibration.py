@@ -97,8 +97,9 @@ class _Work:
         frozen, never, left_why = summary.left_alone(session.norms, outcome, self._reached(scouted))
         found = summary.layers(outcome, session.norms)
         if not found:
+            met = "no batch norm met a value" if outcome.sites else "no batch norm was reached by any forward"
             raise CalibrationError(
-                "no batch norm was reached by any forward" + (f": {_first(left_why)}" if left_why else ""),
+                met + (f": {_first(left_why)}" if left_why else ""),
                 hint="is the data what the model is called with?  forward=lambda m, b: m(b[0])",
             )
         self._note_iterations(outcome)

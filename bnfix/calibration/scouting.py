@@ -117,10 +117,11 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
         sums[place] = sample_sums(seen.x, chunk.samples, mask_at(chunk, seen.x, seen.norm.path))
         last = time.perf_counter()
 
-    handles = [
-        m.register_forward_pre_hook(lambda module, _args: reached.update([id(_origin(module))]))
-        for m in _norm_modules(replica)
-    ]
+    def note(module: nn.Module, _args: Any) -> None:
+        if not torch.compiler.is_dynamo_compiling():
+            reached[id(_origin(module))] += 1
+
+    handles = [m.register_forward_pre_hook(note) for m in _norm_modules(replica)]
     start = last = time.perf_counter()
     try:
         with torch.no_grad(), Listener(norms, ask) as listener:
@@ -129,8 +130,8 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
             else:
                 with held:
                     outputs = chunk.call.run(replica)
-    except CalibrationError:
-        raise
+    except CalibrationError as error:
+        raise CalibrationError(f"{chunk.where}: {error.message}", hint=error.hint) from None
     except Exception as error:  # the user's own forward
         if out_of_memory(error):
             raise

@@ -71,14 +71,17 @@ class SpilledStrand:
     def __init__(self, spiller: Spiller) -> None:
         self._spiller = spiller
         self._made: list[weakref.ref[Tensor]] = []
+        self._own: set[int] = set()
+        self._foreign: set[int] = set()
 
-    def watch(self, result: Any) -> None:
-        """Take note of what an operation returned."""
-        self._made += [
-            weakref.ref(t)
-            for t in tree_leaves(result)
-            if type(t) is Tensor and t.device.type == "cpu" and t.layout == torch.strided
-        ]
+    def watch(self, result: Any, given: Any) -> None:
+        """Take note of what an operation made of what; buffers and the like, which it only hands on, stay in memory."""
+        self._foreign.update({t.untyped_storage()._cdata for t in _dense(given)} - self._own)
+        for tensor in _dense(result):
+            key = tensor.untyped_storage()._cdata
+            if type(tensor) is Tensor and key not in self._foreign:
+                self._own.add(key)
+                self._made.append(weakref.ref(tensor))
 
     def park(self) -> None:
         """Move what is alive, in memory and large."""
@@ -98,3 +101,8 @@ class SpilledStrand:
             with torch.no_grad():
                 for tensor in tensors:
                     tensor.set_(there, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _dense(value: Any) -> list[Tensor]:
+    tensors = (t for t in tree_leaves(value) if isinstance(t, Tensor) and t.layout == torch.strided)
+    return [t for t in tensors if t.device.type == "cpu" and torch._C._has_storage(t)]

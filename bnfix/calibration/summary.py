@@ -66,7 +66,8 @@ def left_alone(
         elif norm.why:
             why[name] = norm.why
         elif norm.key in met:
-            why[name] = "one value a channel: that leaves no variance"
+            most = max(float(m.n.max()) for (key, _), m in outcome.sites.items() if key == norm.key)
+            why[name] = "one value a channel: that leaves no variance" if most else "the mask leaves no position"
         elif id(norm.mean) in reached:
             why[name] = (
                 f"{type(norm.module).__name__} normalises by itself, not through batch_norm: bnfix can't see its input"

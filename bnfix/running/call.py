@@ -33,12 +33,15 @@ class Call:
 
         Objects are copied too, arrays and graphs with all that is in them. Mode and grad mode are as they are.
         """
-        private = replace(
+        return self.private().apply(model)
+
+    def private(self) -> Call:
+        """The same call with copies of all inputs."""
+        return replace(
             self,
             args=map_tensors(self.args, _cloned, other=_copied),
             kwargs=map_tensors(dict(self.kwargs), _cloned, other=_copied),
         )
-        return private.apply(model)
 
     def apply(self, model: nn.Module) -> Any:
         """Call ``model`` with these very inputs."""

@@ -171,6 +171,8 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run ``func`` and take note of the storages of its outputs."""
         kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():  # the body of a torch.cond is traced here, and nothing is allocated
+            return func(*args, **kwargs)
         if func is not torch.ops.aten.lift_fresh.default:  # the one that hands on a tensor made a moment ago
             self._hide(tree_leaves((args, kwargs)))
         out = func(*args, **kwargs)
