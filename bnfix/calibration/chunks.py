@@ -147,15 +147,20 @@ def part(chunk: Chunk, start: int, count: int) -> Chunk:
     return first_samples(rest, count)
 
 
+def amid(samples: int, count: int) -> int:
+    """Where ``count`` of so many samples have others before and behind them, and are no mirror image of themselves."""
+    return min(max(1, samples // 3), samples - count)
+
+
 def centred(chunks: list[Chunk], count: int) -> list[Chunk]:
-    """The same samples, the first ``count`` of them in the middle of the second chunk.
+    """The same samples, the first ``count`` of them amid the second chunk.
 
     They are looked at first and run again in the end: there, with others before and behind them.
     """
     first = chunks[0]
     if len(chunks) < 3 or first.samples < 2 * count + 2 or not splittable(first):
         return chunks
-    before = (first.samples - count) // 2
+    before = amid(first.samples, count)
     behind = first.samples - count - before
     moved = joined([part(first, count, before), part(first, 0, count), part(first, count + before, behind)])
     return chunks if moved is None else [chunks[1], moved, *chunks[2:]]

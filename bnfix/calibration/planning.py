@@ -31,6 +31,8 @@ PLAIN_BATCHES = 256
 """Chunks (threads) at most where batches can't be joined."""
 SMALL = 32
 """Batches from which on a batch's own statistics are good enough to normalise with."""
+ENDLESS = 1 << 17
+"""Samples after which data of unknown length is taken to have no end, if ``max_samples`` does not say where it is."""
 TOL = 0.01
 """Standard error at which a stream without an end is enough."""
 
@@ -112,6 +114,8 @@ def _read(session: Session, reader: Reader, scouted: Scouted, held: list[Chunk])
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if session.ranks.world > 1 else 1
         budget = free_bytes(session.device) // 4 // local
     room = max(1, int(budget / max(scouted.parked, 1.0))) if options.spill_dir is None else None
+    if length(session.data) is None and options.max_samples is None and (room is None or room > ENDLESS):
+        room = ENDLESS
     while room is None or reader.samples <= room:
         if len(held) == PLAIN_BATCHES:
             _look_closer(session, scouted)
@@ -175,6 +179,8 @@ def _decided(
     largest = max(f.largest for f in said)
     chosen = "population" if not apart or largest >= SMALL else "online"
     short = f"{min(f.held for f in said):,} of {said[0].total} samples fit ({budget})"
+    if any(f.held == ENDLESS for f in said):
+        short = f"data of unknown length, and more than {ENDLESS:,} samples"
     if any(f.crowded for f in said):
         short = f"more than {PLAIN_BATCHES} batches that can't be joined ({apart})"
     way = f"batches joined to {TARGET}" if not apart else f"batches of {largest} as they are ({apart})"

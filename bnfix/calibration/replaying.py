@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bnfix.calibration.ambient import Turn
-from bnfix.calibration.chunks import PROBED, Chunk, part, splittable
+from bnfix.calibration.chunks import PROBED, Chunk, amid, part, splittable
 from bnfix.calibration.ledger import Place
 from bnfix.calibration.listening import Stats
 from bnfix.calibration.plain import listen
@@ -61,7 +61,7 @@ class Witness:
         few, near = self.chunk, math.inf
         if splittable(self.chunk) and self.chunk.samples > PROBED and not session.coarse:
             # From the middle: there a sample has others before it and behind it that it could be mixed with.
-            start = (self.chunk.samples - PROBED) // 2
+            start = amid(self.chunk.samples, PROBED)
             few = part(self.chunk, start, PROBED)
             alone = self._replay(session, few, stats, turn)
             self.distance = near = _near(alone, self.sums, sites, start, PROBED)
