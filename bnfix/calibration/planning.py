@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+
+from torch import nn
 
 from bnfix.calibration.chunks import (
     LARGEST,
@@ -96,15 +98,21 @@ def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chu
     if first.samples == 1 and splittable(first) and (second := reader.next()) is not None:
         held.append(second)
     lead = joined(held) or first
+    ways: list[tuple[Chunk, Callable[[], nn.Module]]] = [(lead, session.replicate), (lead, lambda: session.model)]
     if splittable(lead) and lead.samples > PROBED:
+        few = first_samples(lead, PROBED)
+        ways = [(few, session.replicate), (few, lambda: session.model), (first, lambda: session.model)]
+    for last, (chunk, make) in enumerate(ways, 1 - len(ways)):
         try:
-            return scout(first_samples(lead, PROBED), session.replicate, session.norms), held
+            found = scout(chunk, make, session.norms)
         except CalibrationError:
-            lead = first
-    found = scout(lead, session.replicate, session.norms)
-    if lead is first and splittable(lead) and first.samples > PROBED:
-        found.inseparable = found.inseparable or "the model does not take a part of a batch"
-    return found, held
+            if not last:
+                raise
+            continue
+        if chunk is not ways[0][0]:
+            found.inseparable = found.inseparable or "the model does not take a part of a batch"
+        return found, held
+    raise AssertionError
 
 
 def _read(session: Session, reader: Reader, scouted: Scouted, held: list[Chunk]) -> tuple[list[Chunk], _Found]:

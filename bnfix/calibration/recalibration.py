@@ -52,9 +52,11 @@ def recalibrate(
     ranks.alike(_asked(options, norms))
     device = next((n.mean.device for n in norms.known.values()), None) or _device(model)
     with young_garbage_only(), preserved(model), no_footprints(model, options.forward), torch.no_grad():
-        replicate = replicator(model)
         for module in model.modules():
             module.training = False
+            if getattr(module, "_compiled_call_impl", None) is not None:  # model.compile(): what it compiled is intact
+                module._compiled_call_impl = None
+        replicate = replicator(model)
         session = Session(model, norms, data, options, ranks, say, replicate, device, notes=list(notes))
         shared = replicate.shared
         if shared:

@@ -129,7 +129,7 @@ def _sorted(outcome: Outcome, chunks: Sequence[Chunk]) -> float | None:
     """F = N·Var_b(mean_b)/Var_i(s_i) of the first norm, median over channels; None below 20 batches."""
     if outcome.first is None:
         return None
-    origin = torch.tensor([o for c in chunks for o in c.origin])
+    origin = torch.tensor([o for c in chunks for o in c.origin], device="cpu")
     means = outcome.first
     count = int(origin.max()) + 1 if len(origin) else 0
     if count < 20 or len(origin) != len(means) or len(origin) < 2 * count:
