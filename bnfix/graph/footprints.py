@@ -97,7 +97,7 @@ def _holdings(owners: Owners) -> tuple[list[Any], list[torch.Tensor], list[torch
         elif _package(value) in packages and hasattr(value, "__dict__"):
             containers.append(vars(value))
             pending += vars(value).values()
-    loose = [t for t in owners.tensors.values() if id(t) not in registered and t.is_leaf and not t.is_meta]
+    loose = [t for t in owners.tensors.values() if id(t) not in registered and not t.is_meta]
     return containers, [t for t in loose if t.layout == torch.strided and not t.is_nested], generators
 
 
