@@ -9,8 +9,8 @@
     trainer.save_checkpoint("final.ckpt")     # the statistics are those of the weights
 
 It runs in ``on_fit_end``, after every callback's ``on_train_end``: averaged weights (``StochasticWeightAveraging``,
-``WeightAveraging``, ``EMAWeightAveraging``) are in the module by then. Checkpoints that ``ModelCheckpoint`` wrote during
-the fit hold the statistics of their moment: save once more afterwards.
+``WeightAveraging``, ``EMAWeightAveraging``) are in the module by then. Checkpoints that ``ModelCheckpoint`` wrote
+during the fit hold the statistics of their moment: save once more afterwards.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def test_a_loader_that_raises_leaves_the_trained_module(tmp_path: Path) -> None:
     torch.manual_seed(1)
     fit(twin, [], tmp_path)
     torch.manual_seed(1)
-    with pytest.raises(CalibrationError, match="after batch 2.*disk gone"):
+    with pytest.raises(CalibrationError, match=r"after batch 2.*disk gone"):
         fit(module, [RecalibrateCallback(broken(), when="always")], tmp_path)
     for name, value in twin.state_dict().items():
         assert torch.equal(value, module.state_dict()[name]), name
