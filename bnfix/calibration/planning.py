@@ -135,6 +135,8 @@ def _read(session: Session, reader: Reader, scouted: Scouted, held: list[Chunk])
         held.append(chunk)
         if reader.batches % 16 == 0:
             session.say(f"reading: {reader.samples:,} samples")
+    if scouted.reads and len(held) <= PLAIN_BATCHES:
+        scouted.inseparable = scouted.inseparable or "the way through the model may depend on what is in a batch"
     crowded = bool(scouted.inseparable) and len(held) > PLAIN_BATCHES
     fits = reader.ended and not crowded and (room is None or reader.samples <= room)
     if not fits or session.coarse or options.certify is None:
@@ -158,8 +160,10 @@ def _total(session: Session, reader: Reader) -> str:
         return f"{reader.samples:,}"
     if batches is None:
         return "an unknown number of"
-    total = batches * reader.largest
-    return f"{min(total, session.options.max_samples or total):,}"
+    known = length(getattr(session.data, "dataset", None))
+    total = batches * reader.largest if known is None else known
+    about = "about " if known is None else ""
+    return f"{about}{min(total, session.options.max_samples or total):,}"
 
 
 def _decided(

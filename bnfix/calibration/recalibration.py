@@ -90,7 +90,7 @@ class _Work:
             if options.certify == "full" and plan.method == "staged":
                 before, residual = self._residual(chunks, {}, outcome), self._residual(chunks, outcome.stats, outcome)
             if options.certify == "full":
-                fresh = self._fresh(chunks, outcome)
+                fresh = self._fresh(plan.batches, outcome)
         with self._timed("judging"):
             change = self._change(plan, outcome)
         samples = sum(self._everywhere(sum(c.samples for c in chunks) if chunks else reader.samples))
@@ -169,19 +169,19 @@ class _Work:
             in_use = {n.key: (n.mean.detach().clone(), n.var.detach().clone()) for n in norms if n.key in outcome.stats}
         return residual_of(found, in_use, norms, self.options.unbiased)
 
-    def _fresh(self, chunks: Sequence[Chunk], outcome: Outcome) -> Residual | None:
+    def _fresh(self, batches: Sequence[Chunk], outcome: Outcome) -> Residual | None:
         session, options = self.session, self.options
         if not all(self._everywhere(int(replayable(session.data)))):
             return None
         reader = Reader(session.data, session.model, options.forward, options.mask, options.max_samples)
         first = reader.next()
-        same = first is None or any(_starts_with(old, first) for old in chunks)
+        same = first is None or any(_starts_with(old, first) for old in batches)
         if all(self._everywhere(int(same))):
             return None  # the loader gives the same tensors again
         session.say("certifying: a new draw of the data")
-        batches = [first] if first is not None else []
+        start = [first] if first is not None else []
         with session.using(outcome.stats):
-            here = measure(session.model, itertools.chain(batches, reader), session.norms)
+            here = measure(session.model, itertools.chain(start, reader), session.norms)
             found = merged(here, session.norms, self.ranks)
         return residual_of(found, outcome.stats, session.norms, options.unbiased)
 

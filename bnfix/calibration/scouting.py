@@ -71,7 +71,7 @@ def scout(chunk: Chunk, replicate: Callable[[], nn.Module], norms: Norms) -> Sco
     found = Scouted(chunk)
     trip = _trip(chunk, replicate(), norms, found.reached, measured=True)
     if not splittable(chunk):
-        found.inseparable = "the inputs have no common axis of samples"
+        found.inseparable = _whole(chunk)
     elif trip.mixing:
         found.inseparable = "a norm uses the batch's own statistics in evaluation mode"
     for norm in norms:
@@ -92,13 +92,19 @@ def mixed(chunk: Chunk, replicate: Callable[[], nn.Module], norms: Norms) -> str
     """
     if not splittable(chunk) or chunk.samples < 2:
         return (
-            "the inputs have no common axis of samples" if not splittable(chunk) else "a single sample is all there is"
+            _whole(chunk) if not splittable(chunk) else "a single sample is all there is"
         )
     try:
         parts = [_trip(part, replicate(), norms, Counter()) for part in halves(chunk, 1)]
     except CalibrationError:
         return "the model does not take one sample alone"
     return _difference(_trip(chunk, replicate(), norms, Counter()), parts, norms)
+
+
+def _whole(chunk: Chunk) -> str:
+    if chunk.call.forward is not None:
+        return "forward= takes a batch as it is"
+    return "the inputs have no common axis of samples"
 
 
 def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int], *, measured: bool = False) -> _Trip:

@@ -33,6 +33,10 @@ MORE_PATIENCE = 30.0
 """The same where its thread does nothing but other threads of the process work."""
 
 
+LOOK = 0.25
+"""Seconds between two looks at a chunk that runs."""
+
+
 class Unwind(BaseException):
     """Leaves the user's forward; no ``except Exception`` of theirs stops it."""
 
@@ -164,11 +168,12 @@ class ThreadStrand(Strand):
         _open(self._go)
 
     def _wait(self) -> None:
-        own, process, since = self._clock(), time.process_time(), time.monotonic()
-        while not self._back.acquire(timeout=0.25):
-            now, waited = self._clock(), time.monotonic() - since
+        own, process, waited = self._clock(), time.process_time(), 0.0
+        while not self._back.acquire(timeout=LOOK):
+            now = self._clock()
+            waited += LOOK  # not by the clock: a process that was stopped for an hour has waited for one look
             if now - own > 0.02 * waited:  # it works
-                own, process, since = now, time.process_time(), time.monotonic()
+                own, process, waited = now, time.process_time(), 0.0
                 continue
             # Others may work for it, or for something else altogether.
             idle = time.process_time() - process <= 0.02 * waited

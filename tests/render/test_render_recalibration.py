@@ -52,7 +52,7 @@ def test_the_verdict_says_how_many_on_what_and_how() -> None:
     assert page_of(MANY_NORMS).verdict == (
         "recalibrated 53 of 53 norms on 256 samples (staged, one pass)",
         "the outputs change by 0.82 of their spread on 64 samples (two halves of the data: 0.031)",
-        "one chunk replayed alone: 0 apart",
+        "part of a chunk replayed alone: 0 apart",
         'residual not measured (certify: full)',
     )
     assert page_of(FEW_NORMS).verdict[0] == (

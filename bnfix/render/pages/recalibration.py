@@ -98,7 +98,7 @@ def _verdict(value: Recalibration, kept: int) -> tuple[State, tuple[str, ...]]:
     how += [f"{value.iterations} iterations"] if value.iterations > 1 else []
     how += [f"{value.ranks} ranks"] if value.ranks > 1 else []
     what = f"{done} of {count(done + kept, 'norm')} on {count(value.n, 'sample')} ({', '.join(how)})"
-    proof = [f"one chunk replayed alone: {_number(value.replay)} apart"] if value.replay is not None else []
+    proof = [f"part of a chunk replayed alone: {_number(value.replay)} apart"] if value.replay is not None else []
     if value.dry_run:
         change = [_change(value, "would change")] if value.output_change is not None else []
         return "done", (f"would recalibrate {what}", *change, *proof, *_before(value), "nothing was changed")
@@ -137,7 +137,7 @@ def _change(value: Recalibration, verb: str) -> str:
 def _details(value: Recalibration) -> list[str]:
     if not value.layers:
         return []
-    forwards = [f"{value.forwards:.3g} forwards a sample"] if value.forwards != value.passes else []
+    forwards = [f"{value.forwards:.3g} forwards a sample"] if f"{value.forwards:.3g}" != f"{value.passes}" else []
     read = [count(value.batches, "batch").replace("batchs", "batches"), f"{_passes(value.passes)} over the loader"]
     engine = ENGINES.get(value.engine, value.engine)
     return [
