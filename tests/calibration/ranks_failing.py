@@ -1,0 +1,210 @@
+"""Scenarios in which one rank fails, in every way and at every moment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from nets import lived_in
+from ranks_common import Broken, Met, Team, attempt, data, net, scenario
+from torch import Tensor, nn
+
+from bnfix.calibration import ranks
+
+
+def raising(batches: list[Any], error: BaseException, after: int = 1) -> Iterator[Any]:
+    yield from batches[:after]
+    raise error
+
+
+BAD = 1
+"""The rank that fails."""
+
+
+def spoiled(team: Team, **how: Any) -> Met:
+    """All is well but on one rank, where ``how`` says otherwise."""
+    given = team.share(data(), tuple(len(p) for p in data().tensor_split(team.world)), 8)
+    usual: dict[str, Any] = {"model": net(), "given": given}
+    if team.rank == BAD:
+        usual |= {name: make(usual[name]) if name in usual else make(None) for name, make in how.items()}
+    return attempt(team, usual.pop("model"), usual.pop("given"), **usual)
+
+
+@scenario
+def loader_raises(team: Team) -> Met:
+    return spoiled(team, given=lambda batches: raising(batches, OSError("disk on fire")))
+
+
+@scenario
+def loader_raises_at_once(team: Team) -> Met:
+    return spoiled(team, given=lambda batches: raising(batches, OSError("disk on fire"), 0))
+
+
+@scenario
+def stream_raises(team: Team) -> Met:
+    method = "population"
+    given = team.share(data(), tuple(len(p) for p in data().tensor_split(team.world)), 8)
+    return attempt(team, net(), raising(given, OSError("disk on fire")) if team.rank == BAD else given, method=method)
+
+
+@scenario
+def interrupted(team: Team) -> Met:
+    return spoiled(team, given=lambda batches: raising(batches, KeyboardInterrupt()))
+
+
+@scenario
+def holds_nan(team: Team) -> Met:
+    return spoiled(team, given=lambda batches: [*batches[:1], batches[1] * float("nan")])
+
+
+@scenario
+def no_batches(team: Team) -> Met:
+    return spoiled(team, given=lambda batches: 7)
+
+
+@scenario
+def wrong_argument(team: Team) -> Met:
+    return spoiled(team, method=lambda _: "magic")
+
+
+@scenario
+def wrong_forward(team: Team) -> Met:
+    return spoiled(team, forward=lambda _: 3)
+
+
+@scenario
+def no_such_norm(team: Team) -> Met:
+    return spoiled(team, select=lambda _: "nothing")
+
+
+@scenario
+def other_arguments(team: Team) -> Met:
+    return spoiled(team, unbiased=lambda _: False)
+
+
+@scenario
+def other_model(team: Team) -> Met:
+    return spoiled(team, model=lambda model: model[:-1].eval())
+
+
+@scenario
+def all_empty(team: Team) -> Met:
+    return attempt(team, net(), [])
+
+
+def broken(team: Team, what: Callable[[Tensor], Tensor]) -> Met:
+    x = data()
+    given = [b.clone() for b in team.share(x, tuple(len(p) for p in x.tensor_split(team.world)), 8)]
+    if team.rank == BAD:
+        given[1][0, 0, 0, 0] = 1000
+    return attempt(team, lived_in(Broken(what)), given)
+
+
+@scenario
+def forward_raises(team: Team) -> Met:
+    def what(_: Tensor) -> Tensor:
+        raise RuntimeError("no such word")
+
+    return broken(team, what)
+
+
+@scenario
+def forward_interrupted(team: Team) -> Met:
+    def what(_: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    return broken(team, what)
+
+
+@scenario
+def forward_makes_nan(team: Team) -> Met:
+    return broken(team, lambda y: y / (y - y))
+
+
+@scenario
+def any_step(team: Team) -> Met:
+    """A rank fails at each step in turn, as far as progress is told."""
+
+    def tried(step: int, **options: Any) -> Met:
+        told = 0
+
+        def say(_: str) -> None:
+            nonlocal told
+            told += 1
+            if told == step + 1 and team.rank == step % team.world:
+                raise KeyboardInterrupt
+
+        return attempt(team, net(), team.share(data() * 20, batch=8), progress=say, certify="full", **options)
+
+    staged = _until_all_is_well(team, lambda step: tried(step, when="needed"))
+    return _all(staged + _until_all_is_well(team, lambda step: tried(step, method="population")))
+
+
+@scenario
+def any_exchange(team: Team) -> Met:
+    """A rank is interrupted before, in and after each exchange in turn."""
+    original = ranks.Group._collect
+
+    def tried(step: int, where: str) -> Met:
+        count = 0
+
+        def collect(self: Any, mine: Tensor, then: Any, *, patient: bool = True) -> Any:
+            nonlocal count
+            count += 1
+            now = count == step + 1 and team.rank == step % team.world
+            if now and where == "before":
+                raise KeyboardInterrupt
+            if now and where == "in":
+                self._land = lambda: interrupt(self)
+            found = original(self, mine, then, patient=patient)
+            if now and where == "after":
+                raise KeyboardInterrupt
+            return found
+
+        ranks.Group._collect = collect
+        try:
+            return attempt(team, lived_in(nn.Sequential(nn.BatchNorm2d(3))), team.share(data(), batch=32))
+        finally:
+            ranks.Group._collect = original
+
+    found = [_until_all_is_well(team, lambda step, where=where: tried(step, where)) for where in WHERE]
+    return _all([met for part in found for met in part])
+
+
+WHERE = ("before", "in", "after")
+
+
+def _until_all_is_well(team: Team, tried: Callable[[int], Met]) -> list[Met]:
+    """``tried(0)``, ``tried(1)``, … up to the first that fails on no rank."""
+    met: list[Met] = []
+    wrong = torch.ones(1)
+    while wrong.item():
+        met.append(tried(len(met)))
+        wrong = torch.tensor([1.0 if met[-1].error else 0.0])
+        dist.all_reduce(wrong, group=team.group)
+    return met
+
+
+def interrupt(group: Any) -> None:
+    """Ctrl-C while waiting for the others: once."""
+    del group._land
+    raise KeyboardInterrupt
+
+
+def _all(met: list[Met]) -> Met:
+    last = met[-1]
+    last.extra = {name: [getattr(m, name) for m in met] for name in ("digest", "untouched", "error", "text")}
+    return last
+
+
+def dies(team: Team) -> Met:
+    """The last scenario: a process is gone in the middle."""
+
+    def ending(batches: list[Tensor]) -> Iterator[Tensor]:
+        yield batches[0]
+        os._exit(0)
+
+    return spoiled(team, given=ending)
