@@ -1,0 +1,367 @@
+"""What a loader can give: bound, moved, cut and joined as it is meant, or refused with the lines that resolve it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from calib_nets import Forward, residual
+from nets import lived_in
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from trap_nets import EXACT, Two, as_is, exact, fails, images, vectors
+
+import bnfix
+from bnfix.errors import CalibrationError
+
+ways = pytest.mark.parametrize("forward", [None, as_is], ids=["joined", "as they are"])
+
+
+# Sizes.
+
+
+@ways
+@pytest.mark.parametrize("sizes", [[64, 64, 64, 9], [300, 100], [1] * 65, [64, 1], [2], [1, 1], [150, 1, 150, 2]])
+def test_uneven_batches_down_to_one_sample(sizes: list[int], forward: Forward | None) -> None:
+    x = torch.cat(images(sum(sizes)))
+    assert exact(Two(), list(x.split(sizes)), forward).n == sum(sizes)
+
+
+@ways
+def test_batches_of_one_value_a_channel(forward: Forward | None) -> None:
+    norm = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    exact(norm, vectors(200, 1), forward)
+    exact(norm, list(torch.cat(vectors(20)).split([16, 1, 3])), forward)
+
+
+def test_one_value_a_channel_is_all_there_is() -> None:
+    model = lived_in(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    before = model[1].running_var.clone()  # type: ignore[operator, union-attr]
+    report = bnfix.recalibrate(model, vectors(1))
+    assert not report.changed
+    assert "leaves no variance" in report.left_why["1"]
+    assert torch.equal(model[1].running_var, before)  # type: ignore[arg-type]
+
+
+@ways
+def test_images_of_many_sizes(forward: Forward | None) -> None:
+    x = torch.cat(images(400))
+    some = [F.interpolate(x[i : i + 5], size=(5 + i % 3, 6 + i % 2)) for i in range(0, 400, 5)]
+    exact(Two(), some, forward)
+    each = [F.interpolate(x[i : i + 1], size=(5 + i % 60, 6)) for i in range(0, 120)]  # a signature of its own each
+    exact(Two(), each, forward)
+
+
+@pytest.mark.parametrize(("asked", "read"), [(40, 40), (1, 1), (48, 48), (1000, 400)])
+def test_max_samples_in_the_middle_of_a_batch(asked: int, read: int) -> None:
+    x = torch.cat(images())[:read]
+    report = exact(Two(), [x], data=images(), max_samples=asked)
+    assert report.n == read
+    assert exact(Two(), [torch.cat(images())[: -(-read // 16) * 16]], as_is, data=images(), max_samples=asked).n >= read
+
+
+def test_a_budget_for_one_sample_only() -> None:
+    model = lived_in(Two())
+    report = bnfix.recalibrate(model, images(), memory_budget=1000)
+    assert (report.method, report.n) == ("population", 400)
+    assert "1 of about 400 samples fit" in report.why
+    assert max(residual(model, images())) < 0.1  # near the fixed point, not at it
+    part = bnfix.recalibrate(model, images(), memory_budget="200KB", method="staged")
+    assert part.method == "staged"
+    assert 1 < part.n < 400
+    assert max(residual(model, [torch.cat(images())[: part.n]])) <= EXACT
+
+
+# Loaders.
+
+
+class Reusing:
+    """A loader that gives the same memory each time, filled anew."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __iter__(self) -> Iterator[Any]:
+        memory = torch.empty(16, 3, 6, 6)
+        array = memory.numpy()
+        for batch in images():
+            memory.copy_(batch)
+            yield array if self.kind == "array" else {"x": memory, "y": 1} if self.kind == "dict" else memory
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array", "dict"])
+def test_a_loader_that_writes_over_its_last_batch(kind: str) -> None:
+    forward = (lambda m, b: m(b["x"])) if kind == "dict" else None
+    model = lived_in(Two())
+    bnfix.recalibrate(model, Reusing(kind), forward=forward)
+    assert max(residual(model, images())) <= EXACT
+    unbatched = DataLoader(_Rows(), batch_size=None)
+    bnfix.recalibrate(lived_in(model), unbatched)
+    assert max(residual(model, images())) <= EXACT
+
+
+class _Rows(torch.utils.data.IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(Reusing("tensor"))
+
+
+def test_data_without_a_length() -> None:
+    report = exact(Two(), images(), data=iter(images()))
+    assert report.method == "staged"
+    model = lived_in(Two())
+    assert bnfix.recalibrate(model, (b for b in images())).n == 400
+
+
+def forever() -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randn(64, 4, generator=generator)
+
+
+@pytest.mark.parametrize("method", ["auto", "population", "online", "staged"])
+def test_data_without_an_end(method: Any, tmp_path: Path) -> None:
+    model = lived_in(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    for options in ({}, {"tol": 0.05}, {"max_samples": 1000}, {"spill_dir": tmp_path}):
+        report = bnfix.recalibrate(model, forever(), method=method, **options)  # type: ignore[arg-type]
+        assert report.n <= (1000 if "max_samples" in options else 2**17 + 128)
+        if report.method != "staged":
+            assert max(s.se for s in report.layers) <= options.get("tol", 0.01) or "max_samples" in options
+
+
+# What is in a batch.
+
+
+def test_the_users_tensors_stay_as_they_are() -> None:
+    class InPlace(Two):
+        def forward(self, x: Any) -> Any:
+            x = x if isinstance(x, Tensor) else x.x
+            return super().forward(x.sub_(1).div_(2))
+
+    @dataclass
+    class Record:
+        x: Tensor
+
+    class Opaque:
+        def __init__(self, x: Tensor) -> None:
+            self.x = x
+
+    class Moving(Opaque):
+        def to(self, *where: Any) -> Moving:
+            self.x = self.x.to(*where)
+            return self
+
+    for wrap in (lambda x: x, Record, Opaque, Moving):
+        batches = [wrap(b.clone()) for b in images()]
+        model = lived_in(InPlace())
+        bnfix.recalibrate(model, batches, forward=None if wrap in (Moving,) else as_is)
+        given = [b if isinstance(b, Tensor) else b.x for b in batches]
+        assert all(torch.equal(a, b) for a, b in zip(given, images(), strict=True))
+        assert max(residual(model, batches)) <= EXACT
+
+
+def test_an_object_that_the_forward_writes_to() -> None:
+    class Graph:
+        def __init__(self, x: Tensor) -> None:
+            self.x = x
+
+        def to(self, device: Any) -> Graph:
+            self.x = self.x.to(device)
+            return self
+
+    class Net(Two):
+        def forward(self, graph: Graph) -> Any:  # type: ignore[override]
+            graph.x = self.conv1(graph.x)
+            graph.x = F.relu(self.bn1(graph.x))
+            return self.second(graph.x)
+
+    batches = [Graph(b) for b in images()]
+    report = exact(Net(), [Graph(b) for b in images()], data=batches)
+    assert "a Graph" in report.used
+    assert all(torch.equal(g.x, b) for g, b in zip(batches, images(), strict=True))
+
+
+def test_arrays_in_a_batch_that_is_fed_by_hand() -> None:
+    batches = [{"x": b.numpy().copy()} for b in images()]
+    shown = copy.deepcopy(batches)
+
+    def feed(m: nn.Module, b: dict[str, np.ndarray]) -> Any:
+        return m(torch.from_numpy(b["x"]).sub_(1))
+
+    exact(Two(), [{"x": b.numpy().copy()} for b in images()], feed, data=batches)
+    assert all(np.array_equal(a["x"], b["x"]) for a, b in zip(batches, shown, strict=True))
+
+
+def test_inputs_that_require_gradients_and_inputs_in_channels_last() -> None:
+    wanted = [b.clone().requires_grad_() for b in images()]
+    exact(Two(), wanted)
+    assert all(b.requires_grad and b.grad is None for b in wanted)
+    model = Two().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    exact(model, [b.to(memory_format=torch.channels_last) for b in images()])
+    assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_subclasses_of_tensors() -> None:
+    class Image(Tensor):
+        pass
+
+    exact(Two(), images(), data=[b.as_subclass(Image) for b in images()])
+
+
+class Words(nn.Module):
+    """An embedding, norms over (N, C, L), and one over what is pooled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.conv = nn.Embedding(50, 6), nn.Conv1d(6, 5, 1)
+        self.bn1, self.bn2, self.pooled = nn.BatchNorm1d(6), nn.BatchNorm1d(5), nn.BatchNorm1d(5)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.bn2(self.conv(self.bn1(self.embed(ids).transpose(1, 2))))
+        keep = mask[:, None].float()
+        return self.pooled((x * keep).sum(2) / keep.sum(2))
+
+
+def sentences(count: int = 300, size: int = 15) -> list[dict[str, Tensor]]:
+    """Padded to the longest of each batch."""
+    generator, found = torch.Generator().manual_seed(1), []
+    for _ in range(count // size):
+        lengths = torch.randint(3, 12, (size,), generator=generator)
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        ids = torch.randint(1, 50, tuple(mask.shape), generator=generator)
+        found.append({"ids": ids.masked_fill(~mask, 0), "mask": mask})
+    return found
+
+
+def test_integer_inputs() -> None:
+    model = lived_in(Words())
+    bnfix.recalibrate(model, sentences())
+    assert max(residual(model, sentences(), lambda m, b: m(**b))) <= EXACT
+
+
+@pytest.mark.parametrize("mask", ["mask", lambda b: b["mask"], lambda b: b["mask"].float()])
+def test_masked_positions_do_not_count(mask: Any) -> None:
+    model, batches = lived_in(Words()), sentences()
+    bnfix.recalibrate(model, batches, mask=mask)
+    seen: dict[str, list[Tensor]] = {}
+    hooks = [
+        getattr(model, n).register_forward_pre_hook(lambda _m, a, n=n: seen.setdefault(n, []).append(a[0]))
+        for n in ("bn1", "bn2", "pooled")
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for hook in hooks:
+        hook.remove()
+    for name, inputs in seen.items():
+        rows = [x.transpose(1, 2)[b["mask"]] if x.dim() == 3 else x for x, b in zip(inputs, batches, strict=True)]
+        x, norm = torch.cat(rows).double(), getattr(model, name)
+        assert ((x.mean(0) - norm.running_mean).abs() / x.std(0)).max() <= EXACT
+        assert (x.var(0) / norm.running_var - 1).abs().max() <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("mask", "why"),
+    [
+        ("nope", "batch 0: no mask: KeyError: 'nope'"),
+        (lambda b: 3, "batch 0: the mask is no tensor"),
+        (lambda b: b["mask"][:, :2], "batch 0: bn1: its input has the positions"),
+        (lambda b: b["mask"][:5], "batch 0: the mask has 5 rows, and the batch 15 samples"),
+        (lambda b: b["mask"] & False, "the mask leaves no position"),
+    ],
+)
+def test_masks_that_do_not_fit(mask: Any, why: str) -> None:
+    assert why in fails(lived_in(Words()), sentences(), CalibrationError, mask=mask)
+
+
+def test_a_mask_that_fits_nothing_is_said_also_where_the_model_swallows_errors() -> None:
+    class Swallows(Words):
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            x = self.bn1(self.embed(ids).transpose(1, 2))
+            try:
+                return self.pooled(self.bn2(self.conv(x))[..., ::2].mean(2))
+            except Exception:  # noqa: BLE001
+                return self.pooled(x[:, :5, 0])
+
+    model = lived_in(Swallows())
+    assert "the mask (15," in fails(model, sentences(), CalibrationError, mask=lambda b: b["mask"][:, :1])
+
+
+# What is meant.
+
+TWO_LINES = (
+    "separate:  forward=lambda m, b: [m(v) for v in b[0]]",
+    "joint:     forward=lambda m, b: m(torch.cat(b[0]))",
+)
+
+
+def test_views_of_one_image_are_refused_with_the_lines_that_resolve_them() -> None:
+    views = [([b, b.flip(3)], torch.zeros(len(b))) for b in images(100, 4)]
+    message = fails(lived_in(Two()), views, CalibrationError)
+    assert all(line in message for line in TWO_LINES)
+    for line in TWO_LINES:
+        forward = eval(line.partition("forward=")[2], {"torch": torch})
+        report = exact(Two(), views, forward)
+        assert len(report.layers) == (4 if "separate" in line else 2)
+
+
+def test_triplets_are_refused() -> None:
+    triplets = [(b, b + 1, b * 2) for b in images(40, 4)]
+    assert "several inputs" in fails(lived_in(Two()), triplets, CalibrationError)
+
+
+@pytest.mark.parametrize("kind", ["pair", "dict", "deep"])
+def test_labels_are_left_out_and_named(kind: str) -> None:
+    made: dict[str, Any] = {
+        "pair": [(b, torch.arange(len(b))) for b in images()],
+        "dict": [{"x": b, "label": torch.arange(len(b))} for b in images()],
+        "deep": [({"x": b}, torch.arange(len(b))) for b in images()],
+    }
+    report = bnfix.recalibrate(lived_in(model := Two()), made[kind])
+    assert max(residual(model, images())) <= EXACT
+    assert "element 1, 16 int64, was left out" in report.used if kind == "pair" else "x of x" in report.used
+
+
+def test_autocast_outside() -> None:
+    model = lived_in(Two())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        report = bnfix.recalibrate(model, images(), forward=as_is)
+        assert max(residual(model, images())) <= EXACT
+    assert report.engine == "threads"
+    assert max(residual(model, images())) > 1e-4  # without it, the activations are others
+
+
+def test_files_are_gone_and_give_the_same(tmp_path: Path) -> None:
+    class Large(Two):
+        def __init__(self) -> None:
+            super().__init__(32)
+            self.register_buffer("place", torch.randn(32, 6, 6).repeat(60, 1, 1, 1))
+
+        def forward(self, x: Tensor) -> Any:
+            place = self.place.to(x.device)  # type: ignore[union-attr, operator]
+            return self.second(self.first(x) + place[0])
+
+    model = lived_in(Large())
+    other, at = copy.deepcopy(model), model.place.data_ptr()  # type: ignore[union-attr, operator]
+    for forward in (None, as_is):
+        report = bnfix.recalibrate(model, images(), spill_dir=tmp_path, forward=forward)
+        assert "in files" in report.why
+        assert not list(tmp_path.iterdir())
+        assert model.place.data_ptr() == at  # type: ignore[union-attr, operator]
+        bnfix.recalibrate(other, images(), forward=forward)
+        for a, b in zip(model.buffers(), other.buffers(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    fails(model, images(), CalibrationError, spill_dir=tmp_path / "nowhere")
+
+
+def test_a_data_loader_that_shuffles() -> None:
+    data = DataLoader(TensorDataset(torch.cat(images()), torch.arange(400)), batch_size=32, shuffle=True)
+    model = lived_in(Two())
+    bnfix.recalibrate(model, data)
+    assert max(residual(model, images())) <= EXACT
