@@ -150,6 +150,7 @@ def _threads(
     ambient = Ambient(session.device)
     spiller = Spiller(session.options.spill_dir) if session.options.spill_dir is not None else None
     first: list[Tensor] = []
+    bounded = session.options.memory_budget is not None or spiller is not None
 
     def strands() -> Sequence[Strand]:
         one = len(chunks) == 1  # nobody to keep apart from: the model itself runs, not a replica
@@ -161,6 +162,7 @@ def _threads(
                 ambient,
                 Turn.seeded(turn, number, session.device),
                 spiller.strand() if spiller else None,
+                bounded=bounded,
             )
             for number, chunk in enumerate(chunks)
         ]

@@ -195,10 +195,15 @@ def _decided(
         short = f"data of unknown length, and more than {ENDLESS:,} samples"
     if any(f.crowded for f in said):
         short = f"more than {PLAIN_BATCHES} batches that can't be joined ({apart})"
-    way = f"batches joined to {TARGET}" if not apart else f"batches of {largest} as they are ({apart})"
+    together = min(TARGET // 2, max(SMALL, int(min(f.budget for f in said) / 2 / max(_forward_bytes(scouted), 1.0))))
+    way = f"batches joined to {together}" if not apart else f"batches of {largest} as they are ({apart})"
     why = f"{short}: {way}; one pass over the loader; spill_dir=, max_samples= or memory_budget= make it exact"
     session.say(f"method {chosen}: {why}")
-    return Plan(chosen, why, reader, scouted, stream=iter(stream) if apart else rejoined(stream))
+    return Plan(chosen, why, reader, scouted, stream=iter(stream) if apart else rejoined(stream, together))
+
+
+def _forward_bytes(scouted: Scouted | None) -> float:
+    return scouted.forward if scouted is not None else 0.0
 
 
 def _that_fit(held: list[Chunk], room: int) -> list[Chunk]:

@@ -91,9 +91,7 @@ def mixed(chunk: Chunk, replicate: Callable[[], nn.Module], norms: Norms) -> str
     They are run together and in two parts: each norm has to see the same.
     """
     if not splittable(chunk) or chunk.samples < 2:
-        return (
-            _whole(chunk) if not splittable(chunk) else "a single sample is all there is"
-        )
+        return _whole(chunk) if not splittable(chunk) else "a single sample is all there is"
     try:
         parts = [_trip(part, replicate(), norms, Counter()) for part in halves(chunk, 1)]
     except CalibrationError:

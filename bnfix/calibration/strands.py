@@ -22,6 +22,7 @@ from bnfix.calibration.listening import Listener, Seen, Stats
 from bnfix.calibration.norms import Norms
 from bnfix.calibration.spill import SpilledStrand
 from bnfix.errors import CalibrationError
+from bnfix.running import give_back
 from bnfix.stats import Moments, SampleSums, pool, sample_sums
 
 Using = Callable[[Mapping[int, Stats]], AbstractContextManager[None]]
@@ -115,6 +116,8 @@ class ThreadStrand(Strand):
         ambient: Ambient,
         turn: Turn,
         spilled: SpilledStrand | None = None,
+        *,
+        bounded: bool = False,
     ) -> None:
         super().__init__(chunk, norms)
         self._replica, self._ambient = replica, ambient
@@ -126,7 +129,7 @@ class ThreadStrand(Strand):
         self._timer: int | None = None
         self._calls: dict[int, int] = defaultdict(int)
         self._thread: threading.Thread | None = None
-        self._spilled = spilled
+        self._spilled, self._bounded = spilled, bounded
 
     def resume(self, stats: Stats | None) -> None:
         """Go on; returns when the chunk is parked again, or done.
@@ -215,6 +218,8 @@ class ThreadStrand(Strand):
         del seen
         if self._spilled is not None:
             self._spilled.park()
+        if self._bounded:  # takes time, and is worth it where somebody said how much memory there is
+            give_back()
         self._back.release()
         self._go.acquire()
         return self._unwound() if self._leaving else self._stats

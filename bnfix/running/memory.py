@@ -130,6 +130,18 @@ def _available_on_windows() -> int:
     return int(status.available) if library.GlobalMemoryStatusEx(ctypes.byref(status)) else UNKNOWN
 
 
+def give_back() -> None:
+    """Hand free memory of the allocator back to the system (glibc; nothing happens elsewhere).
+
+    Each thread has a pool of its own, and keeps there what its tensors no longer need: with dozens of threads that is
+    as much as what they hold.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The bytes of all storages that operations allocated inside and that are still alive, on any device.
 
