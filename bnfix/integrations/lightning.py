@@ -9,8 +9,8 @@
     trainer.save_checkpoint("final.ckpt")     # the statistics are those of the weights
 
 Wherever it stands in the list, it runs behind all other callbacks but checkpoints: averaged weights
-(``StochasticWeightAveraging``, ``WeightAveraging``, ``EMAWeightAveraging``) are in the module by then, and the copy that
-``WeightAveraging`` keeps for ``trainer.validate`` and for checkpoints gets the new statistics too. What
+(``StochasticWeightAveraging``, ``WeightAveraging``, ``EMAWeightAveraging``) are in the module by then, and the copy
+that ``WeightAveraging`` keeps for ``trainer.validate`` and for checkpoints gets the new statistics too. What
 ``ModelCheckpoint`` wrote during the fit, ``last.ckpt`` included, holds the statistics of its moment: save once more.
 """
 
@@ -21,6 +21,7 @@ import importlib
 import inspect
 import itertools
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,7 +123,7 @@ class RecalibrateCallback(_pl.Callback):  # type: ignore[misc, name-defined]
 
         say = importlib.import_module(f"{_pl.__name__}.utilities.rank_zero")
         try:
-            with trainer.precision_plugin.forward_context():
+            with trainer.precision_plugin.forward_context(), _at_a_distance(trainer, pl_module):
                 self.report = bnfix.recalibrate(pl_module, self._batches(trainer, pl_module), **self.options)
         except (BnfixError, TypeError, ValueError) as error:
             self.error = error
@@ -140,6 +141,32 @@ class RecalibrateCallback(_pl.Callback):  # type: ignore[misc, name-defined]
             what = "no training dataloader" if loader is None else f"{len(loader)} training dataloaders"
             raise CalibrationError(f"the trainer has {what}", hint="RecalibrateCallback(data=loader)")
         return _Epoch(loader, trainer, pl_module.device)
+
+
+class _Distant:
+    """Answers as the trainer does, but is no way from the module to the trainer's loaders, callbacks and loops.
+
+    bnfix looks at all that hangs on a module, to find norms in plain lists and to undo what a forward leaves behind.
+    """
+
+    __slots__ = ("_trainer",)
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = weakref.ref(trainer)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._trainer(), name)
+
+
+@contextlib.contextmanager
+def _at_a_distance(trainer: Any, pl_module: Any) -> Iterator[None]:
+    pl_module.trainer = _Distant(trainer)
+    try:
+        yield
+    finally:
+        pl_module.trainer = trainer
 
 
 class _Epoch:
