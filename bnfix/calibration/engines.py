@@ -25,6 +25,7 @@ from bnfix.errors import BnfixError, CalibrationError
 from bnfix.stats import Moments
 from bnfix.types import Residual
 
+_FULL = LEAKS + 1
 SETTLED = 1e-6
 """Movement of iterated norms, in standard deviations, at which they count as settled."""
 ROUNDS = 40
@@ -127,8 +128,11 @@ def _proven(
     for number, witness in watched:
         session.say("replaying a part of one chunk alone")
         seeded = Turn.seeded(turn, number, session.device)
-        with memory():
-            verdict, why = witness.judge(session, found.stats, found.sites, seeded, cut=cut)
+        try:
+            with memory():
+                verdict, why = witness.judge(session, found.stats, found.sites, seeded, cut=cut)
+        except MemoryFullError as error:
+            verdict, why = _FULL, str(error)
         turn.put(session.device)
         found.replay = max(witness.distance or 0.0, found.replay or 0.0)
         found.replayed, found.outputs = witness.replayed, witness.outputs
@@ -136,6 +140,8 @@ def _proven(
         if verdict != CLEAN:
             break
     worst = max(said[0] for said in session.ranks.numbers([verdict]))
+    if worst == _FULL:
+        raise MemoryFullError(why or "on another rank")
     return found, worst, why or "on another rank"
 
 

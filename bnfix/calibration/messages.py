@@ -1,4 +1,4 @@
-"""What ranks say at the beginning of each exchange, in 74 integers whatever it is."""
+"""What ranks say at the beginning of each exchange, in 75 integers whatever it is."""
 
 from __future__ import annotations
 
@@ -43,14 +43,15 @@ class Head:
         return Head(Kind.FAILED, text=error.message if isinstance(error, BnfixError) else one_line(error))
 
     def packed(self) -> Tensor:
-        """As integers, shape (74,); a long text is cut."""
+        """As integers, shape (75,); a long text is cut."""
         text = self.text.encode()[:_TEXT].decode(errors="ignore").encode().ljust(_TEXT, b"\0")
-        numbers = [self.kind, self.size, *self.values, *(0 for _ in range(_NUMBERS - len(self.values)))]
+        count = len(self.values)
+        numbers = [self.kind, self.size, count, *self.values, *(0 for _ in range(_NUMBERS - count))]
         return torch.cat((torch.tensor(numbers), torch.frombuffer(bytearray(text), dtype=torch.int64)))
 
     @staticmethod
     def unpack(said: Tensor) -> Head:
         """What ``packed`` packed."""
-        kind, size, *values = said[: 2 + _NUMBERS].tolist()
-        text = said[2 + _NUMBERS :].contiguous().numpy().tobytes() if kind == Kind.FAILED else b""
-        return Head(Kind(kind), size, tuple(values), text.rstrip(b"\0").decode(errors="replace"))
+        kind, size, count, *values = said[: 3 + _NUMBERS].tolist()
+        text = said[3 + _NUMBERS :].contiguous().numpy().tobytes() if kind == Kind.FAILED else b""
+        return Head(Kind(kind), size, tuple(values[:count]), text.rstrip(b"\0").decode(errors="replace"))

@@ -67,20 +67,14 @@ def mended(
 
 def _measured(session: Session, chunks: Sequence[Chunk], stats: dict[int, Stats], turn: Turn) -> dict[Place, Moments]:
     found: dict[Place, Moments] = {}
-    error: BaseException | None = None
     try:
         with session.using(stats):
             for number, chunk in enumerate(chunks):
                 Turn.seeded(turn, number, session.device).put_all(session.device)
                 for place, moments in measure(session.model, [chunk], session.norms).items():
                     found[place] = found[place].merge(moments) if place in found else moments
-    except BaseException as caught:
-        if session.ranks.world == 1:
-            raise
-        error = caught
     finally:
         turn.put(session.device)
-    session.ranks.agree(error)
     return merged(found, session.norms, session.ranks)
 
 

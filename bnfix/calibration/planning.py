@@ -35,6 +35,8 @@ SMALL = 32
 """Batches from which on a batch's own statistics are good enough to normalise with."""
 ENDLESS = 1 << 17
 """Samples after which data of unknown length is taken to have no end, if ``max_samples`` does not say where it is."""
+TOGETHER = 64
+"""Samples to which the batches of a stream are joined, where they can be."""
 TOL = 0.01
 """Standard error at which a stream without an end is enough."""
 
@@ -195,15 +197,10 @@ def _decided(
         short = f"data of unknown length, and more than {ENDLESS:,} samples"
     if any(f.crowded for f in said):
         short = f"more than {PLAIN_BATCHES} batches that can't be joined ({apart})"
-    together = min(TARGET // 2, max(SMALL, int(min(f.budget for f in said) / 2 / max(_forward_bytes(scouted), 1.0))))
-    way = f"batches joined to {together}" if not apart else f"batches of {largest} as they are ({apart})"
+    way = f"batches joined to {TOGETHER}" if not apart else f"batches of {largest} as they are ({apart})"
     why = f"{short}: {way}; one pass over the loader; spill_dir=, max_samples= or memory_budget= make it exact"
     session.say(f"method {chosen}: {why}")
-    return Plan(chosen, why, reader, scouted, stream=iter(stream) if apart else rejoined(stream, together))
-
-
-def _forward_bytes(scouted: Scouted | None) -> float:
-    return scouted.forward if scouted is not None else 0.0
+    return Plan(chosen, why, reader, scouted, stream=iter(stream) if apart else rejoined(stream, TOGETHER))
 
 
 def _that_fit(held: list[Chunk], room: int) -> list[Chunk]:

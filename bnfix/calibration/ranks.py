@@ -132,7 +132,7 @@ class Group(Ranks):
     def numbers(self, values: Sequence[int]) -> list[list[int]]:
         """The same for a few integers."""
         self._exchange(Kind.NUMBERS, values)
-        return [list(said.values[: len(values)]) for said in self._heads]
+        return [list(said.values) for said in self._heads]
 
     def merged(self, moments: Moments) -> Moments:
         """The moments of all ranks, merged in rank order."""
@@ -193,7 +193,7 @@ class Group(Ranks):
                 f"rank{'s' * (len(failed) > 1)} {which} of {self.world} failed, so every rank's model is as it was: "
                 f"{failed[0][1]}"
             )
-        if len({(h.kind, h.size if kind is Kind.MOMENTS else 0) for h in self._heads}) > 1:
+        if len({(h.kind, len(h.values), h.size if kind is Kind.MOMENTS else 0) for h in self._heads}) > 1:
             self._over = True
             raise CalibrationError(
                 "the ranks went different ways; every rank's model is as it was",
