@@ -62,7 +62,7 @@ def recalibrate(
         include_frozen: recalibrate frozen norms too.
         mask: for padded positions: a key of the batch, or a function of it, that gives a boolean tensor
             (N, positions …), True where a position counts.
-        max_samples: stop reading there.
+        max_samples: stop reading there; with several ranks, on each.
         tol: for the streaming methods: stop once every standard error is at most ``tol`` (of means in standard
             deviations, of variances relative). A stream of unknown length stops at .01.
         certify: ``"replay"`` runs one chunk alone and compares what it contributed to the bit; ``"full"`` also measures
@@ -72,7 +72,8 @@ def recalibrate(
             the model's device.
         spill_dir: a folder for the activations of parked samples: then all samples fit (Linux, CPU).
         unbiased: store M2/(n - 1), as PyTorch does; False stores M2/n.
-        group: process group; None the default one where one is set up, False this process alone.
+        group: process group; None the default one where one is set up, False this process alone. All of its ranks have
+            to call, with the same arguments but for the data (which may be empty on some); if one fails, all do.
         dry_run: measure the drift, change nothing.
         progress: called with a line before each step.
 

@@ -199,6 +199,22 @@ def full_on_one(team: Team) -> Met:
     return attempt(team, net(), team.share(data(400), (200, 200, *[0] * (team.world - 2))), forward=forward)
 
 
+@scenario
+def full_in_proof(team: Team) -> Met:
+    """One rank has no memory left when it runs a part of a chunk again; its first look at the data went well."""
+    alone = 0
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        nonlocal alone
+        alone += threading.current_thread() is threading.main_thread()
+        if team.rank == 1 and alone == 2:
+            alone += 1
+            raise torch.OutOfMemoryError("no memory left")
+        return m(x)
+
+    return attempt(team, net(), team.share(data(400), (200, 200, *[0] * (team.world - 2))), forward=forward)
+
+
 def _save(results: dict[tuple[str, int], Met | None], path: Path) -> None:
     torch.save({key: met and vars(met) for key, met in results.items()}, path)
 

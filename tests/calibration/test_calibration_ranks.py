@@ -113,6 +113,7 @@ GOOD = {
     "used_up": 97,
     "stuck_on_one": 400,
     "full_on_one": 400,
+    "full_in_proof": 400,
     "late": 97,
 }
 
@@ -209,8 +210,9 @@ def test_where_chunks_do_not_keep_apart_on_one_rank_all_take_plain_passes(
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_memory_full_on_one_rank_makes_all_stream(results: Results, world: int) -> None:
-    for met in results["full_on_one", world]:
+@pytest.mark.parametrize("name", ["full_on_one", "full_in_proof"])
+def test_memory_full_on_one_rank_makes_all_stream(results: Results, name: str, world: int) -> None:
+    for met in results[name, world]:
         assert met.report["method"] == "population"
         assert any("out of memory" in note for note in met.report["notes"])
 
