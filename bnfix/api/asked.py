@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from bnfix.errors import one_line
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -98,6 +100,8 @@ def read_forward(text: str | None) -> Forward | None:
         value = eval(text, {"torch": torch})  # the user's own command line, nothing from a file
     except SyntaxError as error:
         raise ValueError(f"--forward {text!r} is no Python expression: {error.msg}") from error
+    except Exception as error:  # whatever an expression of the user's raises
+        raise ValueError(f"--forward {text!r} raises {one_line(error)}; write 'lambda m, b: m(b)'") from error
     if not callable(value):
         raise ValueError(f"--forward {text!r} is no function; write 'lambda m, b: m(b)'")
     found: Forward = value

@@ -130,6 +130,7 @@ class _Work:
             left_why=left_why,
             used=reader.used,
             ranks=self.ranks.world,
+            needed=change.worth_it if options.when == "needed" else None,
             advice=(*self._leave_it(change), *summary.advice(outcome, session.norms, reader, chunks)),
             notes=(*session.notes, *self._odd(scouted is not None and scouted.mixing)),
         )

@@ -86,6 +86,10 @@ def left_alone(
 def advice(outcome: Outcome, norms: Norms, reader: Reader, chunks: Sequence[Chunk]) -> tuple[str, ...]:
     """Where statistics are not the remedy, or not for long."""
     said = [*_apart(outcome.sites, norms)]
+    if reader.samples == 1:
+        said.append("statistics of ONE sample: they fit that sample and no other; take hundreds")
+    elif outcome.sites and all(not bool((m.variance() > 0).any()) for m in outcome.sites.values()):
+        said.append("every variance is 0: all samples are alike and constant; is this the data?")
     if 1 <= reader.largest <= 4 and reader.batches > 1:
         said.append(
             f"batches of {reader.largest}: if the model was trained with such small ones, better statistics do not "

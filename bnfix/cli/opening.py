@@ -93,13 +93,17 @@ def check_output(asked: Asked, output: str | None, *, in_place: bool, dry_run: b
         UsageError: none was named, or nothing writes such files.
         BnfixError: it can't be written.
     """
+    if output and in_place:
+        raise UsageError(
+            "-o and --in-place exclude each other", hint="-o names another file, --in-place writes over MODEL"
+        )
     if dry_run:
         return None
     target = output or (asked.model if in_place else None)
     if target is None:
         raise UsageError(
             f"where should the {done} model go?",
-            hint=f"-o {done}.pt\n--dry-run   {dry}",
+            hint=f"-o {done}.pt\n--in-place  writes over MODEL\n--dry-run   {dry}",
         )
     with users_words("-o"):
         writer_for(target)

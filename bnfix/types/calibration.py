@@ -139,6 +139,8 @@ class Recalibration(Value):
     ``output_change`` is rms(outputs before − after)/std(after) on ``probe`` samples, ``output_null`` the same
     between recalibrations on two halves of the data: a change below a few times that is noise.
 
+    ``needed`` says whether that is large and more than chance (None: only asked with ``when="needed"``).
+
     ``frozen``, ``left`` (not selected) and ``never_called`` name norms that stay as they were; ``left_why`` has the
     reasons. ``used`` says which elements of a batch went where. ``seconds`` are process CPU time, ``total`` and of each
     step. ``advice`` is what to do beside or instead, one thing a string; where it holds three spaces, the words
@@ -169,6 +171,7 @@ class Recalibration(Value):
     left_why: Mapping[str, str] = field(default_factory=dict)
     used: str = ""
     ranks: int = 1
+    needed: bool | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     advice: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

@@ -101,6 +101,8 @@ def _verdict(value: Recalibration, kept: int) -> tuple[State, tuple[str, ...]]:
     proof = [f"part of a chunk replayed alone: {_number(value.replay)} apart"] if value.replay is not None else []
     if value.dry_run:
         change = [_change(value, "would change")] if value.output_change is not None else []
+        if value.needed is False:
+            return "kept", ("would leave it as it is", *change, f"measured {what}", *proof, "nothing was changed")
         return "done", (f"would recalibrate {what}", *change, *proof, *_before(value), "nothing was changed")
     if not value.changed:
         change = [_change(value, "would change")] if value.output_change is not None else []
@@ -114,7 +116,7 @@ def _certified(value: Recalibration) -> tuple[State, list[str]]:
     fresh = [f"on a new draw {_residual(value.residual_fresh)}"] if value.residual_fresh else []
     found = value.residual
     if found is None:
-        return "done", ['residual not measured (certify: full)', *fresh]
+        return "done", ["residual not measured (certify: full)", *fresh]
     before = f" (before: {_residual(value.residual_before)})" if value.residual_before else ""
     said = f"residual {_residual(found)}{before}"
     if found.mean <= FIXED and found.var <= FIXED:
