@@ -160,8 +160,8 @@ class ThreadStrand(Strand):
         ``gently``: it runs on to its end, so that it puts back and gives free what it took.
         """
         self._leaving, self._gently = True, gently
-        if self._thread is not None and not self.done:
-            with contextlib.suppress(StuckError):
+        with contextlib.suppress(StuckError):
+            while self._thread is not None and not self.done:  # set free by another one, it may just have parked
                 self._run_on()
         self.x, self.sums, self.mask, self.place = None, None, None, None
 
