@@ -29,8 +29,10 @@ from bnfix.calibration.streaming import rejoined
 from bnfix.errors import CalibrationError
 from bnfix.running import free_bytes
 
-PLAIN_BATCHES = 256
+PLAIN_BATCHES = 1024
 """Chunks (threads) at most where batches can't be joined."""
+READING = 256
+"""Batches up to which they are kept as they are for nothing but that a forward looks at values."""
 SMALL = 32
 """Batches from which on a batch's own statistics are good enough to normalise with."""
 ENDLESS = 1 << 17
@@ -137,7 +139,7 @@ def _read(session: Session, reader: Reader, scouted: Scouted, held: list[Chunk])
         held.append(chunk)
         if reader.batches % 16 == 0:
             session.say(f"reading: {reader.samples:,} samples")
-    if scouted.reads and len(held) <= PLAIN_BATCHES:
+    if scouted.reads and len(held) <= READING:
         scouted.inseparable = scouted.inseparable or "the way through the model may depend on what is in a batch"
     crowded = bool(scouted.inseparable) and len(held) > PLAIN_BATCHES
     fits = reader.ended and not crowded and (room is None or reader.samples <= room)

@@ -37,7 +37,7 @@ def test_uneven_batches_down_to_one_sample(sizes: list[int], forward: Forward | 
 @ways
 def test_batches_of_one_value_a_channel(forward: Forward | None) -> None:
     norm = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
-    exact(norm, vectors(200, 1), forward)
+    exact(norm, vectors(300, 1), forward)
     exact(norm, list(torch.cat(vectors(20)).split([16, 1, 3])), forward)
 
 
@@ -291,6 +291,21 @@ def test_a_mask_that_fits_nothing_is_said_also_where_the_model_swallows_errors()
 
     model = lived_in(Swallows())
     assert "the mask (15," in fails(model, sentences(), CalibrationError, mask=lambda b: b["mask"][:, :1])
+
+
+def test_images_in_a_list() -> None:
+    class Detector(Two):
+        def forward(self, images: list[Tensor], targets: Any = None) -> Any:  # type: ignore[override]
+            return [self.second(self.first(image[None])) for image in images]
+
+    x = torch.cat(images(80))
+    data = [
+        ([a[0], b[0, :, :5]], [{"boxes": torch.zeros(1, 4)}] * 2)
+        for a, b in zip(x[:40, None], x[40:, None], strict=True)
+    ]
+    assert "several inputs" in fails(lived_in(Detector()), data, CalibrationError)
+    report = exact(Detector(), data, lambda m, b: m(b[0]))
+    assert [s.name for s in report.layers] == ["bn1", "bn1@1", "bn2", "bn2@1"]
 
 
 # What is meant.

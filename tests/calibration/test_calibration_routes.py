@@ -284,6 +284,19 @@ def test_norms_that_run_out_of_sight(net: type[nn.Module], why: str) -> None:
     left_and_named(net(), images(), "bn1", why)
 
 
+@pytest.mark.slow
+def test_norms_inside_torch_cond() -> None:
+    class Either(Two):
+        def forward(self, x: Tensor) -> Any:
+            y = self.conv1(x)
+            return self.second(torch.cond(y.sum() > 0, self.bn1, torch.relu, (y,)))
+
+    model = lived_in(Either())
+    report = bnfix.recalibrate(model, images())
+    assert [s.site for s in report.layers] == ["bn2"]
+    assert "bn1" in (*report.never_called, *report.left)
+
+
 def test_norms_that_a_lazy_forward_never_reaches() -> None:
     class Lazily(Two):
         def forward(self, x: Tensor) -> Any:
