@@ -99,11 +99,14 @@ def test_dry_run_exits_1_if_it_would_change_something(api: FakeApi, capsys: Outp
     assert api.asked("fold")[1]["dry_run"] is True
 
 
-def test_no_output_is_a_usage_error_that_names_both_ways(api: FakeApi, capsys: Output) -> None:
+def test_no_output_is_a_usage_error_that_names_all_ways(api: FakeApi, capsys: Output) -> None:
     assert run(["fold", "w.pt", "--arch", "a:b"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == "error: where should the folded model go?\n  -o folded.pt\n  --dry-run   shows the plan only\n"
+    assert err == (
+        "error: where should the folded model go?\n  -o folded.pt\n  --in-place  writes over MODEL\n"
+        "  --dry-run   shows the plan only\n"
+    )
     assert api.calls == []
 
 
