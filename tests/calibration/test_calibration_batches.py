@@ -285,12 +285,28 @@ def test_a_mask_that_fits_nothing_is_said_also_where_the_model_swallows_errors()
         def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
             x = self.bn1(self.embed(ids).transpose(1, 2))
             try:
-                return self.pooled(self.bn2(self.conv(x))[..., ::2].mean(2))
+                return self.pooled(self.bn2(self.conv(x)[..., ::2]).mean(2))
             except Exception:  # noqa: BLE001
                 return self.pooled(x[:, :5, 0])
 
     model = lived_in(Swallows())
-    assert "the mask (15," in fails(model, sentences(), CalibrationError, mask=lambda b: b["mask"][:, :1])
+    assert "bn2: its input has the positions" in fails(model, sentences(), CalibrationError, mask="mask")
+
+
+@pytest.mark.parametrize("turns", [1, 7], ids=["in turns", "in blocks"])
+def test_batches_that_differ_in_what_their_first_sample_says(turns: int) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.bn = nn.Parameter(torch.tensor([[1.0], [3.0], [0.2]])), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor, domain: Tensor) -> Tensor:
+            return self.bn(x * self.scale[domain[:1]])
+
+    model = lived_in(Scaled())
+    batches = [(x, torch.full((16,), i // turns % 3)) for i, x in enumerate(vectors())]
+    bnfix.recalibrate(model, batches)
+    assert max(residual(model, batches, lambda m, b: m(*b))) <= EXACT
 
 
 def test_images_in_a_list() -> None:

@@ -6,7 +6,9 @@ plain forwards judges the result.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import threading
 import types
 from collections import deque
@@ -21,6 +23,10 @@ from torch import Tensor, nn
 from trap_nets import PLAIN, Two, as_is, exact, images
 
 import bnfix
+from bnfix.calibration.ambient import Turn
+from bnfix.calibration.chunks import Chunk
+from bnfix.calibration.norms import find_norms
+from bnfix.calibration.strands import RerunStrand
 
 ways = pytest.mark.parametrize("forward", [None, as_is], ids=["joined", "as they are"])
 
@@ -298,6 +304,28 @@ def test_hooks_that_write_where_the_users_forward_reads() -> None:
     assert exact(model, images(), features).engine == PLAIN
     lived_in(model)(images()[0])  # now there is a stale value to be read
     assert exact(model, images(), features).engine == PLAIN
+
+
+CALLS = itertools.count()
+
+
+class TakesTurns(Three):
+    """Another norm at each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.bn2(self.conv2(y)) if next(CALLS) % 2 else self.bn3(self.conv2(y))
+
+
+def test_a_forward_that_takes_another_way_each_time_is_an_error() -> None:
+    model, batch = lived_in(TakesTurns()), images()[0]
+    chunk = Chunk(bnfix.Call((batch,)), len(batch), (0,) * len(batch))
+    turn = Turn.now(torch.device("cpu"))
+    strand = RerunStrand(chunk, model, find_norms(model), turn, lambda _: contextlib.nullcontext())
+    for _ in range(3):  # to the first norm, to the second, and past it: that is another one by now
+        assert strand.error is None
+        strand.resume(None)
+    assert "the forward takes another way each time it runs" in str(strand.error)
 
 
 # Values of running statistics that the model's own code reads.
