@@ -122,14 +122,13 @@ class FoldProof:
 
     def _compare(self, copy: nn.Module, folded: Folded, edits: tuple[Edit, ...]) -> Attempt:
         named = dict(copy.named_modules())
-        # Behind a norm that another folded one follows there is now the output of both: the last one is compared.
-        followed = {name for f in folded.folds for name in f.requires}
-        sites = [e.site for e in edits if e.site in named and e.site not in followed]
+        shown = {e.site: _shown_at(e.site, folded) & named.keys() for e in edits}
+        sites = sorted(set().union(*shown.values()))
         if self._references is None:
             self.say("measuring the model's own rounding noise against float64")
             original, _ = copy_model(self.model)
-            every = [n.path for n in self.facts.norms if n.path in named]
-            self._references = parity.references(original, self.calls, sites=every)
+            every = {n.path for n in self.facts.norms if n.path in named} | set(sites)
+            self._references = parity.references(original, self.calls, sites=sorted(every))
         self.say("proving the folds")
         private, _ = copy_model(copy)  # a forward may write on itself
         runs = [parity.record(private, call, sites) for call in self.calls]
@@ -147,5 +146,21 @@ class FoldProof:
         if compared.verdict == "failed" and not failure:
             worst = next(o for o in compared.outputs if o.verdict == "failed")
             failure = f"output {worst.name}: {worst.reason}"
-        edits = tuple(replace(e, noise_ratio=ratios.get(e.site)) for e in edits)
+        edits = tuple(
+            replace(e, noise_ratio=max((ratios[s] for s in shown[e.site] if s in ratios), default=None)) for e in edits
+        )
         return Attempt(copy, folded, edits, compared, failure)
+
+
+def _shown_at(norm: str, folded: Folded) -> set[str]:
+    """The modules that give after the folds what they gave before, and have the norm in it.
+
+    That is the norm's own place; of one that went forward the layers behind it. Where a norm follows that is folded as
+    well, there is now the output of both: the last one is compared.
+    """
+    followed = {name for f in folded.folds if not f.forward for name in f.requires}
+    behind = {t.holder for f in folded.folds if not f.forward for t in f.targets}
+    planned = next(f for f in folded.folds if f.norm.path == norm)
+    if planned.forward:
+        return {t.holder for t in planned.targets} - behind
+    return {norm} - followed

@@ -129,6 +129,15 @@ def bias_slot(binding: Binding, holder: str) -> Slot | None:
     return Slot(module, "bias", f"{holder}.bias".lstrip("."))
 
 
+def lane_affine(affine: Affine, target: Target) -> Affine:
+    """The norm's map on the layer's own channels: 1 and 0 where none of its are, no shift where that goes elsewhere."""
+    lanes = torch.tensor(target.lanes, device=affine.scale.device)
+    mine = lanes >= 0
+    scale = torch.where(mine, affine.scale[lanes.clamp(min=0)], 1.0)
+    shift = torch.where(mine & target.shift, affine.shift[lanes.clamp(min=0)], 0.0)
+    return Affine(scale, shift)
+
+
 def _fold_one(
     binding: Binding, planned: PlannedFold, weights: Mapping[int, Tensor], biases: Mapping[BiasName, Tensor]
 ) -> tuple[dict[int, Tensor], dict[BiasName, Tensor]]:
@@ -137,13 +146,13 @@ def _fold_one(
     for target in planned.targets:
         weight = weights.get(target.weight)
         before = binding.tensors[target.weight].detach().double() if weight is None else weight
-        device_affine = norm_affine(binding, planned)
+        device_affine = lane_affine(norm_affine(binding, planned), target)
         affine = Affine(device_affine.scale.to(before.device), device_affine.shift.to(before.device))
         new_weights[target.weight] = target.fold.weight(before, affine, target.op)
         bias = biases.get((target.bias, target.holder))
         if bias is None and target.bias is not None:
             bias = binding.tensors[target.bias].detach().double()
-        new_biases[target.bias, target.holder] = target.fold.bias(bias, affine)
+        new_biases[target.bias, target.holder] = target.fold.bias(bias, before, affine, target.op)
     return new_weights, new_biases
 
 
@@ -210,7 +219,7 @@ def _edit(planned: PlannedFold, gains: tuple[str, ...]) -> Edit:
         action="fold",
         site=planned.norm.path,
         before=planned.norm.summary,
-        after=f"folded into {', '.join(into)}{gained}{kept}",
+        after=f"folded {'forward ' if planned.forward else ''}into {', '.join(into)}{gained}{kept}",
         calls=planned.calls,
         into=into,
         gains=gains,

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bnfix.folding.engine import Folded
-from bnfix.folding.planner import PlannedFold, Target
+from bnfix.folding.exact import Link, exact
+from bnfix.folding.planner import Target
 from bnfix.graph import Binding
 from bnfix.stats import round_once, ulp
 from bnfix.types import Facts, Op, Route
@@ -33,16 +33,17 @@ def weight_errors(facts: Facts, folded: Folded, after: Facts) -> dict[str, float
     """
     errors: dict[str, float] = {}
     binding: Binding = facts.binding
-    chains: dict[tuple[int, int | None, str], tuple[Target, list[PlannedFold]]] = {}
+    chains: dict[tuple[int, int | None, str], list[Link]] = {}
     for planned in folded.folds:
         for target in planned.targets:
-            chains.setdefault((target.weight, target.bias, target.holder), (target, []))[1].append(planned)
-    for target, chain in chains.values():
-        weight, bias, slack = _exact(binding, target, chain)
-        found_weight = _stored(facts, after, target, target.weight)
-        found_bias = _stored(facts, after, target, target.bias)
+            chains.setdefault((target.weight, target.bias, target.holder), []).append((planned, target))
+    for chain in chains.values():
+        layer = chain[0][1]
+        weight, bias, slack = exact(binding, chain)
+        found_weight = _stored(facts, after, layer, layer.weight)
+        found_bias = _stored(facts, after, layer, layer.bias)
         worst = max(_ulps(found_weight, weight, torch.zeros(())), _ulps(found_bias, bias, slack))
-        for planned in chain:
+        for planned, _ in chain:
             errors[planned.norm.path] = max(errors.get(planned.norm.path, 0.0), worst)
     return errors
 
@@ -120,47 +121,6 @@ def _stored(before: Facts, after: Facts, target: Target, key: int | None) -> Ten
             tensor: Tensor = after.binding.tensors[fact.key]
             return tensor
     return torch.empty(0)
-
-
-def _exact(binding: Binding, target: Target, chain: Sequence[PlannedFold]) -> tuple[Tensor, Tensor, Tensor]:
-    weight = binding.tensors[target.weight].detach().double().cpu()
-    layout = _channels_second(weight, target)
-    channels = layout.shape[1]
-    if target.bias is None:
-        bias = torch.zeros(1, channels, dtype=torch.float64)
-    else:
-        bias = binding.tensors[target.bias].detach().double().cpu().reshape(1, -1)
-    slack = torch.zeros(channels, dtype=torch.float64)
-    zero = torch.zeros(channels, dtype=torch.float64)
-    for planned in chain:
-        state = {r: binding.tensors[k].detach().double().cpu().reshape(-1) for r, k in planned.norm.tensors.items()}
-        mean, var, eps = state["running_mean"], state["running_var"], planned.op.attrs["eps"]
-        gamma, beta = state.get("weight"), state.get("bias")
-        layout = F.batch_norm(layout, zero, var, gamma, None, False, 0.0, eps)
-        scale = F.batch_norm(torch.ones_like(bias), zero, var, gamma, None, False, 0.0, eps)[0]
-        slack = (
-            slack * scale.abs() + (scale * mean).abs() + (scale * bias[0]).abs() + (0 if beta is None else beta.abs())
-        )
-        bias = F.batch_norm(bias, mean, var, gamma, beta, False, 0.0, eps)
-    return _channels_back(layout, weight, target), bias.reshape(-1), slack * (8 * torch.finfo(torch.float64).eps / 2)
-
-
-def _channels_second(weight: Tensor, target: Target) -> Tensor:
-    """The weight as a batch of one whose axis 1 is the output channel, for the norm kernel."""
-    if target.op.kind != "conv_transpose":
-        return weight.reshape(1, weight.shape[0], -1)
-    groups = int(target.op.attrs.get("groups", 1))
-    blocks = torch.stack(weight.reshape(weight.shape[0], weight.shape[1], -1).chunk(groups))
-    return torch.cat([b.movedim(1, 0).reshape(b.shape[1], -1) for b in blocks]).unsqueeze(0)
-
-
-def _channels_back(layout: Tensor, weight: Tensor, target: Target) -> Tensor:
-    if target.op.kind != "conv_transpose":
-        return layout.reshape(weight.shape)
-    groups = int(target.op.attrs.get("groups", 1))
-    per_group = layout[0].chunk(groups)
-    inputs = weight.shape[0] // groups
-    return torch.cat([p.reshape(p.shape[0], inputs, -1).movedim(0, 1) for p in per_group]).reshape(weight.shape)
 
 
 def _ulps(stored: Tensor, exact: Tensor, slack: Tensor) -> float:

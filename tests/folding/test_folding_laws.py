@@ -1,4 +1,4 @@
-"""Laws that every pattern obeys, run over everything found in ``folds/``: a new file is tested by being there."""
+"""Laws that every pattern obeys, over all of ``folds/`` and ``carriers/``: a new file is tested by being there."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 from nets import bits, lived_in, norms_left, relative_error, same_bits
 
 import bnfix
-from bnfix.folding import Example, Fold
+from bnfix.folding import Carrier, Example, Fold
 from bnfix.registry import plugins
 
-FOLDS = list(plugins("bnfix.folding.folds", Fold))
+FOLDS = [*plugins("bnfix.folding.folds", Fold), *plugins("bnfix.folding.carriers", Carrier)]
 CASES = [(fold, example) for fold in FOLDS for example in fold.examples]
 IDS = [f"{type(fold).__name__}-{example.name}" for fold, example in CASES]
 
@@ -19,11 +19,11 @@ FLOAT32 = 1e-6
 
 
 def test_patterns_are_found() -> None:
-    assert {k for fold in FOLDS for k in fold.kinds} >= {"conv", "conv_transpose", "linear"}
+    assert {k for fold in FOLDS if isinstance(fold, Fold) for k in fold.kinds} >= {"conv", "conv_transpose", "linear"}
 
 
 @pytest.mark.parametrize(("fold", "example"), CASES, ids=IDS)
-def test_outputs_stay_and_the_norms_go(fold: Fold, example: Example) -> None:
+def test_outputs_stay_and_the_norms_go(fold: Fold | Carrier, example: Example) -> None:
     model, x = lived_in(example.build()), torch.randn(example.shape)
     result = bnfix.fold(model, x)
     assert result.model is not None
@@ -37,7 +37,7 @@ def test_outputs_stay_and_the_norms_go(fold: Fold, example: Example) -> None:
 
 
 @pytest.mark.parametrize(("fold", "example"), CASES, ids=IDS)
-def test_the_argument_stays_to_the_bit(fold: Fold, example: Example) -> None:
+def test_the_argument_stays_to_the_bit(fold: Fold | Carrier, example: Example) -> None:
     model, x = lived_in(example.build()), torch.randn(example.shape)
     before, out, modules = bits(model), model(x), [type(m) for m in model.modules()]
     bnfix.fold(model, x)
@@ -47,7 +47,7 @@ def test_the_argument_stays_to_the_bit(fold: Fold, example: Example) -> None:
 
 
 @pytest.mark.parametrize(("fold", "example"), CASES, ids=IDS)
-def test_a_second_run_changes_nothing(fold: Fold, example: Example) -> None:
+def test_a_second_run_changes_nothing(fold: Fold | Carrier, example: Example) -> None:
     model, x = lived_in(example.build()), torch.randn(example.shape)
     once = bnfix.fold(model, x).model
     assert once is not None
@@ -58,7 +58,7 @@ def test_a_second_run_changes_nothing(fold: Fold, example: Example) -> None:
 
 
 @pytest.mark.parametrize(("fold", "example"), CASES, ids=IDS)
-def test_in_place_is_the_same_and_dry_run_is_nothing(fold: Fold, example: Example) -> None:
+def test_in_place_is_the_same_and_dry_run_is_nothing(fold: Fold | Carrier, example: Example) -> None:
     model, x = lived_in(example.build()), torch.randn(example.shape)
     before = bits(model)
     planned = bnfix.fold(model, x, dry_run=True)

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor, nn
 from torch.nn import Sequential as net  # noqa: N813  # read as what it makes
 
-from bnfix.folding.fold import Example, Fold
+from bnfix.folding.fold import Example, Fold, unbatched
 from bnfix.types import Op
 
 _Mode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -43,12 +43,14 @@ class ConvFold(Fold):
         Example("relu between", lambda: net(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)), (2, 3, 6, 6), 0),
     )
 
-    def refuse(self, producer: Op, norm: Op, weight_shape: tuple[int, ...]) -> str | None:
+    def refuse(self, op: Op, weight_shape: tuple[int, ...]) -> str | None:
         """A convolution's channels are axis 1 of a batched output; an unbatched one has them on axis 0."""
-        if producer.shape is None or len(producer.shape) != len(weight_shape):
-            return f"{producer.site} runs without a batch dimension: the norm's channels are not its channels"
-        return None
+        return unbatched(op, weight_shape)
 
-    def channels(self, weight: Tensor, producer: Op) -> Tensor:
+    def axis(self, op: Op) -> int:
+        """(N, C, *positions)."""
+        return 1
+
+    def channels(self, weight: Tensor, op: Op) -> Tensor:
         """(O, I/groups, *kernel) in one group, whatever the groups of the input."""
         return weight.unsqueeze(0)

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import Sequential as net  # noqa: N813  # read as what it makes
 
-from bnfix.folding.fold import Example, Fold
+from bnfix.folding.fold import Example, Fold, unbatched
 from bnfix.types import Op
 
 
@@ -38,13 +38,15 @@ class ConvTransposeFold(Fold):
         ),
     )
 
-    def refuse(self, producer: Op, norm: Op, weight_shape: tuple[int, ...]) -> str | None:
+    def refuse(self, op: Op, weight_shape: tuple[int, ...]) -> str | None:
         """As for a convolution: axis 1 of a batched output."""
-        if producer.shape is None or len(producer.shape) != len(weight_shape):
-            return f"{producer.site} runs without a batch dimension: the norm's channels are not its channels"
-        return None
+        return unbatched(op, weight_shape)
 
-    def channels(self, weight: Tensor, producer: Op) -> Tensor:
+    def axis(self, op: Op) -> int:
+        """(N, C, *positions)."""
+        return 1
+
+    def channels(self, weight: Tensor, op: Op) -> Tensor:
         """(I, O/g, *kernel) → (g, O/g, I/g, *kernel): output channel o is (group, place in the group)."""
-        groups = int(producer.attrs.get("groups", 1))
+        groups = int(op.attrs.get("groups", 1))
         return weight.view(groups, -1, *weight.shape[1:]).transpose(1, 2)

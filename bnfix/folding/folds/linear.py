@@ -30,16 +30,14 @@ class LinearFold(Fold):
         Example("L equals C", lambda: net(nn.Linear(5, 6), nn.BatchNorm1d(6)), (4, 6, 5), 0),
     )
 
-    def refuse(self, producer: Op, norm: Op, weight_shape: tuple[int, ...]) -> str | None:
-        """Only where the linear layer's last axis is axis 1."""
-        if producer.shape is None or len(producer.shape) != 2:
-            rank = "?" if producer.shape is None else len(producer.shape)
-            return (
-                f"{producer.site} puts its features on the last of {rank} axes, the norm normalises axis 1: "
-                "not the same channels"
-            )
+    def refuse(self, op: Op, weight_shape: tuple[int, ...]) -> str | None:
+        """None by itself: that the norm's axis is the layer's is for :meth:`axis` to tell."""
         return None
 
-    def channels(self, weight: Tensor, producer: Op) -> Tensor:
+    def axis(self, op: Op) -> int:
+        """(…, features)."""
+        return -1
+
+    def channels(self, weight: Tensor, op: Op) -> Tensor:
         """(O, I) in one group."""
         return weight.unsqueeze(0)
