@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 import bnfix
 from bnfix.folding import engine, planner, proof
-from bnfix.folding.fold import Fold
+from bnfix.folding.fold import Fold, ForwardFold
+from bnfix.folding.folds.before_conv import BeforeConv
 from bnfix.folding.folds.conv import ConvFold
 from bnfix.folding.folds.conv_transpose import ConvTransposeFold
+from bnfix.folding.walking import Walker
 from bnfix.stats import Affine
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -67,9 +69,9 @@ ALGEBRA: dict[str, Plant] = {
         lambda a, _: Affine((a.scale.float() * 1.0000001).double(), a.shift.float().double())
     ),
     "bias not scaled": lambda patch: patch.setattr(
-        Fold, "bias", lambda self, bias, a: a.shift if bias is None else bias + a.shift
+        Fold, "bias", lambda self, bias, w, a, op: a.shift if bias is None else bias + a.shift
     ),
-    "bias dropped": lambda patch: patch.setattr(Fold, "bias", lambda self, bias, a: a.shift),
+    "bias dropped": lambda patch: patch.setattr(Fold, "bias", lambda self, bias, w, a, op: a.shift),
     "scaled along the inputs": lambda patch: patch.setattr(
         ConvFold, "channels", lambda self, w, op: w.transpose(0, 1).unsqueeze(0)
     ),
@@ -121,7 +123,8 @@ def test_transposed_convolution_with_its_groups_interleaved_is_caught(monkeypatc
 def _blind(*names: str) -> Plant:
     def plant(patch: pytest.MonkeyPatch) -> None:
         for name in names:
-            patch.setattr(planner._Planner, name, lambda self, *args: None)
+            room = planner._Planner if hasattr(planner._Planner, name) else Walker
+            patch.setattr(room, name, lambda self, *args: None)
 
     return plant
 
@@ -151,10 +154,36 @@ def test_fault_in_the_planner_is_caught(fault: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_rank_not_looked_at_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bnfix.folding.folds.linear import LinearFold
-
-    monkeypatch.setattr(LinearFold, "refuse", lambda self, *args: None)
+    monkeypatch.setattr(planner, "lanes", lambda labels, axis: tuple(range(labels.shape[axis])))
     _undone(lived_in(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6))), torch.randn(3, 6, 5))
+
+
+def ahead(**options: Any) -> nn.Module:
+    """A norm whose input is the model's, and a layer that takes it up."""
+    return lived_in(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, groups=2, **options)))
+
+
+FORWARD: dict[str, Plant] = {
+    "shift not added": lambda patch: patch.setattr(ForwardFold, "bias", lambda self, bias, w, a, op: bias),
+    "sum over a part of the kernel": lambda patch: patch.setattr(
+        ForwardFold, "bias", lambda self, bias, w, a, op: bias + (w[..., 0, 0] * a.shift[:2]).sum(1)
+    ),
+    "groups not seen": lambda patch: patch.setattr(
+        BeforeConv, "channels", lambda self, w, op: w.transpose(0, 1).repeat(2, 1, 1, 1)[:4].unsqueeze(0)
+    ),
+    "scale forgotten": _affine(lambda a, _: Affine(torch.ones_like(a.scale), a.shift)),
+}
+
+
+@pytest.mark.parametrize("fault", FORWARD)
+def test_fault_in_the_forward_algebra_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    FORWARD[fault](monkeypatch)
+    _undone(ahead(), torch.randn(2, 4, 8, 8))
+
+
+def test_zeros_of_the_padding_not_seen_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BeforeConv, "refuse", lambda self, *args: None)
+    _undone(ahead(padding=1), torch.randn(2, 4, 8, 8))
 
 
 def test_only_one_signature_looked_at_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
