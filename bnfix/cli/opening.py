@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import secrets
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bnfix.formats import Loaded
+
+
+INPUT_FILES = (".npy", ".npz", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,22 @@ def check_paths(asked: Asked) -> None:
 
     Raises:
         UsageError: they do not.
-        LoadError: there is no such file.
+        LoadError: there is no such file, or none of that name to be run on.
     """
     _ = asked.arch_kwargs
     check_there(asked.model)
     if asked.input and asked.data:
         raise UsageError("--input and --data exclude each other", hint="--data alone: shapes are those of the batches")
+    for text in asked.input:
+        if is_file(text) and not os.path.isfile(text):
+            raise LoadError(f"--input: there is no file {text}", hint="or a shape:  --input 1x3x224x224")
     if asked.arch_kw and not asked.arch and os.path.exists(asked.model):
         raise UsageError("--arch-kw without --arch", hint=f"bnfix info {shlex.quote(asked.model)}")
+
+
+def is_file(text: str) -> bool:
+    """Whether ``--input`` names a file, there or not, and no shape."""
+    return os.path.splitext(text)[1].lower() in INPUT_FILES or os.path.isfile(text)
 
 
 def check_there(path_or_spec: str) -> None:
@@ -152,7 +164,37 @@ def open_model(asked: Asked, steps: Steps, *, file: str | None = None) -> Opened
             seed=asked.seed,
             progress=steps,
         )
-    return Opened(loaded, list(calls), (*loaded.notes, *assumed))
+    return Opened(loaded, _fitted(list(calls), asked, loaded), (*loaded.notes, *assumed))
+
+
+def _fitted(calls: list[Any], asked: Asked, loaded: Loaded) -> list[Any]:
+    """``calls``, where some were read from files: found to be what the model takes before any long work.
+
+    Raises:
+        PassError: one is not.
+    """
+    if not any(is_file(text) for text in asked.input):
+        return calls
+    from bnfix.graph import copy_model, unwrap
+    from bnfix.running.arguments import check_accepted, check_arguments
+
+    copy = copy_model(unwrap(_module(loaded))[0])[0]
+    given = []
+    for text, call in zip(asked.input, calls, strict=False):  # behind them come other batch sizes
+        if is_file(text):
+            call = _one_batch(call) if call.forward is not None else check_arguments(call, copy, text)
+            with users_code("--forward"):
+                check_accepted(call, copy, text)
+        given.append(call)
+    return [*given, *calls[len(given) :]]
+
+
+def _one_batch(call: Any) -> Any:
+    """What a file holds as the one batch that ``--forward`` gets: a dict where there are names, a tuple of several."""
+    if not call.kwargs:
+        return call if len(call.args) == 1 else dataclasses.replace(call, args=(call.args,))
+    named = {f"arr_{i}": value for i, value in enumerate(call.args)} | dict(call.kwargs)
+    return dataclasses.replace(call, args=(named,), kwargs={})
 
 
 def load_model(asked: Asked, steps: Steps, **how: bool) -> Loaded:

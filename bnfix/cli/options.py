@@ -56,8 +56,9 @@ InputOption = Annotated[
     list[str] | None,
     typer.Option(
         "--input",
-        metavar="SHAPE",
-        help="An input, such as 1x3x224x224; several arguments: 1x16:int64,mask=1x16:bool. Repeat it for more shapes.",
+        metavar="SHAPE|FILE",
+        help="A shape such as 1x3x224x224, or 1x16:int64,mask=1x16:bool; or a .npz, .npy or .safetensors file whose "
+        "names are the forward's arguments (arr_0, arr_1: positional). Repeat it for more signatures.",
         rich_help_panel=RUN_ON,
     ),
 ]

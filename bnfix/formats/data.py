@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 import re
@@ -16,26 +15,35 @@ import torch
 from torch import Tensor
 
 from bnfix.errors import BnfixError, LoadError
+from bnfix.formats.arrays import ARRAYS, is_arrays, load_call, load_samples
 from bnfix.formats.images import SUFFIXES, ImageTransform, load_images
-from bnfix.formats.specs import importable_here, parse_spec, resolve
+from bnfix.formats.specs import callables, importable_here, parse_spec, resolve
 from bnfix.running import Call
 
 MAX_BYTES = 1 << 36
 """Of one random input: what is larger is a slip of the fingers."""
 
 _SHAPE = re.compile(r"(?:(?P<name>[^\W\d]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
-_ARRAYS = (".npy", ".npz", ".safetensors")
 
 
 def load_input(spec: str, *, seed: int = 0) -> Call:
-    """``1x3x224x224`` as a call with random tensors, the same ones for the same ``seed``.
+    """``1x3x224x224`` as a call with random tensors, the same ones for the same ``seed``; ``inputs.npz`` as it is.
 
     Several inputs are separated by commas, ``:int64`` after a shape gives its type (floats are normal, integers 0 or 1,
-    uint8 from 0 to 255), ``mask=`` before it makes it a keyword argument.
+    uint8 from 0 to 255), ``mask=`` before it makes it a keyword argument. A file of arrays holds one call by the
+    names of the forward's parameters (:func:`~bnfix.formats.arrays.load_call`).
 
     Raises:
         ValueError: not such a list.
+        LoadError: the file can't be read.
     """
+    if is_arrays(spec) or os.path.isfile(spec):
+        if not is_arrays(spec):
+            raise LoadError(
+                f"{spec} is no input that bnfix reads",
+                hint=f"a file {', '.join(ARRAYS)}:  np.savez('inputs.npz', image=image, mask=mask)",
+            )
+        return load_call(Path(spec))
     generator = torch.Generator().manual_seed(seed)
     args: list[Tensor] = []
     kwargs: dict[str, Tensor] = {}
@@ -127,14 +135,20 @@ def load_data(
         raise LoadError(
             f"{text} is one image", hint=f"the folder that holds it:  --data {shlex.quote(str(path.parent))}"
         )
-    if path.suffix.lower() not in _ARRAYS or not path.is_file():
+    if path.suffix == ".py" and path.is_file():
+        names = [f"{text}:{name}" for name in callables(path)] or [f"{text}:make"]
+        raise LoadError(
+            f"{text} is Python code: say what in it gives the batches",
+            hint="\n".join(f"--data {shlex.quote(name)}" for name in names[:4]),
+        )
+    if path.suffix.lower() not in ARRAYS or not path.is_file():
         missing = f"there is no file {text}" if not path.exists() else f"{text} is no data that bnfix reads"
         raise LoadError(
             missing,
-            hint=f"a function (loader.py:make_loader), a folder of images, a file {', '.join(_ARRAYS)}, or "
+            hint=f"a function (loader.py:make_loader), a folder of images, a file {', '.join(ARRAYS)}, or "
             "random:3x224x224",
         )
-    return _batched(_arrays(path), batch_size)
+    return _batched(load_samples(path), batch_size)
 
 
 def _random_batches(text: str, batch_size: int, seed: int, count: int) -> list[Any]:
@@ -194,65 +208,3 @@ def _batched(samples: Tensor | Mapping[str, Tensor], batch_size: int) -> Iterabl
         return [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
     count = len(next(iter(samples.values())))
     return [{k: v[i : i + batch_size] for k, v in samples.items()} for i in range(0, count, batch_size)]
-
-
-def _arrays(path: Path) -> Tensor | dict[str, Tensor]:
-    if path.suffix.lower() == ".safetensors":
-        arrays = _safetensors(path)
-    else:
-        arrays = _numpy(path)
-    if not arrays:
-        raise LoadError(f"{path} holds no arrays")
-    lengths = {k: v.shape[0] if v.dim() else None for k, v in arrays.items()}
-    if None in lengths.values() or len(set(lengths.values())) > 1 or 0 in lengths.values():
-        shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in list(arrays.items())[:4])
-        raise LoadError(f"{path}: the first axis holds the samples, and here it does not: {shapes}")
-    return next(iter(arrays.values())) if len(arrays) == 1 else arrays
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        found: dict[str, Tensor] = load_file(path, device="cpu")
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        raise LoadError(f"{path} can't be read: {error}") from error
-    return found
-
-
-def _numpy(path: Path) -> dict[str, Tensor]:
-    np = importlib.import_module("numpy")
-    try:
-        with np.load(path, allow_pickle=False) if path.suffix.lower() == ".npz" else _plain(np, path) as file:
-            return {name: _tensor(np, file[name], f"{path}: {name}") for name in file}
-    except LoadError:
-        raise
-    except Exception as error:  # damaged archives fail in numpy, zipfile and zlib, each with errors of its own
-        pickled = "pickle" in str(error).lower() or "Object arrays" in str(error)
-        reason = "holds Python objects, which bnfix does not unpickle" if pickled else f"can't be read: {error}"
-        raise LoadError(f"{path} {reason}") from error
-
-
-class _OneArray(dict[str, Any]):
-    def __enter__(self) -> _OneArray:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-def _plain(np: Any, path: Path) -> _OneArray:
-    found = np.load(path, allow_pickle=False)
-    if not isinstance(found, np.ndarray):
-        raise LoadError(f"{path} is no NumPy array")
-    return _OneArray(array=found)
-
-
-def _tensor(np: Any, array: Any, where: str) -> Tensor:
-    native = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("="), copy=False).reshape(array.shape)
-    if native.dtype == np.float64:  # NumPy's default type, seldom meant: a model's is torch's
-        native = native.astype(np.float32)
-    try:
-        return torch.from_numpy(native.copy() if not native.flags.writeable else native)
-    except TypeError as error:
-        raise LoadError(f"{where} is of type {array.dtype}, which torch has not") from error

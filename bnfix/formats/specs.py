@@ -100,6 +100,16 @@ def meant(arch: str) -> str:
     return "\n".join(f"did you mean   --arch {shlex.quote(f)}" for f in found[:4])
 
 
+def callables(source: Path) -> tuple[str, ...]:
+    """Names of the functions that a Python file defines and that can be called without arguments; runs nothing."""
+    try:
+        body = ast.parse(source.read_bytes()).body
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return ()
+    functions = [node for node in body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    return tuple(f.name for f in functions if len(f.args.posonlyargs + f.args.args) <= len(f.args.defaults))
+
+
 def _hub_names(hub: str) -> frozenset[str]:
     """The models of a hub that is installed; none of one that is not, or that can't be imported."""
     try:

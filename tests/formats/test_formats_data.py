@@ -189,3 +189,80 @@ def test_folders_and_missing_files_say_what_to_do(tmp_path):
         load_data(tmp_path / "x.csv")
     with pytest.raises(ValueError, match="batch size of 0"):
         load_data("random:3", batch_size=0)
+
+
+# ---------------------------------------------------------------------------------------- --input from files
+
+
+def test_files_hold_a_call_by_name_or_by_position(tmp_path):
+    x, y = np.arange(6.0).reshape(2, 3), np.array([[1], [2]])
+    np.savez(tmp_path / "named.npz", b=y, a=x)
+    np.savez(tmp_path / "placed.npz", x, y)
+    np.savez(tmp_path / "mixed.npz", x, b=y, s=np.array(3))
+    np.savez(tmp_path / "many.npz", *[np.array([float(i)]) for i in range(12)])
+    np.save(tmp_path / "x.npy", x)
+    save_file({"arr_0": torch.from_numpy(x), "b": torch.from_numpy(y)}, tmp_path / "x.safetensors")
+    named, placed, mixed = (load_input(str(tmp_path / f"{n}.npz")) for n in ("named", "placed", "mixed"))
+    assert (named.args, sorted(named.kwargs)) == ((), ["a", "b"])
+    assert torch.equal(named.kwargs["a"], torch.arange(6.0).reshape(2, 3))  # float64, NumPy's default: float32 here
+    assert [a.dtype for a in placed.args] == [torch.float32, torch.int64]
+    assert (len(mixed.args), list(mixed.kwargs), mixed.kwargs["s"].dim()) == (1, ["b", "s"], 0)
+    many = load_input(str(tmp_path / "many.npz"))  # arr_10 comes before arr_2 in the alphabet
+    assert [a.item() for a in many.args] == list(range(12))
+    assert load_input(str(tmp_path / "x.npy")).signature == "2x3"
+    kept = load_input(str(tmp_path / "x.safetensors"))
+    assert (sorted(kept.kwargs), kept.kwargs["arr_0"].dtype) == (["arr_0", "b"], torch.float64)
+
+
+def test_input_files_that_are_none(tmp_path, monkeypatch):
+    np.savez(tmp_path / "gap.npz", arr_0=np.ones(2), arr_2=np.ones(2))
+    np.savez(tmp_path / "none.npz")
+    np.savez(tmp_path / "empty.npz", x=np.ones((0, 3)))
+    np.savez(tmp_path / "text.npz", x=np.array(["a"]))
+    np.savez(tmp_path / "objects.npz", x=np.array([{}], dtype=object))
+    (tmp_path / "x.pt").write_bytes(b"x")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "gap.npz").read_bytes()[:200])
+    for name, said in [
+        ("gap.npz", "holds arr_2, and no arr_1"),
+        ("none.npz", "holds no arrays"),
+        ("empty.npz", r"x is empty: its shape is \(0, 3\)"),
+        ("text.npz", "which torch has not"),
+        ("objects.npz", "does not unpickle"),
+        ("x.pt", "is no input that bnfix reads"),
+        ("cut.npz", "can't be read"),
+        ("gone.npz", "there is no file"),
+    ]:
+        with pytest.raises(LoadError, match=said):
+            load_input(str(tmp_path / name))
+    np.savez_compressed(tmp_path / "bomb.npz", x=np.zeros(1 << 20, dtype=np.uint8))
+    monkeypatch.setattr("bnfix.formats.arrays.MAX_INPUT", 1 << 19)
+    assert (tmp_path / "bomb.npz").stat().st_size < 1 << 14
+    with pytest.raises(LoadError, match="too much for one input"):
+        load_input(str(tmp_path / "bomb.npz"))
+
+
+def test_a_header_that_lies_is_one_error(tmp_path):
+    """The array says 2**40 numbers, and eight bytes follow."""
+    np.save(tmp_path / "x.npy", np.ones(1))
+    whole = (tmp_path / "x.npy").read_bytes()
+    lying = whole.replace(b"(1,), }", b"(1099511627776,), }").replace(b" " * 12 + b"\n", b"\n")
+    assert len(lying) == len(whole)
+    (tmp_path / "x.npy").write_bytes(lying)
+    with pytest.raises(LoadError, match="can't be read"):
+        load_input(str(tmp_path / "x.npy"))
+
+
+def test_code_without_a_function_names_those_there_are(loaders):
+    with pytest.raises(LoadError, match="is Python code: say what in it gives the batches") as caught:
+        load_data(loaders)
+    assert caught.value.hint.splitlines()[0] == f"--data {loaders}:make_loader"
+    (loaders.parent / "bare.py").write_text("def f(a): pass\n")
+    with pytest.raises(LoadError) as caught:
+        load_data(loaders.parent / "bare.py")
+    assert caught.value.hint == f"--data {loaders.parent / 'bare.py'}:make"
+
+
+def test_an_empty_array_is_said_to_be_empty(tmp_path):
+    np.save(tmp_path / "x.npy", np.ones((0, 3, 8, 8)))
+    with pytest.raises(LoadError, match=r"x.npy is empty: there are no samples in array \(0, 3, 8, 8\)"):
+        load_data(tmp_path / "x.npy")
