@@ -27,12 +27,27 @@ _PRODUCERS = {
 }  # fmt: skip
 
 
+_CARRIED = frozenset(
+    {
+        "cat", "concat", "concatenate", "stack", "hstack", "vstack", "add", "add_", "__add__", "__radd__",
+        "__iadd__", "mean", "reshape", "flatten", "contiguous", "clone", "repeat", "repeat_interleave",
+        "expand", "tile", "roll", "flip", "rot90", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "pad",
+        "interpolate", "upsample", "index_select", "__getitem__", "take_along_dim", "gather", "unfold", "fold",
+        "to", "float", "double", "half", "type", "dropout", "dropout1d", "dropout2d", "dropout3d",
+        "alpha_dropout", "feature_alpha_dropout", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+        "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "matmul", "__matmul__", "bmm",
+        "scaled_dot_product_attention",
+    }
+)  # fmt: skip
+"""Functions that a norm may be folded through and that give memory of their own; views keep that of their source."""
+
+
 @dataclass(frozen=True)
 class FirstRun:
     """What was seen of one call.
 
-    ``held`` are the keys of the weights of layers whose output outlived the forward, ``wrote`` the
-    attributes that it wrote, ``blockers`` reasons to trust no trace of it.
+    ``held`` are the keys of the weights of layers, and of the means of norms, whose output outlived the forward or went
+    into a value that did; ``wrote`` the attributes that it wrote, ``blockers`` reasons to trust no trace of it.
     """
 
     held: frozenset[int]
@@ -41,23 +56,43 @@ class FirstRun:
 
 
 class _Producers(TorchFunctionMode):
-    """Remembers, weakly, the storage of each output of a convolution or linear layer."""
+    """Remembers, weakly, the storage of each output of a layer or norm, and of what these go into."""
 
     def __init__(self, key_of: Callable[[Tensor], int | None]) -> None:
         self.seen: list[tuple[int, StorageWeakRef]] = []
         self._key_of = key_of
+        self._inside: dict[int, tuple[StorageWeakRef, frozenset[int]]] = {}
+        """By storage: what it holds the outputs of."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if torch.compiler.is_compiling():  # torch.cond compiles its branches, also in eager mode
             return out
-        if func in _PRODUCERS and isinstance(out, Tensor):
-            weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
-            key = self._key_of(weight) if isinstance(weight, Tensor) else None
+        if func in _PRODUCERS or func is F.batch_norm:
+            name = "weight" if func in _PRODUCERS else "running_mean"
+            read = args[1] if len(args) > 1 else (kwargs or {}).get(name)
+            key = self._key_of(read) if isinstance(read, Tensor) else None
             if key is not None:
-                with contextlib.suppress(RuntimeError, NotImplementedError):  # inside vmap there is no storage
-                    self.seen.append((key, StorageWeakRef(out.untyped_storage())))  # type: ignore[no-untyped-call]
+                self._note(out, {key})
+        elif getattr(func, "__name__", "") in _CARRIED:
+            given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            carried = set().union(*(self._keys_in(t) for t in given))
+            if carried:
+                self._note(out, carried)
         return out
+
+    def _note(self, out: Any, keys: set[int]) -> None:
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # inside vmap there is no storage
+            ref = StorageWeakRef(out.untyped_storage())  # type: ignore[no-untyped-call]
+            self.seen += [(key, ref) for key in sorted(keys)]
+            self._inside[ref.cdata] = (ref, frozenset(keys))
+
+    def _keys_in(self, tensor: Tensor) -> frozenset[int]:
+        with contextlib.suppress(RuntimeError, NotImplementedError):
+            found = self._inside.get(tensor.untyped_storage()._cdata)
+            if found is not None and not found[0].expired():  # type: ignore[no-untyped-call]
+                return found[1]
+        return frozenset()
 
     def alive(self, returned: Any = ()) -> set[int]:
         """Weights whose layer's output is still there, and not because it is ``returned`` (that shows in the graph).
