@@ -208,7 +208,9 @@ class _Planner:
         if channels is None:
             where = "the last" if fold.axis(layer) == -1 else f"number {fold.axis(layer)}"
             rank = reached.labels.dim()
-            raise Refused(f"{site} has its channels on {where} of {rank} axes, this norm elsewhere: not the same channels")
+            raise Refused(
+                f"{site} has its channels on {where} of {rank} axes, this norm elsewhere: not the same channels"
+            )
         owner = self.facts.tensors[weight].owners[0]
         inside = {call.partition("@")[0] for call in layer.stack}
         for name in self.facts.tensors[weight].owners:
