@@ -12,8 +12,11 @@ from bnfix import folding, parity
 from bnfix.errors import BnfixError, TraceError
 from bnfix.folding import Folded, PlannedFold
 from bnfix.graph import Surgeon, copy_model, gather
+from bnfix.graph.routes import Held, hold
+from bnfix.graph.sources.decisions import Tape
+from bnfix.parity.compare import overall
 from bnfix.running import Call
-from bnfix.types import Edit, Facts, Parity, Refusal
+from bnfix.types import Edit, Facts, OutputParity, Parity, Refusal
 
 Progress = Callable[[str], None]
 
@@ -42,6 +45,7 @@ class FoldProof:
     ) -> None:
         self.model, self.calls, self.facts, self.verify, self.k, self.say = model, calls, facts, verify, k, say
         self._references: list[Any] | None = None
+        self._lost = ""
         self._attempts: dict[tuple[str, ...], Attempt] = {}
         self._blame: dict[str, tuple[str, bool]] = {}
 
@@ -102,13 +106,29 @@ class FoldProof:
             refusals.append(one.refused(reason, defect=defect))
         return tuple(refusals)
 
+    def with_affines(self, best: Attempt, left: Sequence[Refusal]) -> Attempt:
+        """``best``, and in place of the norms ``left`` one multiply-add per channel each, as far as that is proven."""
+
+        def attempt(part: Sequence[Refusal]) -> Attempt:
+            self.say(f"leaving {len(part)} norms as affines")
+            copy, memo = copy_model(self.model)
+            edits = folding.operate(self.facts, best.folded, Surgeon(memo))
+            known = {e.site: e for e in best.edits}
+            edits = tuple(known.get(e.site, e) for e in edits) + folding.as_affines(self.facts, part, Surgeon(memo))
+            if not self.verify:
+                return Attempt(copy, best.folded, edits, None, "")
+            return self._compare(copy, best.folded, edits)
+
+        good = folding.isolate(left, lambda part: not attempt(part).failure)
+        return attempt(good) if good else best
+
     def _attempt(self, folds: Sequence[PlannedFold]) -> Attempt:
         self.say(f"folding {len(folds)} norms" if folds else "nothing to fold: holding the model against itself")
         copy, memo = copy_model(self.model)
         folded = folding.compute(self.facts, folds)
         try:
             edits = folding.operate(self.facts, folded, Surgeon(memo))
-            after = gather(copy, self.calls)
+            after = gather(copy, self.calls, like=self.facts)
         except BnfixError as error:  # the changed copy can't be operated on or traced: this choice of folds is wrong
             return Attempt(copy, folded, (), None, f"without it {error.message}", defect=False)
         errors = folding.weight_errors(self.facts, folded, after)
@@ -128,11 +148,15 @@ class FoldProof:
             self.say("measuring the model's own rounding noise against float64")
             original, _ = copy_model(self.model)
             every = {n.path for n in self.facts.norms if n.path in named} | set(sites)
-            self._references = parity.references(original, self.calls, sites=sorted(every))
+            calls = hold(self.facts.binding.runs, self.calls)
+            self._references = parity.references(original, calls, sites=sorted(every))
+            self._lost = next((t.lost for t in _tapes(calls) if t.lost), "")
         self.say("proving the folds")
         private, _ = copy_model(copy)  # a forward may write on itself
-        runs = [parity.record(private, call, sites) for call in self.calls]
+        calls = hold(self.facts.binding.runs, self.calls)  # else a box at a threshold would look like an error
+        runs = [parity.record(private, call, sites) for call in calls]
         compared = parity.compare(self._references, runs, k=self.k, candidate="the folded model")
+        compared = _as_decided(compared, _tapes(calls), self._lost)
         called = {s: s for s in sites if all(r.oracle.sites.get(s) for r in self._references)}
         at_sites = {o.name: o for o in parity.compare_sites(self._references, runs, called, k=self.k)}
         ratios: dict[str, float] = {}
@@ -160,7 +184,35 @@ def _shown_at(norm: str, folded: Folded) -> set[str]:
     """
     followed = {name for f in folded.folds if not f.forward for name in f.requires}
     behind = {t.holder for f in folded.folds if not f.forward for t in f.targets}
-    planned = next(f for f in folded.folds if f.norm.path == norm)
-    if planned.forward:
+    planned = next((f for f in folded.folds if f.norm.path == norm), None)
+    if planned is not None and planned.forward:
         return {t.holder for t in planned.targets} - behind
     return {norm} - followed
+
+
+def _tapes(calls: Sequence[Call]) -> list[Tape]:
+    return [tape for call in calls if isinstance(call.forward, Held) for tape in call.forward.tapes]
+
+
+def _as_decided(compared: Parity, tapes: Sequence[Tape], lost: str) -> Parity:
+    """``compared``, said what it rests on where the runs were held to the decisions on data of the original's.
+
+    A run that could not be held to them may differ in its outputs without being wrong: then these prove nothing.
+    """
+    lost = lost or next((t.lost for t in tapes if t.lost), "")
+    total, differs = sum(t.total for t in tapes), sum(t.differs for t in tapes)
+    if lost:
+        reason = f"compared runs that decide differently on their data ({lost})"
+        outputs: tuple[OutputParity, ...] = tuple(
+            replace(o, verdict="inconclusive", passed=False, reason=f"{reason}: {o.reason}")
+            if o.verdict == "failed"
+            else o
+            for o in compared.outputs
+        )
+        verdict = overall(outputs)
+        return replace(compared, outputs=outputs, verdict=verdict, passed=verdict in ("passed", "warned"))
+    if not total:
+        return compared
+    own = f"in {differs} of them the folded model would decide otherwise" if differs else "the folded model agrees"
+    note = f"compared on the model's own decisions on data ({total:,} comparisons, indices and the like): {own}"
+    return replace(compared, notes=(*compared.notes, note))

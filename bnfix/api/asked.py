@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bnfix.errors import one_line
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from bnfix.formats import Loaded
     from bnfix.running import Call
     from bnfix.running.call import Forward
+    from bnfix.types import Facts
 
 Progress = Callable[[str], None]
 
@@ -156,6 +158,42 @@ def read_calls(
         return [batch_call(batch, model, forward)], ()
     call = guess_call(copy_model(model)[0])
     return [call], (f"no example was given: traced on a random {call.signature}, as its first layers take it",)
+
+
+def traced(model: nn.Module, calls: Sequence[Call]) -> tuple[Facts, list[Call], tuple[str, ...]]:
+    """The facts of ``model``, the calls that they and all proof rest on, and what the reader should know of that.
+
+    Facts from runs hold for the ways that these took: one example is joined by variations of it then.
+    """
+    from bnfix.graph import gather
+
+    facts = gather(model, calls, more=lambda: _others(model, calls))
+    notes = facts.notes
+    if facts.source == "observed" and len(facts.binding.calls) == 1:
+        notes = (*notes, "the model accepts no variation of the example: give a list of several examples")
+    return facts, list(facts.binding.calls), notes
+
+
+def _others(model: nn.Module, calls: Sequence[Call]) -> list[Call]:
+    """Where there is one call only: with other values, of another size, one sample or image more, as it is accepted."""
+    from bnfix.graph import copy_model
+    from bnfix.running import variations
+    from bnfix.running.guess import accepts
+
+    if len(calls) > 1:
+        return []
+    private, _ = copy_model(model)
+    other = calls[0].map(lambda t: t.flip(-1) if t.dim() and t.is_floating_point() else t)
+    longer = replace(
+        other, args=tuple(_longer(a) for a in other.args), kwargs={k: _longer(v) for k, v in other.kwargs.items()}
+    )
+    base = next((c for c in (longer, other) if accepts(private, c) is None), None)
+    return [] if base is None else variations(private, base)[0] or [base]
+
+
+def _longer(value: Any) -> Any:
+    """A list, of images say, with its last element twice."""
+    return [*value, value[-1]] if isinstance(value, list) and value else value
 
 
 def silent(_: str) -> None:

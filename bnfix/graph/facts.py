@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,33 +11,55 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from bnfix.graph.copies import Memo, copy_model
-from bnfix.graph.first_run import first_run
+from bnfix.errors import TraceError
 from bnfix.graph.frozen import STATE, name_frozen_norms
-from bnfix.graph.owners import Owners, Slot, find_owners, hooks_of, storage_key
-from bnfix.graph.sources import exported
+from bnfix.graph.owners import Owners, Slot, find_owners, hooks_of
+from bnfix.graph.routes import Run, Source
 from bnfix.types import Facts, NormFact, Op, Route, TensorFact
+
+_SOMETIMES = (
+    "some of the recorded runs don't reach it: the forward depends on its data there, and may call the layer before it "
+    "without it"
+)
 
 
 @dataclass(frozen=True)
 class Binding:
-    """From the keys and paths of facts back to the objects of the model they were gathered from."""
+    """From the keys and paths of facts back to the objects of the model they were gathered from.
+
+    ``calls`` are those that the routes belong to, ``runs`` how each route was recorded, where the source is
+    ``observed``.
+    """
 
     owners: Owners
     keys: dict[int, int]
     tensors: dict[int, Tensor]
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    calls: tuple[Any, ...] = ()
+    runs: tuple[Run, ...] = ()
 
     def slots(self, key: int) -> list[Slot]:
         """Every place that holds the tensor ``key``."""
         return self.owners.tensor_slots[id(self.tensors[key])]
 
 
-def gather(model: nn.Module, calls: Sequence[Any]) -> Facts:
+def gather(
+    model: nn.Module,
+    calls: Sequence[Any],
+    *,
+    more: Callable[[], Sequence[Any]] | None = None,
+    like: Facts | None = None,
+) -> Facts:
     """Everything the planner needs to know of ``model``, on each of ``calls``.
 
     Only private copies are run and traced; ``model`` is not touched. Each runs once before it is traced: to
     see whose output something keeps beyond the forward, and because many fill caches in their first one.
+    What ``torch.export`` refuses is recorded from runs instead, on all calls.
+
+    Args:
+        more: asked for further calls where facts come from runs: those hold for the way that was taken.
+        like: facts of a model that ``model`` was made from, on the same calls; gathered in the same way, and with the
+            same decisions on data.
 
     Raises:
         PassError: the forward fails on a call.
@@ -48,23 +70,22 @@ def gather(model: nn.Module, calls: Sequence[Any]) -> Facts:
     tensors = {keys[i]: t for i, t in owners.tensors.items()}
     norms = _norm_modules(owners)
     roles = {path: _roles(m, keys) for m in norms for path in owners.paths(m)}
-    routes: list[Route] = []
-    kept: set[int] = set()
-    blockers = list(_global_hooks())
-    written: list[str] = []
-    for call in calls:
-        copy, memo = copy_model(model)
-        seen = first_run(copy, call, _KeyOf(owners, keys, memo))
-        kept |= seen.held
-        blockers += seen.blockers
-        written += seen.wrote
-        # Where the first run wrote something, a second may go another way: both ways count.
-        for traced, its_memo in [copy_model(model), (copy, memo)] if seen.wrote else [(copy, memo)]:
-            route = exported.trace(traced, call, _KeyOf(owners, keys, its_memo))
-            routes.append(name_frozen_norms(route, roles, tensors.__getitem__))
-    facts_of_norms, modules = _norm_facts(owners, norms, keys, routes)
+    source = Source(model, owners, keys, list(calls))
+    runs: tuple[Run, ...] = ()
+    notes: tuple[str, ...] = ()
+    if like is not None and like.source == "observed":
+        found, runs = source.observed_again(like.binding.runs), like.binding.runs
+    else:
+        try:
+            found = source.exported()
+        except TraceError as refused:
+            source.calls += more() if more is not None else ()
+            found, runs, notes = source.observed(refused)
+    routes = [name_frozen_norms(route, roles, tensors.__getitem__) for route in found]
+    taken = [r for r, run in enumerate(runs) if run.turn is None]
+    facts_of_norms, modules = _norm_facts(owners, norms, keys, routes, taken)
     return Facts(
-        source="exported",
+        source="observed" if runs else "exported",
         routes=tuple(routes),
         tensors={
             keys[i]: TensorFact(keys[i], owners.paths(t), tuple(t.shape), str(t.dtype).removeprefix("torch."))
@@ -72,30 +93,12 @@ def gather(model: nn.Module, calls: Sequence[Any]) -> Facts:
         },
         norms=facts_of_norms,
         hooks={p: h for m in owners.modules.values() if (h := hooks_of(m)) for p in owners.paths(m)},
-        held=frozenset(kept),
-        blockers=tuple(dict.fromkeys(blockers)),
-        written=tuple(dict.fromkeys(written)),
-        binding=Binding(owners, keys, tensors, modules),
+        held=frozenset(source.held),
+        blockers=tuple(dict.fromkeys([*_global_hooks(), *source.blockers])),
+        written=tuple(dict.fromkeys(source.written)),
+        notes=notes,
+        binding=Binding(owners, keys, tensors, modules, tuple(source.calls), runs),
     )
-
-
-class _KeyOf:
-    """The key of a tensor of one private copy: by identity, or by storage where export has wrapped it anew."""
-
-    def __init__(self, owners: Owners, keys: dict[int, int], memo: Memo) -> None:
-        self._by_id: dict[int, int] = {}
-        self._by_storage: dict[Any, int] = {}
-        for original, key in keys.items():
-            twin = memo.get(original)
-            if isinstance(twin, Tensor):
-                self._by_id[id(twin)] = key
-                stored = storage_key(twin)
-                if stored is not None:
-                    self._by_storage.setdefault(stored, key)
-
-    def __call__(self, tensor: Tensor) -> int | None:
-        key = self._by_id.get(id(tensor))
-        return key if key is not None else self._by_storage.get(storage_key(tensor))
 
 
 def _global_hooks() -> tuple[str, ...]:
@@ -142,7 +145,11 @@ def _roles(module: nn.Module, keys: dict[int, int]) -> dict[str, int]:
 
 
 def _norm_facts(
-    owners: Owners, norms: Iterable[nn.Module], keys: dict[int, int], routes: Sequence[Route]
+    owners: Owners,
+    norms: Iterable[nn.Module],
+    keys: dict[int, int],
+    routes: Sequence[Route],
+    taken: Sequence[int] = (),
 ) -> tuple[tuple[NormFact, ...], dict[str, nn.Module]]:
     claimed: dict[int, list[tuple[int, int]]] = {}
     loose: dict[str, list[tuple[int, int]]] = {}
@@ -163,7 +170,7 @@ def _norm_facts(
                 claimed.setdefault(id(owner), []).append((r, op.index))
             elif _needs_name(op) and op.index in fed[r]:
                 loose.setdefault(_loose_path(op, owners, keys), []).append((r, op.index))
-    facts = [_norm_fact(m, owners, keys, routes, tuple(claimed.get(id(m), ()))) for m in known]
+    facts = [_norm_fact(m, owners, keys, routes, tuple(claimed.get(id(m), ())), taken) for m in known]
     for path, calls in loose.items():
         op = routes[calls[0][0]].ops[calls[0][1]]
         facts.append(
@@ -205,7 +212,12 @@ def _loose_path(op: Op, owners: Owners, keys: dict[int, int]) -> str:
 
 
 def _norm_fact(
-    module: nn.Module, owners: Owners, keys: dict[int, int], routes: Sequence[Route], calls: tuple[tuple[int, int], ...]
+    module: nn.Module,
+    owners: Owners,
+    keys: dict[int, int],
+    routes: Sequence[Route],
+    calls: tuple[tuple[int, int], ...],
+    taken: Sequence[int],
 ) -> NormFact:
     paths = owners.paths(module)
     after: tuple[str, ...] = ()
@@ -227,6 +239,8 @@ def _norm_fact(
             whole = whole and isinstance(module, _NormBase)  # else its forward is the user's, and calls F.batch_norm
             break
     first = routes[calls[0][0]].ops[calls[0][1]] if calls else None
+    if calls and not extra and set(taken) - {r for r, _ in calls}:
+        extra = _SOMETIMES
     return NormFact(
         path=paths[0],
         paths=paths,

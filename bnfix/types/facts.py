@@ -111,7 +111,8 @@ class Facts:
     ``held`` holds the keys of weights whose layer's output something keeps beyond the forward (an
     attribute, a list in a closure), ``hooks`` the module paths with hooks that could read or change
     what passes, ``blockers`` reasons that concern the whole model (a global module hook), ``written`` the
-    attributes that the forward writes: then its first run is a route of its own.
+    attributes that the forward writes: then its first run is a route of its own. ``notes`` say to the reader what
+    all this rests on, where that is not the graph of ``torch.export``.
     ``binding`` leads from keys to the original's objects; it is opaque to everyone but ``graph``.
     """
 
@@ -123,4 +124,5 @@ class Facts:
     held: frozenset[int] = frozenset()
     blockers: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     binding: Any = field(default=None, repr=False, compare=False, metadata=NOT_IN_JSON)
