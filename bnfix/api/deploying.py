@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bnfix.api.asked import Progress, check_k, check_model, read_calls, silent
 
@@ -22,6 +22,7 @@ def fold(
     *,
     data: Iterable[Any] | None = None,
     forward: Forward | None = None,
+    leave: Literal["norm", "affine"] = "norm",
     verify: bool = True,
     k: float = 8.0,
     inplace: bool = False,
@@ -43,6 +44,8 @@ def fold(
             hold for these signatures. None: the first batch of ``data``, else deduced from the layers (see ``notes``).
         data: what a training loop would iterate over.
         forward: ``forward(model, batch)`` where the model isn't simply called with the batch.
+        leave: what becomes of norms that can't be folded: ``"norm"`` leaves them, ``"affine"`` puts a multiply-add per
+            channel in their place (a module of bnfix: a model saved whole then needs bnfix to be loaded).
         verify: False leaves out the comparison of outputs (not the check of weights and of the trace).
         k: the outputs may be ``k`` times the model's own rounding noise away from the float64 model.
         inplace: change ``model`` itself, only after everything was proven on a copy.
@@ -54,7 +57,7 @@ def fold(
         TraceError: the model can't be copied or traced faithfully; the message says why.
     """
     from bnfix import folding
-    from bnfix.graph import Surgeon, gather, no_footprints, unwrap
+    from bnfix.graph import Surgeon, all_or_nothing, gather, no_footprints, unwrap
     from bnfix.proving import FoldProof
     from bnfix.running import preserved
     from bnfix.types import Result
@@ -62,6 +65,8 @@ def fold(
     say = progress or silent
     check_model(model)
     check_k(k)
+    if leave not in ("norm", "affine"):
+        raise ValueError(f'leave={leave!r}: norms that can\'t be folded are left as "norm" or as "affine"')
     model, notes = unwrap(model)
     calls, assumed = read_calls(model, example, data, forward)
     notes = (*notes, *assumed)
@@ -77,24 +82,35 @@ def fold(
             folded = folding.compute(facts, plan.folds)
             refusals = _in_order(facts, (*plan.refusals, *folded.refusals))
             edits = folding.edits(folded)
+            if leave == "affine":
+                left = [r for r in refusals if r.site in plan.plain]
+                edits += folding.as_affines(facts, left, None)
+                refusals = tuple(r for r in refusals if r not in left)
             return Result(None, edits, refusals, None, facts.source, signatures, notes, dry_run=True)
         proof = FoldProof(model, calls, facts, verify, k, say)
         folds = proof.narrowed(plan.folds)
         best = proof.of(folds)
         undone = proof.undone(plan.folds, folds, best.folded)
+        refusals = _in_order(facts, (*plan.refusals, *best.folded.refusals, *undone))
+        left = [r for r in refusals if leave == "affine" and r.site in plan.plain]
+        if left:
+            best = proof.with_affines(best, left)
+    left = [r for r in left if r.site in {e.site for e in best.edits}]
     result_model = best.model
     if inplace:
-        folding.operate(facts, best.folded, Surgeon())
+        with all_or_nothing(Surgeon()) as surgeon:
+            folding.operate(facts, best.folded, surgeon)
+            folding.as_affines(facts, left, surgeon)
         result_model = model
     return Result(
         model=result_model,
         edits=best.edits,
-        refusals=_in_order(facts, (*plan.refusals, *best.folded.refusals, *undone)),
+        refusals=tuple(r for r in refusals if r not in left),
         parity=best.parity,
         source=facts.source,
         signatures=signatures,
         notes=notes,
-        recipe=folding.recipe(facts, best.folded),
+        recipe=folding.recipe(facts, best.folded, best.edits),
     )
 
 

@@ -3,6 +3,7 @@
 from bnfix.folding.carrier import Carrier
 from bnfix.folding.engine import Folded, compute, edits, operate, recipe
 from bnfix.folding.fold import Example, Fold
+from bnfix.folding.leftovers import affine_recipe, as_affines
 from bnfix.folding.planner import Plan, PlannedFold, plan
 from bnfix.folding.proof import isolate, structure_differs, ulp_limit, weight_errors, worst_weight
 
@@ -13,6 +14,8 @@ __all__ = [
     "Folded",
     "Plan",
     "PlannedFold",
+    "affine_recipe",
+    "as_affines",
     "compute",
     "edits",
     "isolate",

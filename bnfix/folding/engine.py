@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.errors import TraceError
+from bnfix.folding.leftovers import affine_recipe
 from bnfix.folding.planner import PlannedFold, Target
 from bnfix.graph import Binding, Slot, Surgeon, all_or_nothing, as_parameter, placeholder
 from bnfix.stats import Affine, affine_of, round_once
@@ -96,9 +97,9 @@ def edits(folded: Folded) -> tuple[Edit, ...]:
     return tuple(made)
 
 
-def recipe(facts: Facts, folded: Folded) -> dict[str, Any]:
-    """What brings a freshly built model into the form that the folded state_dict fits."""
-    edits = []
+def recipe(facts: Facts, folded: Folded, made: Sequence[Edit] = ()) -> dict[str, Any]:
+    """What brings a freshly built model into the form that the folded state_dict fits, affines of ``made`` included."""
+    edits: list[dict[str, Any]] = []
     for planned in folded.folds:
         into = [
             {
@@ -110,6 +111,7 @@ def recipe(facts: Facts, folded: Folded) -> dict[str, Any]:
             for t in planned.targets
         ]
         edits.append({"norm": list(planned.norm.paths), "keep": list(planned.norm.after), "into": into})
+    edits += affine_recipe(facts, made)
     return {"version": 1, "edits": edits} if edits else {}
 
 

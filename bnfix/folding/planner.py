@@ -52,10 +52,14 @@ class PlannedFold:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every norm of the facts, either in ``folds`` (in the order to apply them) or in ``refusals``."""
+    """Every norm of the facts, either in ``folds`` (in the order to apply them) or in ``refusals``.
+
+    ``plain`` are the sites of refusals where nothing is wrong with the norm itself: only its neighbours can't take it.
+    """
 
     folds: tuple[PlannedFold, ...]
     refusals: tuple[Refusal, ...]
+    plain: frozenset[str] = frozenset()
 
 
 def plan(facts: Facts) -> Plan:
@@ -90,7 +94,7 @@ def plan(facts: Facts) -> Plan:
         for n in facts.norms
         if n.path in reasons
     ]
-    return Plan(tuple(folds), tuple(refusals))
+    return Plan(tuple(folds), tuple(refusals), frozenset(n.path for n in facts.norms if planner.plain(n)))
 
 
 @dataclass
@@ -138,6 +142,14 @@ class _Planner:
             self._every_use(target, places)
         first = self._op(norm.calls[0])
         return PlannedFold(norm, first, tuple(targets.values()), frozenset(requires), self.call_names(norm))
+
+    def plain(self, norm: NormFact) -> bool:
+        """Whether the norm is known to be one scale and shift per channel, whatever is around it."""
+        try:
+            self._norm_itself(norm)
+        except Refused:
+            return False
+        return not self.facts.hooks.get(norm.path)
 
     def accept(self, planned: PlannedFold) -> None:
         """From here on the norm passes its input on unchanged."""

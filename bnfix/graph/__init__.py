@@ -1,5 +1,6 @@
 """Facts about a model, and surgery on it."""
 
+from bnfix.graph.channel_affine import ChannelAffine, affine_in_place_of
 from bnfix.graph.copies import copy_model, unwrap
 from bnfix.graph.facts import Binding, gather
 from bnfix.graph.footprints import no_footprints
@@ -10,9 +11,11 @@ from bnfix.graph.surgery import Surgeon, all_or_nothing, as_parameter, placehold
 
 __all__ = [
     "Binding",
+    "ChannelAffine",
     "Replicator",
     "Slot",
     "Surgeon",
+    "affine_in_place_of",
     "all_or_nothing",
     "as_parameter",
     "copy_model",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.errors import TraceError
+from bnfix.graph.channel_affine import affine_in_place_of
 from bnfix.graph.copies import Memo
 from bnfix.graph.owners import Slot, find_owners
 
@@ -113,7 +114,7 @@ def as_parameter(value: Tensor, like: Tensor) -> Tensor:
 def replay(model: nn.Module, recipe: Mapping[str, Any]) -> None:
     """Bring ``model``, freshly built, into the form that a folded state_dict fits. In place, all or nothing.
 
-    Norms become placeholders, layers that gained a bias get one of zeros; the numbers come from the
+    Norms become placeholders or affines, layers that gained a bias get one of zeros; the numbers come from the
     state_dict that is loaded afterwards.
 
     Raises:
@@ -125,7 +126,7 @@ def replay(model: nn.Module, recipe: Mapping[str, Any]) -> None:
             norm = owners.module_at(edit["norm"][0])
             if norm is None:
                 raise KeyError(edit["norm"][0])
-            stand_in = placeholder(norm, edit.get("keep", ()))
+            stand_in = _replayed(norm, edit)
             for slot in owners.module_slots[id(norm)]:
                 surgeon.put(slot, stand_in)
             for into in edit["into"]:
@@ -137,6 +138,16 @@ def replay(model: nn.Module, recipe: Mapping[str, Any]) -> None:
                     zeros = torch.zeros(into["channels"], dtype=weight.dtype, device=weight.device)
                     bias = nn.Parameter(zeros, weight.requires_grad)
                     surgeon.register(Slot(layer, "bias", f"{into['module']}.bias"), bias)
+
+
+def _replayed(norm: nn.Module, edit: Mapping[str, Any]) -> nn.Module:
+    """What a recipe puts where a norm was."""
+    after, channels = edit.get("keep", ()), edit.get("affine")
+    if channels is None:
+        return placeholder(norm, after)
+    like = getattr(norm, "running_var", None)
+    like = like if isinstance(like, Tensor) else next(norm.parameters(), torch.zeros(()))
+    return affine_in_place_of(norm, after, like.new_ones(channels), like.new_zeros(channels))
 
 
 def _table(holder: Any, key: Any) -> Any:
