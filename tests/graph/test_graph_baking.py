@@ -179,7 +179,9 @@ def test_flags_settings_and_aliases_stay() -> None:
     assert not any(p.requires_grad for p in plain.parameters())
     assert plain.training
     assert (plain.lr_mult, plain.eps) == (0.5, layer.eps)
-    assert all(p.requires_grad for p in baked(disturbed(Behind(StdConv2d(3, 4, 3)))).model.layer.parameters())
+    other = baked(disturbed(Behind(StdConv2d(3, 4, 3)))).model.layer
+    assert all(p.requires_grad for p in other.parameters())
+    assert not other.training
 
 
 def test_a_bias_that_is_the_layers_own_stays_the_same_object() -> None:
@@ -354,6 +356,15 @@ def test_under_autocast_it_is_refused() -> None:
             return self.bn(y.float())  # type: ignore[no-any-return]
 
     assert "autocast" in why(disturbed(Casts(parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)))))
+
+
+@pytest.mark.parametrize(("pad", "reason"), [((1, 1, 0, 0), "gives"), ((0, 2, 2, 0), "computes something else")])
+def test_padding_that_was_changed_behind_the_back_is_refused(pad: tuple[int, ...], reason: str) -> None:
+    layer = nn.utils.weight_norm(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"))
+    layer._reversed_padding_repeated_twice = list(pad)
+    assert f"as a plain layer {'it gives' if reason == 'gives' else 'with the same weight it ' + reason}" in why(
+        disturbed(Behind(layer))
+    )
 
 
 def test_a_weight_that_is_not_finite_is_refused() -> None:
