@@ -146,6 +146,11 @@ def _tensor(value: Any, op: Op) -> Tensor:
 
 def _run(op: Op, value: Callable[[int], Tensor]) -> Any:
     name = short(op)
+    if name not in Moving.targets:  # sorting, say, of which a part is taken
+        raise _Unknown(f"{name} does more than moving values")
+    if name.endswith("_as") and op.shape is not None:  # the other value lends its shape alone
+        moved = value(op.reads["self"])
+        return moved.expand(op.shape) if name == "expand_as" else moved.reshape(op.shape)
     if name in _DROPOUT.split():
         if op.attrs.get("train", True):
             raise _Unknown(f"{name} is active")
@@ -163,11 +168,13 @@ def _run(op: Op, value: Callable[[int], Tensor]) -> Any:
     for parameter in function._schema.arguments:
         kind = str(parameter.type)
         if kind == "Tensor":
-            if parameter.name not in op.reads:
+            if parameter.name not in op.reads or op.inputs != (op.reads[parameter.name],):
                 raise _Unknown(f"{name} reads something else than one value")
             arguments[parameter.name] = value(op.reads[parameter.name])
         elif kind == "List[Tensor]":
             arguments[parameter.name] = [value(i) for i in op.inputs]
+        elif "Tensor" in kind and parameter.name in op.reads:
+            raise _Unknown(f"{name} reads something else than one value")
         elif parameter.name in _SETTINGS:
             continue
         elif parameter.name in op.attrs:
