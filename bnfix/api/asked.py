@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -36,12 +37,15 @@ def examples(
     ``file`` to compare with takes, the shape that the architecture states, or one deduced from the layers. Where
     one input came out, a second batch size and a second spatial size join it if the model accepts them.
     """
+    import torch
+
     from bnfix import formats, parity
     from bnfix.graph import copy_model, unwrap
     from bnfix.running import as_call, batch_call, guess_call, variations
     from bnfix.running.call import fit_call
 
-    model, _ = copy_model(unwrap(loaded.value)[0])  # type: ignore[arg-type]
+    scripted = isinstance(loaded.value, torch.jit.ScriptModule)
+    model = copy.deepcopy(loaded.value) if scripted else copy_model(unwrap(loaded.value)[0])[0]  # type: ignore[arg-type]
     way = read_forward(forward)
     notes: list[str] = []
     if input:
@@ -56,6 +60,9 @@ def examples(
     elif file is not None and (taken := parity.file_call(model, file, seed=seed)) is not None:
         calls = [taken]
         notes.append(f"input {taken.signature}, as {file} takes it; another one: --input")
+    elif loaded.call is not None:
+        calls = [loaded.call]
+        notes.append(f"input {loaded.call.signature}, as the program was exported with; another one: --input")
     elif loaded.input_hint is not None:
         shape, source = loaded.input_hint
         calls = [as_call(formats.load_input("x".join(map(str, (1, *shape))), seed=seed), way)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,8 @@ def load(
         trust: load a pickled module, which runs its own code. One that names system functions is refused all the same.
 
     Returns:
-        The module, in evaluation mode where bnfix built it (a pickled one as it was saved); for an ONNX file its path.
+        The module, in evaluation mode where bnfix built it (a pickled one as it was saved); for a ``.pt2`` the
+        ``ExportedProgram``, for TorchScript the ``ScriptModule``, for an ONNX file its path.
 
     Raises:
         LoadError: the file isn't what was asked for, or does not fit; the message says what to do.
@@ -68,6 +69,8 @@ def open_model(
     from bnfix import formats
 
     loaded = formats.load(path, arch=arch, arch_kwargs=arch_kwargs, trust=trust)
+    if not isinstance(loaded.value, (nn.Module, str, os.PathLike)):
+        return _of_program(loaded)
     if not isinstance(loaded.value, nn.Module) or modes_as_saved:
         return loaded
     if any(m.training for m in loaded.value.modules()):
@@ -77,6 +80,31 @@ def open_model(
     return loaded
 
 
+def _of_program(loaded: Loaded) -> Loaded:
+    """An exported program as a module with real layers, and the inputs that it was exported with."""
+    from bnfix.graph import drawn_example, from_exported
+    from bnfix.running import Call
+
+    program: Any = loaded.value
+    return replace(loaded, value=from_exported(program), call=Call(*drawn_example(program)))
+
+
+def converted(loaded: Loaded, calls: Sequence[Any]) -> Loaded:
+    """A TorchScript program as a module, on what it is called with; whatever else was loaded as it is.
+
+    Raises:
+        TraceError: torch can't convert it, or not faithfully.
+    """
+    import torch
+
+    if not isinstance(loaded.value, torch.jit.ScriptModule):
+        return loaded
+    from bnfix.graph import from_script
+
+    note = "converted from TorchScript, with the same outputs on the first input"
+    return replace(loaded, value=from_script(loaded.value, calls[0]), notes=(*loaded.notes, note))
+
+
 def save(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -84,18 +112,29 @@ def save(
     recipe: Mapping[str, Any] | None = None,
     source: FileInfo | None = None,
     inplace: bool = False,
+    example: Any = None,
 ) -> Path:
     """Write ``model`` to ``path``, whole or not at all; with the ``recipe`` of a Result, ``load`` reads it again.
 
-    The suffix chooses the format: ``.pt``, ``.pth``, ``.bin``, ``.ckpt`` or ``.safetensors``.
+    The suffix chooses the format: ``.pt``, ``.pth``, ``.bin``, ``.ckpt``, ``.safetensors``, or ``.pt2``: an exported
+    program, which needs no class. It is exported with ``example``, as for ``fold``; sizes in which a list of examples
+    differs may vary. ``model`` may be an exported program itself.
 
     Raises:
         BnfixError: the target can't be written, or is the input ``source`` and ``inplace`` was not given.
         ValueError: an unknown suffix.
     """
-    from bnfix import formats
+    import torch
 
-    return formats.save(model, path, recipe=recipe, source=source, inplace=inplace)
+    from bnfix import formats
+    from bnfix.graph import from_exported
+    from bnfix.running import as_call
+
+    given = example if isinstance(example, list) else [] if example is None else [example]
+    if not isinstance(model, torch.nn.Module):
+        model = from_exported(model)
+    calls = [as_call(one) for one in given]
+    return formats.save(model, path, recipe=recipe, source=source, inplace=inplace, calls=calls)
 
 
 def update_file(

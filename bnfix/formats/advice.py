@@ -16,7 +16,7 @@ TRUST = "if you trust it"
 WHICH = "say which architecture, for example"
 FOLDED_WHICH = "with the architecture that it was folded from, for example"
 PLACEHOLDER = "timm:resnet50"
-_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".pt2")
 _MAX_SOURCE = 1 << 20
 _MAX_FILES = 200
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zipfile
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 from bnfix.errors import LoadError
 
 MAX_MEMBERS = 200_000
 MAX_TABLE = 64 << 20
 MAX_NAME = 1024
+MAX_INFLATED = 64 << 20
 _END, _END64, _LOCATOR64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 _READING = (
     zipfile.BadZipFile,
@@ -37,16 +40,20 @@ class DamagedError(Exception):
 class Archive:
     """A zip file: its members by name below the folder that torch puts everything in.
 
+    ``content`` is an archive within the file at ``path``, in memory already.
+
     Raises:
         DamagedError: cut off, or members that overlap, share a name or lie outside the file.
         LoadError: more members, or longer names, than any model has.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, content: bytes | None = None) -> None:
         self.path = path
-        table_at = _check_end(path, size)
+        self._content = content
+        with self._open() as file:
+            table_at = _check_end(path, file, size)
         try:
-            with zipfile.ZipFile(path) as file:
+            with self._open() as raw, zipfile.ZipFile(raw) as file:
                 members = file.infolist()
         except _READING as error:
             raise DamagedError(f"its table of contents is damaged ({error})") from error
@@ -55,6 +62,9 @@ class Archive:
         first = members[0].filename if members else ""
         self.root = first.partition("/")[0] if "/" in first else ""
         """The folder of the first member, where torch looks for everything."""
+
+    def _open(self) -> BinaryIO:
+        return self.path.open("rb") if self._content is None else io.BytesIO(self._content)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,6 +82,12 @@ class Archive:
         """Whether there is any member below ``folder`` of the root folder."""
         start = f"{self.root}/{folder}/" if self.root else f"{folder}/"
         return any(n.startswith(start) for n in self._members)
+
+    def below(self, *folders: str) -> list[str]:
+        """The names below any of ``folders`` of the root folder, without that root."""
+        start = f"{self.root}/" if self.root else ""
+        wanted = tuple(f"{start}{folder}/" for folder in folders)
+        return [n.removeprefix(start) for n in self._members if n.startswith(wanted)]
 
     def stored_size(self, name: str) -> int | None:
         """Bytes of a member as it lies there; None if it is missing or compressed, as torch never writes tensors."""
@@ -92,30 +108,29 @@ class Archive:
                 f"{self.path}: {name} in it claims {member.file_size:,} bytes, more than the {limit:,} bnfix reads"
             )
         try:
-            with zipfile.ZipFile(self.path) as file, file.open(member.filename) as stream:
+            with self._open() as raw, zipfile.ZipFile(raw) as file, file.open(member.filename) as stream:
                 return stream.read(limit)
         except _READING as error:
             raise DamagedError(f"{name} in it can't be read ({error})") from error
 
 
-def _check_end(path: Path, size: int) -> int:
+def _check_end(path: Path, file: BinaryIO, size: int) -> int:
     """Where the table of contents begins, as the end record says; refused where it does not join it seamlessly."""
     start = max(0, size - 65_557)
-    with path.open("rb") as file:
-        file.seek(start)
-        tail = file.read()
-        at = tail.rfind(_END)
-        if at < 0 or len(tail) - at < 22:
-            raise DamagedError("it ends before its table of contents", cut=True)
-        entries, length, offset, comment = struct.unpack("<HIIH", tail[at + 10 : at + 22])
-        end = start + at
-        if at >= 20 and tail[at - 20 : at - 16] == _LOCATOR64:
-            end = struct.unpack("<Q", tail[at - 12 : at - 4])[0]
-            file.seek(min(end, size))
-            record = file.read(56)
-            if len(record) < 56 or record[:4] != _END64:
-                raise DamagedError("its table of contents is damaged")
-            entries, length, offset = struct.unpack("<QQQ", record[32:56])
+    file.seek(start)
+    tail = file.read()
+    at = tail.rfind(_END)
+    if at < 0 or len(tail) - at < 22:
+        raise DamagedError("it ends before its table of contents", cut=True)
+    entries, length, offset, comment = struct.unpack("<HIIH", tail[at + 10 : at + 22])
+    end = start + at
+    if at >= 20 and tail[at - 20 : at - 16] == _LOCATOR64:
+        end = struct.unpack("<Q", tail[at - 12 : at - 4])[0]
+        file.seek(min(end, size))
+        record = file.read(56)
+        if len(record) < 56 or record[:4] != _END64:
+            raise DamagedError("its table of contents is damaged")
+        entries, length, offset = struct.unpack("<QQQ", record[32:56])
     if at + 22 + comment != len(tail) or offset + length != end:
         raise DamagedError("its table of contents is not where it should be")
     if entries > MAX_MEMBERS or length > MAX_TABLE:
@@ -135,6 +150,13 @@ def _check_members(path: Path, members: list[zipfile.ZipInfo], table_at: int) ->
         if name.casefold() in seen:
             raise DamagedError(f"two members in it are called {name}")  # readers differ in which one they take
         seen.add(name.casefold())
+        if member.compress_type != zipfile.ZIP_STORED and member.file_size > MAX_INFLATED:
+            raise LoadError(
+                f"{path}: {name} in the archive claims {member.file_size:,} bytes out of {member.compress_size:,}, "
+                f"more than the {MAX_INFLATED:,} bnfix unpacks"
+            )
+        if member.compress_type == zipfile.ZIP_STORED and member.file_size != member.compress_size:
+            raise DamagedError(f"{name} in it has two sizes")
         if member.flag_bits & 1:
             raise DamagedError("it is encrypted")
         if member.header_offset < end:

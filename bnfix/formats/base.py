@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -100,8 +100,12 @@ class Format(ABC):
         """
         raise LoadError(f"{info.path} is {info.title}", hint=info.advice or None)
 
-    def write(self, path: Path, model: torch.nn.Module, recipe: str | None, *, whole: bool) -> None:
+    def write(
+        self, path: Path, model: torch.nn.Module, recipe: str | None, *, whole: bool, calls: Sequence[Any] = ()
+    ) -> None:
         """Write ``model`` to ``path`` (a temporary file). ``recipe`` is JSON; ``whole`` asks for the module itself.
+
+        ``calls`` are what the model is run on, for a format that holds no weights but what is done with them.
 
         Raises:
             LoadError: the model can't be written in this format.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from bnfix.running import Call
 
 ARCHES = "--arch takes timm:resnet50, torchvision:resnet18, package.module:Class or file.py:Class"
 
@@ -27,7 +28,7 @@ ARCHES = "--arch takes timm:resnet50, torchvision:resnet18, package.module:Class
 class Loaded:
     """What was loaded, where from, and the lines a person should see.
 
-    ``value`` is an ``nn.Module``, or the path of an ONNX file. ``input_hint`` is the shape of one sample without the
+    ``value`` is an ``nn.Module`` (a ``ScriptModule`` too), an exported program, or the path of an ONNX file. ``input_hint`` is the shape of one sample without the
     batch, and who says so; None where nobody does.
     """
 
@@ -36,6 +37,8 @@ class Loaded:
     arch: str | None = None
     notes: tuple[str, ...] = ()
     input_hint: InputHint | None = None
+    call: Call | None = None
+    """What an exported program was exported with."""
 
 
 def load(

@@ -5,7 +5,10 @@ from bnfix.graph.copies import copy_model, unwrap
 from bnfix.graph.facts import Binding, gather
 from bnfix.graph.footprints import no_footprints
 from bnfix.graph.owners import Slot, find_owners
+from bnfix.graph.reexport import drawn_example, exported, to_exported
+from bnfix.graph.remodule import example_of, from_exported
 from bnfix.graph.replicas import Replicator, replicator
+from bnfix.graph.scripted import from_script
 from bnfix.graph.sources.exported import quiet_export
 from bnfix.graph.surgery import Surgeon, all_or_nothing, as_parameter, placeholder, replay
 
@@ -19,12 +22,18 @@ __all__ = [
     "all_or_nothing",
     "as_parameter",
     "copy_model",
+    "drawn_example",
+    "example_of",
+    "exported",
     "find_owners",
+    "from_exported",
+    "from_script",
     "gather",
     "no_footprints",
     "placeholder",
     "quiet_export",
     "replay",
     "replicator",
+    "to_exported",
     "unwrap",
 ]

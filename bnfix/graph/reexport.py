@@ -12,7 +12,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from bnfix.errors import ExportError, one_line
-from bnfix.graph.remodule import Plan, children_of, example_of, plan_of
+from bnfix.graph.remodule import ENDLESS, Plan, bounds, children_of, example_of, input_values, plan_of
 from bnfix.graph.sources.exported import quiet_export
 
 _EPS = 16  # of a step of rounding: the same operations in the same order
@@ -88,7 +88,7 @@ def _example(program: ExportedProgram) -> tuple[tuple[Any, ...], dict[str, Any]]
     kept = example_of(program)
     if kept is not None:
         return copy.deepcopy(kept)
-    leaves = [_drawn(value) for value in _input_values(program)]
+    leaves = [_drawn(value) for _, value in input_values(program)]
     args, kwargs = pytree.tree_unflatten(leaves, program.call_spec.in_spec)  # type: ignore[arg-type]
     return tuple(args), dict(kwargs)
 
@@ -98,23 +98,12 @@ def drawn_example(program: ExportedProgram) -> tuple[tuple[Any, ...], dict[str, 
     return _example(program)
 
 
-def _input_values(program: ExportedProgram) -> list[Any]:
-    """What the graph knows of each leaf of the inputs: a fake tensor, a symbol, or the constant itself."""
-    nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
-    values: list[Any] = []
-    for spec in program.graph_signature.input_specs:
-        if spec.kind.name == "USER_INPUT":
-            node = nodes.get(getattr(spec.arg, "name", ""))
-            values.append(node.meta.get("val") if node is not None else getattr(spec.arg, "value", None))
-    return values
-
-
 def _drawn(value: Any) -> Any:
     if isinstance(value, Tensor):
         shape = [_hint(s) for s in value.shape]
         if value.is_floating_point():
-            return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(value.dtype)
-        return torch.zeros(shape, dtype=value.dtype)
+            return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(value.device, value.dtype)
+        return torch.zeros(shape, dtype=value.dtype, device=value.device)
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return _hint(value)
     return value
@@ -130,7 +119,7 @@ def _hint(size: Any) -> Any:
 
 
 def _shapes_of(program: ExportedProgram, plan: Plan) -> dict[str, Any]:
-    leaves = [_varying(program, value) for value in _input_values(program)]
+    leaves = [_varying(program, value) for _, value in input_values(program)]
     args, kwargs = pytree.tree_unflatten(leaves, plan.in_spec)
     given = [*args, *(kwargs[key] for key in children_of(plan.in_spec)[1].context or ())]
     return dict(zip(plan.names, given, strict=True))
@@ -146,20 +135,9 @@ def _varying(program: ExportedProgram, value: Any) -> Any:
 
 def _hinted(program: ExportedProgram, size: Any) -> Any:
     """A dimension that may vary, within the bounds that the program states for it."""
-    allowed = program.range_constraints.get(size.node.expr)
-    bounds = {}
-    if allowed is not None:
-        lower, upper = _number(allowed.lower), _number(allowed.upper)
-        bounds = {k: v for k, v in (("min", lower), ("max", upper)) if v is not None and (k == "max" or v > 2)}
-    return Dim.AUTO(**bounds) if bounds and callable(Dim.AUTO) else Dim.AUTO  # bounds: torch 2.6 on
-
-
-def _number(bound: Any) -> int | None:
-    try:
-        value = int(bound)
-    except (TypeError, ValueError, OverflowError, AttributeError):
-        return None
-    return value if abs(value) < 1 << 40 else None
+    low, high = bounds(program, size)
+    stated = {**({"min": low} if low else {}), **({"max": high} if high < ENDLESS else {})}
+    return Dim.AUTO(**stated) if stated and callable(Dim.AUTO) else Dim.AUTO  # older ones have no bounds
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Any) -> Any:
@@ -216,12 +194,12 @@ def _take_names_back(program: ExportedProgram, renamed: Mapping[str, str]) -> No
 def _check_structure(made: ExportedProgram, program: ExportedProgram) -> None:
     if (made.call_spec.in_spec, made.call_spec.out_spec) != (program.call_spec.in_spec, program.call_spec.out_spec):
         raise ExportError("exported again, the program takes or gives something built otherwise")
-    for before, after in zip(_input_values(program), _input_values(made), strict=True):
+    for (name, before), (_, after) in zip(input_values(program), input_values(made), strict=True):
         if not isinstance(before, Tensor) or not isinstance(after, Tensor):
             continue
         for d, (one, two) in enumerate(zip(before.shape, after.shape, strict=True)):
             if isinstance(one, torch.SymInt) and not isinstance(two, torch.SymInt):
-                raise ExportError(f"exported again, dimension {d} of an input, which may vary, is fixed to {int(two)}")
+                raise ExportError(f"exported again, dimension {d} of {name}, which may vary, is fixed to {int(two)}")
 
 
 def _check_outputs(module: nn.Module, made: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx import _pytree as fx_pytree  # what the code that torch generates for a program uses itself
 from torch.utils import _pytree as pytree
@@ -21,6 +22,8 @@ from torch.utils import _pytree as pytree
 from bnfix.errors import TraceError, one_line
 from bnfix.graph.relayer import Relayered, relayer
 
+ENDLESS = 1 << 40
+_TAKEN_AS_ANY = 2  # torch traces no size of 0 or 1 as one that may vary, and lets programs run on them all the same
 _CHECKS = frozenset({"aten._assert_tensor_metadata.default"})  # they hold the dtype of a tensor, which a proof changes
 
 
@@ -47,7 +50,7 @@ class _Step:
 class Plan:
     """What a :class:`ProgramModule` runs, and the program that it comes from. Copies of the module share it."""
 
-    __slots__ = ("in_spec", "names", "out_spec", "program", "renamed", "steps")
+    __slots__ = ("in_spec", "names", "out_spec", "program", "renamed", "sizes", "steps")
 
     def __init__(self, program: ExportedProgram, module: fx.GraphModule, layers: Relayered) -> None:
         self.program = program
@@ -56,6 +59,7 @@ class Plan:
         self.names = tuple(str(n) for n in info.orig_args)
         self.in_spec, self.out_spec = info.in_spec, info.out_spec
         self.steps = _steps(module.graph.nodes)
+        self.sizes = _sizes(program)
 
     def __deepcopy__(self, memo: Any) -> Plan:
         return self
@@ -68,9 +72,23 @@ class Plan:
         count = positional.num_children
         named = dict(zip(by_name.context or (), given[count:], strict=True))
         try:
-            return list(fx_pytree.tree_flatten_spec((tuple(given[:count]), named), self.in_spec))
+            leaves = list(fx_pytree.tree_flatten_spec((tuple(given[:count]), named), self.in_spec))
         except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
             raise TypeError(f"the inputs are not built as those of the program: {one_line(error, 200)}") from error
+        self._check_sizes(leaves)
+        return leaves
+
+    def _check_sizes(self, leaves: Sequence[Any]) -> None:
+        """As the program itself does: it was exported for these sizes, and may be wrong for others."""
+        for (name, wanted), leaf in zip(self.sizes, leaves, strict=True):
+            if wanted is None or not isinstance(leaf, Tensor):
+                continue
+            if leaf.dim() != len(wanted):
+                raise ValueError(f"{name} has {leaf.dim()} dimensions, the program was exported for {len(wanted)}")
+            for d, (size, (low, high)) in enumerate(zip(leaf.shape, wanted, strict=True)):
+                if isinstance(size, int) and not low <= size <= high:
+                    allowed = f"{low}" if low == high else f"{low} to {high}" if high < ENDLESS else f"{low} or more"
+                    raise ValueError(f"dimension {d} of {name} is {size}, the program was exported for {allowed}")
 
     @property
     def signature(self) -> inspect.Signature:
@@ -113,13 +131,14 @@ class ProgramModule(nn.Module):
         raise TraceError("the program has no output")
 
 
-def from_exported(program: ExportedProgram) -> ProgramModule:
+def from_exported(program: ExportedProgram, *, names: Sequence[str] | None = None) -> ProgramModule:
     """``program`` as a module with real layers, which hold the very same tensors. ``program`` stays as it is.
 
     Convolutions, linear layers and norms whose weights the graph fetches become modules under the names of their
     weights: ``layer1.0.conv1.weight`` is still that. Where a call does not fit the names (``F.conv2d(x, self.w)``) the
     layer goes under a name of its own, which :func:`bnfix.graph.reexport.to_exported` takes back. A norm in training
     mode, one whose weights are computed, a weight with which several calls do different things: these stay calls.
+    ``names`` are those of the arguments, if the program has none of its own.
 
     Raises:
         TraceError: it has no graph that can be run (torch can't unlift it, or it keeps a state that is no tensor).
@@ -133,6 +152,8 @@ def from_exported(program: ExportedProgram) -> ProgramModule:
     if getattr(module.graph._codegen, "pytree_info", None) is None:
         raise TraceError("the exported program does not say how its inputs are built")
     plan = Plan(program, module, layers)
+    if names is not None and len(names) == len(plan.names) and all(n.isidentifier() for n in names):
+        plan.names = tuple(names)
     made: ProgramModule = _class_for(plan)(plan)
     for name, child in module.named_children():
         made.add_module(name, child)
@@ -177,6 +198,44 @@ def _class_for(plan: Plan) -> type[ProgramModule]:
     mine = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     forward.__signature__ = inspect.Signature([mine, *plan.signature.parameters.values()])  # type: ignore[attr-defined]
     return type("ExportedProgram", (ProgramModule,), {"forward": forward})
+
+
+def input_values(program: ExportedProgram) -> list[tuple[str, Any]]:
+    """Name, and what the graph knows, of each leaf of the inputs: a fake tensor, a symbol, or the constant itself."""
+    nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    values: list[tuple[str, Any]] = []
+    for spec in program.graph_signature.input_specs:
+        if spec.kind.name == "USER_INPUT":
+            name = str(getattr(spec.arg, "name", ""))
+            known = nodes[name].meta.get("val") if name in nodes else getattr(spec.arg, "value", None)
+            values.append((name, known))
+    return values
+
+
+def bounds(program: ExportedProgram, size: Any) -> tuple[int, int]:
+    """The least and the largest that a size may be; that of a constant is itself."""
+    if not isinstance(size, torch.SymInt):
+        return int(size), int(size)
+    allowed = program.range_constraints.get(size.node.expr)
+    if allowed is None:
+        return 0, ENDLESS
+    low = _number(allowed.lower, 0)
+    return low if low > _TAKEN_AS_ANY else 0, _number(allowed.upper, ENDLESS)
+
+
+def _number(bound: Any, otherwise: int) -> int:
+    try:
+        value = int(bound)
+    except (TypeError, ValueError, OverflowError, AttributeError):
+        return otherwise
+    return value if abs(value) < ENDLESS else otherwise
+
+
+def _sizes(program: ExportedProgram) -> tuple[tuple[str, tuple[tuple[int, int], ...] | None], ...]:
+    return tuple(
+        (name, tuple(bounds(program, s) for s in value.shape) if isinstance(value, Tensor) else None)
+        for name, value in input_values(program)
+    )
 
 
 def _drop_checks(module: fx.GraphModule) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,9 @@ class SafeTensors(Format):
         text = metadata.get(recipes.METADATA_KEY)
         return Weights(tensors, recipes.from_text(text, info.path) if text else None)
 
-    def write(self, path: Path, model: nn.Module, recipe: str | None, *, whole: bool) -> None:
+    def write(
+        self, path: Path, model: nn.Module, recipe: str | None, *, whole: bool, calls: Sequence[Any] = ()
+    ) -> None:
         state = model.state_dict()
         objects = [name for name, value in state.items() if not hasattr(value, "dtype")]
         if objects:

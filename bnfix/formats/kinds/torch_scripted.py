@@ -1,9 +1,15 @@
-"""TorchScript and exported programs: recognised, so that the message is clear."""
+"""TorchScript: code and tensors in one archive, read by torch's own interpreter."""
 
 from __future__ import annotations
 
-from bnfix.formats.base import MAX_TEXT, Format, Probe
+from typing import Any
+
+from bnfix.errors import LoadError, UntrustedModelError, one_line
+from bnfix.formats import advice
+from bnfix.formats.base import Format, Probe
 from bnfix.types import FileInfo
+
+_WAY_OUT = "save the state_dict of its Python class as weights.pt, then"
 
 
 class TorchScript(Format):
@@ -18,32 +24,41 @@ class TorchScript(Format):
             return None
         if not (file.archive.has("constants.pkl") or file.archive.has_below("code")):
             return None
+        folded = advice.beside(file.shown).rpartition(".")[0] + ".pt2"
+        trusted = advice.command("fold", file.shown, trust=True, output=folded)
+        safer = advice.command("fold", "weights.pt", arch="pkg.mod:Class", output="folded.pt")
         return file.info(
             "torchscript",
             "zip",
-            "a TorchScript program, which bnfix does not read yet",
-            advice="save the state_dict of its model, then: bnfix fold weights.pt --arch pkg.mod:Class -o folded.pt",
+            "a TorchScript program",
+            loadable=True,
+            names_code=("TorchScript code",),
+            advice=f"{advice.TRUST}{advice.GAP}{trusted}\nsafer: {_WAY_OUT}{advice.GAP}{safer}",
         )
 
+    def read(self, info: FileInfo, *, trust: bool) -> Any:
+        if not trust:
+            raise UntrustedModelError(
+                f"{info.path} is {info.title}: loading it runs code inside, which may read and write files.",
+                hint=info.advice,
+            )
+        import warnings
 
-class ExportedProgram(Format):
-    """What ``torch.export.save`` writes: a zip with ``archive_format`` or, before 2.7, a serialized program."""
+        import torch
 
-    order = 10
-    kinds = frozenset(["exported_program"])
-    containers = frozenset(["zip"])
-
-    def recognise(self, file: Probe) -> FileInfo | None:
-        if not file.is_zip:
-            return None
-        archive = file.archive
-        marked = archive.has("archive_format") and archive.read("archive_format", MAX_TEXT).strip() == b"pt2"
-        program = "serialized_exported_program.json"
-        if not (marked or archive.has(program) or program in archive.names):
-            return None
-        return file.info(
-            "exported_program",
-            "zip",
-            "an exported program (.pt2), which bnfix does not read yet",
-            advice="save the state_dict of its model, then: bnfix fold weights.pt --arch pkg.mod:Class -o folded.pt",
-        )
+        try:
+            with warnings.catch_warnings(), open(info.path, "rb") as file:
+                warnings.simplefilter("ignore")  # that TorchScript is deprecated is no news to who has such a file
+                script = torch.jit.load(file, map_location="cpu")
+        except Exception as error:  # its interpreter and a file's own code fail in every way there is
+            raise LoadError(
+                f"{info.path} can't be loaded: {one_line(error, 200)}", hint="is the file whole? copy or download it again"
+            ) from error
+        if not any(True for _ in (*script.parameters(), *script.buffers())):
+            raise LoadError(
+                f"{info.path} is a frozen TorchScript program: its weights are constants in its code, and freezing "
+                "folds norms by itself. There is nothing to fold",
+                hint=f"to have a model again: {_WAY_OUT}{advice.GAP}"
+                + advice.command("fold", "weights.pt", arch="pkg.mod:Class", output="folded.pt"),
+            )
+        return script

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,9 @@ class TorchZip(Format):
     def update(self, info: FileInfo, path: Path, model: nn.Module, *, trust: bool) -> bool:
         return torch_files.update(info, path, model, trust=trust)
 
-    def write(self, path: Path, model: nn.Module, recipe: str | None, *, whole: bool) -> None:
+    def write(
+        self, path: Path, model: nn.Module, recipe: str | None, *, whole: bool, calls: Sequence[Any] = ()
+    ) -> None:
         torch_files.write(path, model, recipe, whole=whole)
 
 
