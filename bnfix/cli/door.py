@@ -66,19 +66,11 @@ def codes(*, traceback: bool) -> Iterator[Ended]:
     except Terminated:
         _say("terminated")
         ended.code = TERMINATED
-    except BnfixError as error:
-        _fail(error.message, (error.hint or "").splitlines(), shown)
-        ended.code = WRONG
     except BrokenPipeError:  # the help, to a reader that left
         leave_quietly()
         ended.code = UNHEARD
-    except MemoryError:
-        _fail("out of memory", ["try a smaller input:  --input 1x3x64x64"], shown)
-        ended.code = WRONG
     except Exception as error:  # noqa: BLE001 -- the last door: a traceback helps nobody who did not ask for it
-        first = (str(error).strip().splitlines() or ["(no message)"])[0]
-        hint = [] if shown else ["what happened where:  add --traceback (or set BNFIX_TRACEBACK=1)"]
-        _fail(f"{type(error).__name__}: {first}", ["this is a defect of bnfix, please report it", *hint], shown)
+        _fail(*explained(error, shown), shown)
         ended.code = WRONG
 
 
@@ -112,9 +104,21 @@ def users_words(option: str) -> Iterator[None]:
         raise UsageError(said if said.startswith("--") else f"{option}: {said}") from error
 
 
-def complain(error: BnfixError) -> None:
-    """An error as a line on standard error, where the command goes on."""
-    _fail(error.message, (error.hint or "").splitlines(), traceback=False)
+def explained(error: Exception, traceback: bool = False) -> tuple[str, list[str]]:
+    """An error in words, and what to do next; ``traceback``: its origin is shown as well."""
+    if isinstance(error, BnfixError):
+        return error.message, (error.hint or "").splitlines()
+    if isinstance(error, MemoryError):
+        return "out of memory", ["try a smaller input:  --input 1x3x64x64"]
+    first = (str(error).strip().splitlines() or ["(no message)"])[0]
+    hint = [] if traceback else ["what happened where:  add --traceback (or set BNFIX_TRACEBACK=1)"]
+    return f"{type(error).__name__}: {first}", ["this is a defect of bnfix, please report it", *hint]
+
+
+def complain(error: Exception, traceback: bool = False, *, about: str = "") -> None:
+    """An error as a line on standard error, where the command goes on; it names the file that it is ``about``."""
+    message, hint = explained(error, traceback)
+    _fail(message if about in message else f"{about}: {message}", hint, traceback)
 
 
 def _fail(message: str, hint: list[str], traceback: bool) -> None:

@@ -16,7 +16,8 @@ from bnfix.cli.options import Asked
 from bnfix.cli.screen import Steps
 from bnfix.errors import BnfixError, LoadError, MissingDependencyError
 from bnfix.files import check_target
-from bnfix.formats.saving import writer_for
+from bnfix.formats import sniff
+from bnfix.formats.saving import check_form, writer_for
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,6 +53,8 @@ class Opened:
 
     def arch(self, target: str) -> str | None:
         """What ``target`` has to be loaded into; None where it will hold the module itself."""
+        if target.endswith(".pt2"):
+            return None
         if not self.pickled:
             return self.loaded.arch
         if not target.endswith(".safetensors"):
@@ -67,8 +70,17 @@ def check_paths(asked: Asked) -> None:
         UsageError: they do not.
         LoadError: there is no such file, or none of that name to be run on.
     """
-    _ = asked.arch_kwargs
+    check_options(asked)
     check_there(asked.model)
+
+
+def check_options(asked: Asked) -> None:
+    """As :func:`check_paths`, without a look for the model itself.
+
+    Raises:
+        UsageError, LoadError: as there.
+    """
+    _ = asked.arch_kwargs
     if asked.input and asked.data:
         raise UsageError("--input and --data exclude each other", hint="--data alone: shapes are those of the batches")
     for text in asked.input:
@@ -119,6 +131,8 @@ def check_output(asked: Asked, output: str | None, *, in_place: bool, dry_run: b
         )
     with users_words("-o"):
         writer_for(target)
+    if os.path.isfile(asked.model):
+        check_form(target, sniff(asked.model))
     check_writable(target, source_path=asked.model, inplace=in_place)
     return target
 
@@ -164,6 +178,7 @@ def open_model(asked: Asked, steps: Steps, *, file: str | None = None) -> Opened
             seed=asked.seed,
             progress=steps,
         )
+    loaded = api.converted(loaded, calls)
     return Opened(loaded, _fitted(list(calls), asked, loaded), (*loaded.notes, *assumed))
 
 

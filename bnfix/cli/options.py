@@ -36,6 +36,15 @@ ModelArgument = Annotated[
         show_default=False,
     ),
 ]
+ModelsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL...",
+        help="A file with weights (then --arch) or with a module (then --trust), or the model itself: "
+        "timm:resnet50, torchvision:resnet18, pkg.mod:callable, file.py:callable. Several: each by itself, one table.",
+        show_default=False,
+    ),
+]
 ArchOption = Annotated[
     str | None,
     typer.Option(

@@ -32,19 +32,24 @@ class Steps:
         self.quiet = quiet
         self._show: Callable[[str], None] = self._line
         self._keep: Callable[[str], None] = _print
-        self._last = self._kind = ""
+        self._last = self._kind = self._lead = self._file = ""
         self._when = 0.0
+
+    def on(self, file: str, number: int, of: int) -> None:
+        """The steps that follow are those of ``file``, one of several, and name it."""
+        self._last = self._kind = ""
+        self._file, self._lead = file, f"{number}/{of} {file}: "
 
     def __call__(self, step: str) -> None:
         """A new step begins."""
         if step != self._last and not self.quiet:
             self._last = step
-            self._show(step)
+            self._show(step.removesuffix(f" {self._file}") if self._file else step)
 
     def keep(self, line: str) -> None:
         """Something to know while the work goes on: it stays on the screen."""
         if not self.quiet:
-            self._keep(line)
+            self._keep(self._lead + line)
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[Steps]:
@@ -59,7 +64,7 @@ class Steps:
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task("starting", total=None)
-            self._show = lambda step: progress.update(task, description=legible(step))
+            self._show = lambda step: progress.update(task, description=legible(self._lead + step))
             self._keep = lambda line: progress.console.print(legible(line), markup=False, highlight=False)
             yield self
         self._show, self._keep = self._line, _print
@@ -71,7 +76,7 @@ class Steps:
         if kind and kind == self._kind and now - self._when < EVERY:
             return
         self._kind, self._when = kind, now
-        _print(f"{step} ...")
+        _print(f"{self._lead}{step} ...")
 
 
 def _print(line: str) -> None:
@@ -88,8 +93,8 @@ def working(*, quiet: bool = False) -> Iterator[Steps]:
         yield steps
 
 
-def report(values: Sequence[Any], format: OutputFormat, about: Sequence[About]) -> None:
-    """Write the report of a command to standard output.
+def report(values: Sequence[Any], format: OutputFormat, about: Sequence[About], overall: About | None = None) -> None:
+    """Write the report of a command to standard output; ``overall`` is about all of several files.
 
     A reader that closed the pipe changes nothing: the work is done, and the exit code is that of the work.
 
@@ -103,7 +108,7 @@ def report(values: Sequence[Any], format: OutputFormat, about: Sequence[About]) 
             raise BrokenPipeError
 
     try:
-        render_all(values, format.value, Output(file=sys.stdout), about)
+        render_all(values, format.value, Output(file=sys.stdout), about, overall)
         sys.stdout.flush()
     except BrokenPipeError:
         leave_quietly()

@@ -11,16 +11,16 @@ Nothing here imports torch, and rich only where something is drawn for a termina
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from bnfix.errors import MissingDependencyError
 from bnfix.render import page_html, text
 from bnfix.render.json_text import dumped
 from bnfix.render.legible import all_legible
-from bnfix.render.page import About
+from bnfix.render.page import About, Page
 from bnfix.render.pages import page_of
 from bnfix.types import SCHEMA_VERSION
 
@@ -93,17 +93,24 @@ def to_html(value: Any, about: About | None = None) -> str:
 
 def to_json(value: Any, about: About | None = None) -> str:
     """``value.to_dict()`` as JSON with sorted keys, in ASCII; what was asked and written stands under ``run``."""
-    document = value.to_dict()
+    return dumped(_document(value, about))
+
+
+def _document(value: Any, about: About | None) -> dict[str, Any]:
+    document: dict[str, Any] = value.to_dict()
     if about is not None:
-        steps = [{"label": label, "line": line} for label, line in about.next]
-        document["run"] = {
-            "command": about.command,
-            "subject": about.subject,
-            "written": list(about.written),
-            "notes": list(about.notes),
-            "next": steps,
-        }
-    return dumped(document)
+        document["run"] = {**_run(about), "verdict": " · ".join(page_of(value).verdict)}
+    return document
+
+
+def _run(about: About) -> dict[str, Any]:
+    return {
+        "command": about.command,
+        "subject": about.subject,
+        "written": list(about.written),
+        "notes": list(about.notes),
+        "next": [{"label": label, "line": line} for label, line in about.next],
+    }
 
 
 def to_concise(value: Any, about: About | None = None) -> str:
@@ -127,39 +134,57 @@ def render(value: Any, format: Format = "full", console: Console | None = None, 
     Raises:
         ValueError: there is no such format.
     """
+    if format == "json":
+        _write(console or _standard(), to_json(value, about))
+    else:
+        _render(page_of(value), _about(about), format, console or _standard())
+
+
+def render_all(
+    values: Sequence[Any], format: Format, console: Console, about: Sequence[About], overall: About | None = None
+) -> None:
+    """Write several values of one kind, or :class:`~bnfix.render.several.Failure` in their place, as one report.
+
+    They are one table, a row each by the subject of its ``about``; as JSON one document, a list under ``values``.
+    One value alone, without ``overall``, is written as :func:`render` does.
+    """
+    from bnfix.render.several import page_of_all
+
+    if len(values) == 1 and overall is None:
+        render(values[0], format, console, about[0])
+    elif format == "json":
+        listed = [_document(value, said) for value, said in zip(values, about, strict=True)]
+        run = _run(overall or About()) | {"verdict": " · ".join(page_of_all(values, about).verdict)}
+        _write(console, dumped({"schema_version": SCHEMA_VERSION, "type": "list", "values": listed, "run": run}))
+    else:
+        whole = _about(overall)
+        said = replace(whole, subject="") if format == "concise" else whole  # its lines name their files already
+        _render(page_of_all(values, about), said, format, console)
+
+
+def _standard() -> Console:
+    from rich.console import Console as RichConsole
+
+    return RichConsole(soft_wrap=True)
+
+
+def _render(page: Page, about: About, format: Format, console: Console) -> None:
     if format not in FORMATS:
         raise ValueError(f"no output format {format!r}; there are {', '.join(FORMATS)}")
-    if console is None:
-        from rich.console import Console as RichConsole
-
-        console = RichConsole(soft_wrap=True)
     if format == "full":
-        console.print(to_rich(value, about), soft_wrap=True)
-        return
-    console.file.write(_as_text(value, format, about, console.encoding) + "\n")
+        from bnfix.render.terminal import Drawn
+
+        console.print(Drawn(page, about), soft_wrap=True)
+    elif format == "html":
+        _write(console, _encodable(page_html.document(page, about), console.encoding, "xmlcharrefreplace"))
+    else:
+        drawn = {"concise": text.concise, "github": text.github, "markdown": text.markdown}[format](page, about)
+        _write(console, _encodable(drawn, console.encoding, "ascii"))
+
+
+def _write(console: Console, written: str) -> None:
+    console.file.write(written + "\n")
     console.file.flush()
-
-
-def render_all(values: Sequence[Any], format: Format, console: Console, about: Sequence[About]) -> None:
-    """Write one value or several of one kind; as JSON several are one document, a list under ``values``."""
-    if format != "json" or len(values) == 1:
-        for n, (value, said) in enumerate(zip(values, about, strict=True)):
-            if n and format in ("full", "markdown"):
-                console.file.write("\n")
-            render(value, format, console, said)
-        return
-    documents = [json.loads(to_json(value)) for value in values]
-    document = {"schema_version": SCHEMA_VERSION, "type": "list", "values": documents}
-    console.file.write(dumped(document) + "\n")
-
-
-def _as_text(value: Any, format: Format, about: About | None, encoding: str) -> str:
-    if format == "json":
-        return to_json(value, about)
-    if format == "html":
-        return _encodable(page_html.document(page_of(value), _about(about)), encoding, "xmlcharrefreplace")
-    drawn = {"concise": to_concise, "github": to_github, "markdown": to_markdown}[format](value, about)
-    return _encodable(drawn, encoding, "ascii")
 
 
 def _about(about: About | None) -> About:

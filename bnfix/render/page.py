@@ -61,7 +61,8 @@ class Page:
 class About:
     """What the value itself can't know: what was asked, which files were written, what to type next.
 
-    ``next`` holds pairs of a label and a line to paste.
+    ``next`` holds pairs of a label and a line to paste. ``failed``: the command counts it as a failure, whatever the
+    value says of itself.
     """
 
     command: str = ""
@@ -69,3 +70,4 @@ class About:
     written: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     next: tuple[tuple[str, str], ...] = ()
+    failed: bool = False

@@ -12,7 +12,8 @@ def concise(page: Page, about: About) -> str:
     """Every fact on a line of its own, ``subject: site: what``; the verdict last. Made for ``grep``."""
     lead = f"{about.subject}: " if about.subject else ""
     lines = [f"{lead}{line.site}: {line.text}" for line in page.lines]
-    return "\n".join([*(" ".join(line.split()) for line in lines), lead + " · ".join(page.verdict)])
+    wrote = [f"wrote {path}" for path in about.written]
+    return "\n".join([*(" ".join(line.split()) for line in lines), lead + " · ".join((*page.verdict, *wrote))])
 
 
 def github(page: Page, about: About) -> str:

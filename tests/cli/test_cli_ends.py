@@ -140,12 +140,15 @@ def test_examples_in_help_parse(api: FakeApi) -> None:
     """Every line that the help offers for pasting is one that the command takes."""
     from bnfix.cli.commands import export, fold, info, verify
 
-    for name in ("weights.pt", "model.pt", "folded.pt", "model.onnx"):
+    for name in ("weights.pt", "model.pt", "folded.pt", "net.pt", "model.onnx"):
         Path(name).write_bytes(b"x")
     lines = [x.strip("`") for m in (fold, export, verify, info) for x in m.EPILOG.splitlines() if x.startswith("`")]
     assert len(lines) >= 8
     for line in lines:
-        words = shlex.split(line.split(" | ")[0].replace("*.pt", "weights.pt"))
+        words = shlex.split(
+            line.split(" | ")[0].replace("epoch-*.pt", "weights.pt model.pt").replace("*.pt", "weights.pt")
+        )
+        words = ["1x3x8x8" if word == "inputs.npz" else word for word in words]  # as a file: test_cli_input_files.py
         assert run(words[1:]) in (0, 1), line
 
 

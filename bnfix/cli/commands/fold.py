@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bnfix.cli import options as o
+from bnfix.cli import typed
 from bnfix.cli.door import DONE, FAILED
-from bnfix.cli.opening import Opened, check_output, check_paths, open_model
-from bnfix.cli.screen import report, working
+from bnfix.cli.opening import Opened, check_options, check_paths, open_model
+from bnfix.cli.screen import Steps
+from bnfix.cli.several import Done, each, make_folder, outputs
 from bnfix.render import About
 
 if TYPE_CHECKING:
@@ -25,14 +27,25 @@ EPILOG = """**Examples**
 
 `bnfix fold model.pt --trust -o folded.pt --require-all`
 
+`bnfix fold net.pt --arch net.py:Net --input inputs.npz -o folded.pt`
+
+`bnfix fold epoch-*.pt --arch timm:resnet50 -o folded/`
+
 **Exit codes**  0 folded, also where some norms were kept (or all: then nothing is written) · 1 --dry-run would
-change something, --require-all was not met, or the proof failed (then nothing is written) · 2 wrong use or an error"""
+change something, --require-all was not met, or the proof failed (then nothing is written) · 2 wrong use or an error ·
+of several models the worst; one that fails does not stop the others"""
 
 
 def fold(
-    model: o.ModelArgument,
+    models: o.ModelsArgument,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="FILE", help="Where the folded model goes.")
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE|FOLDER/",
+            help="Where the folded model goes. Of several models, the folder where each goes under its own name.",
+        ),
     ] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="Write over MODEL itself.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
@@ -55,11 +68,14 @@ def fold(
     Each norm is folded in float64 and rounded once; the outputs are compared with the model's own rounding
     noise. A norm that can't be folded stays, with its reason. The input file is not changed.
     """
-    asked = o.Asked(model, arch, tuple(arch_kw or ()), trust, tuple(input or ()), data, forward, seed)
-    check_paths(asked)
-    target = check_output(asked, output, in_place=in_place, dry_run=dry_run, done="folded", dry="shows the plan only")
-    with working() as steps:
-        opened = open_model(asked, steps)
+    options = (arch, tuple(arch_kw or ()), trust, tuple(input or ()), data, forward, seed)
+    asked = [o.Asked(model, *options) for model in models]
+    (check_paths if len(asked) == 1 else check_options)(asked[0])
+    targets = outputs(asked, output, in_place=in_place, dry_run=dry_run, done="folded", dry="shows the plan only")
+
+    def one(number: int, steps: Steps) -> Done:
+        this, target = asked[number], targets[number]
+        opened = open_model(this, steps)
         from bnfix import api
 
         result = api.fold(opened.model, opened.example, verify=not no_verify, dry_run=dry_run, progress=steps)
@@ -69,11 +85,19 @@ def fold(
         written = target if result.edits and not unmet else None
         if written is not None and result.model is not None:
             steps(f"writing {written}")
-            api.save(result.model, written, recipe=result.recipe, source=opened.loaded.info, inplace=in_place)
-    report([result], output_format, [_about(asked, opened, result, target, written, unmet)])
+            make_folder(written)
+            source, example = opened.loaded.info, opened.example
+            api.save(result.model, written, recipe=result.recipe, source=source, inplace=in_place, example=example)
+        about = _about(this, opened, result, target, written, unmet)
+        failed = unmet or bool(dry_run and result.edits)
+        # of many models only the report is kept, not each model
+        return Done(dataclasses.replace(result, model=None), about, FAILED if failed else DONE)
+
+    then: tuple[tuple[str, str], ...] = ()
     if dry_run:
-        return FAILED if result.edits or unmet else DONE
-    return FAILED if unmet else DONE
+        more = () if typed.was_typed("-o", "--output", "--in-place") else ("-o", "folded/")
+        then = (("next", typed.without("--dry-run", more=more)),)
+    return each(asked, one, output_format, command="bnfix fold", traceback=traceback, then=then)
 
 
 def _about(
@@ -90,7 +114,7 @@ def _about(
             steps.append(("next", f"{line} -o {o.quoted(o.sibling(o.named(asked.model), '.onnx'))}"))
     if written is not None:
         arch = opened.arch(written)
-        trust = opened.pickled and arch is None
+        trust = opened.pickled and arch is None and not written.endswith(".pt2")
         again = dataclasses.replace(asked, model=written, arch=arch, trust=trust)
         steps.append(("load it", asked.load_line(written, arch=arch, trust=trust)))
         onnx = o.quoted(o.sibling(written, ".onnx"))
@@ -98,7 +122,7 @@ def _about(
     elif result.dry_run and result.edits:
         line = asked.next("fold", asked.model, trust=asked.trust)
         steps.append(("next", f"{line} -o {o.quoted(o.beside(o.named(asked.model), 'folded'))}"))
-    return About("bnfix fold", asked.model, (written,) if written else (), tuple(notes), tuple(steps))
+    return About("bnfix fold", asked.model, (written,) if written else (), tuple(notes), tuple(steps), failed=unmet)
 
 
 def _unwritten(opened: Opened, result: Result, target: str, *, in_place: bool) -> str:

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from bnfix.cli import options as o
-from bnfix.cli.door import DONE, FAILED, WRONG, complain
+from bnfix.cli.door import DONE, FAILED, complain
 from bnfix.cli.screen import report
+from bnfix.cli.several import Done, failed, finish
 from bnfix.errors import BnfixError
 from bnfix.render import About
 
@@ -35,15 +36,19 @@ def info(
     """
     from bnfix import api
 
-    found, about, code = [], [], DONE
+    told = []
     for path in files:
         try:
-            found.append(api.info(path))
-            about.append(About("bnfix info", path))
+            value = api.info(path)
+            unfit = bool(value.dangerous) or not value.loadable
+            told.append(Done(value, About("bnfix info", path), FAILED if unfit else DONE))
         except BnfixError as error:  # the other files are still worth a look
+            if len(files) == 1:
+                raise
             complain(error)
-            code = WRONG
-    if found:
-        report(found, output_format, about)
-    unfit = any(value.dangerous or not value.loadable for value in found)
-    return code or (FAILED if unfit else DONE)
+            told.append(failed(path, error, "bnfix info"))
+    if len(told) == 1:
+        report([told[0].value], output_format, [told[0].about])
+    else:
+        finish(told, output_format, "bnfix info")
+    return max(d.code for d in told)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from bnfix.render.numbers import count, size
 from bnfix.render.page import Column, Line, Page, Row, State
@@ -18,6 +18,8 @@ class FileInfoPage(PageOf):
     """What a file is, what is in it, whether it can be loaded, and what to do with it."""
 
     kind = FileInfo
+    columns = (Column("what"), Column("size", "number"), Column("tensors", "number"), Column("norms", "number"),
+               Column("loading"))  # fmt: skip
 
     def page(self, value: FileInfo) -> Page:
         rows = [Row(state, (what, found)) for state, what, found in _found(value) if found]
@@ -35,6 +37,19 @@ class FileInfoPage(PageOf):
             notes=(TRAINING,) if value.facts.get("training") is True else (),
             next=tuple(_step(n, line) for n, line in enumerate(value.advice.splitlines())),
         )
+
+    def cells(self, value: FileInfo) -> tuple[str, ...]:
+        tensors, norms = (f"{value.tensors:,}", f"{len(value.norms):,}") if value.tensors else ("", "")
+        return value.title, size(value.size), tensors, norms, _can(value)
+
+    def remarks(self, value: FileInfo) -> tuple[str, ...]:
+        return tuple(f"{what} {found}" for state, what, found in _found(value) if state == "failed" and found)
+
+    def total(self, values: Sequence[FileInfo]) -> tuple[str, ...]:
+        fit = sum(v.loadable for v in values)
+        bad = sum(bool(v.dangerous) for v in values)
+        said = f"{count(fit, 'file')} can be loaded" + (f", {len(values) - fit} can't" if fit < len(values) else "")
+        return (said, *([f"{bad} must not be loaded"] if bad else []))
 
 
 def _found(value: FileInfo) -> list[tuple[State, str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from bnfix.render import proof
 from bnfix.render.numbers import count, ratio, ulp, worst
@@ -20,6 +21,8 @@ COLUMNS = (
     Column("ulp", "number"),
     Column("× noise", "number"),
 )
+PLAN_ONLY = "nothing changed, this is the plan"
+NOT_COMPARED = "outputs NOT compared"
 SOURCES = {
     "symbolic": "read without an example input: with one (--input, example=) more can be folded, and outputs compared",
     "observed": "the graph was recorded from one concrete run: it holds for the route that the run took",
@@ -30,6 +33,7 @@ class ResultPage(PageOf):
     """What was folded into what, what was kept and why, and the proof."""
 
     kind = Result
+    columns = (Column("result"), Column("ulp", "number"), Column("× noise", "number"))
 
     def page(self, value: Result) -> Page:
         state, verdict = _verdict(value)
@@ -49,6 +53,33 @@ class ResultPage(PageOf):
             details=proof.details(value.parity) if value.parity else (),
             notes=(*source, *value.notes, *(value.parity.notes if value.parity else ())),
         )
+
+    def cells(self, value: Result) -> tuple[str, ...]:
+        _, said = _verdict(replace(value, parity=None))
+        elsewhere = (PLAN_ONLY, *([NOT_COMPARED] if value.parity is not None else []))
+        parts = [part for part in said if " ulp" not in part and part not in elsewhere]
+        if value.parity is not None and value.parity.verdict != "passed":
+            parts.append(proof.verdict(value.parity)[0])
+        noise = worst(o.noise_ratio for o in value.parity.outputs) if value.parity is not None else None
+        return " · ".join(parts), ulp(worst(e.ulp for e in value.edits)), ratio(noise)
+
+    def remarks(self, value: Result) -> tuple[str, ...]:
+        rows = [_kept(*group) for group in alike(value.refusals)]
+        kept = [f"kept {row.cells[0]}: {row.cells[2].removeprefix('kept: ')}" for row in rows]
+        signatures = value.parity.signatures if value.parity is not None else ()
+        return (*kept, *([f"outputs compared on {', '.join(signatures)}"] if signatures else []))
+
+    def total(self, values: Sequence[Result]) -> tuple[str, ...]:
+        planned = any(v.dry_run for v in values)
+        done, kept = sum(len(v.edits) for v in values), sum(len(v.refusals) for v in values)
+        changed = sum(bool(v.edits) for v in values)
+        said = f"{'would fold' if planned else 'folded'} {done} of {count(done + kept, 'norm')}"
+        parts = [f"{said} in {count(changed, 'file')}" + (f", kept {kept}" if kept else "")]
+        noise = worst(o.noise_ratio for v in values if v.parity is not None for o in v.parity.outputs)
+        proofs = [v.parity for v in values if v.parity is not None]
+        if noise is not None and len(proofs) == len(values) and all(p.verdict == "passed" for p in proofs):
+            parts.append(f"outputs within {ratio(noise)} × each model's own rounding noise (limit {proofs[0].k:.0f})")
+        return (*parts, *([PLAN_ONLY] if planned else []))
 
 
 def _verdict(value: Result) -> tuple[State, tuple[str, ...]]:
@@ -71,7 +102,7 @@ def _verdict(value: Result) -> tuple[State, tuple[str, ...]]:
         if value.parity.verdict != "passed":
             state = proof.STATES[value.parity.verdict]
     elif done:
-        parts.append("nothing changed, this is the plan" if value.dry_run else "outputs NOT compared")
+        parts.append(PLAN_ONLY if value.dry_run else NOT_COMPARED)
     return state, tuple(parts)
 
 
