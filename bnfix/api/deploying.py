@@ -57,7 +57,8 @@ def fold(
         TraceError: the model can't be copied or traced faithfully; the message says why.
     """
     from bnfix import folding
-    from bnfix.graph import Surgeon, all_or_nothing, gather, no_footprints, unwrap
+    from bnfix.graph import all_or_nothing, no_footprints, unwrap
+    from bnfix.preparing import prepare
     from bnfix.proving import FoldProof
     from bnfix.running import preserved
     from bnfix.types import Result
@@ -73,21 +74,21 @@ def fold(
     signatures = tuple(c.signature for c in calls)
     say(f"tracing {', '.join(signatures)}")
     with preserved(model), no_footprints(model, *(c.forward for c in calls)):
-        facts = gather(model, calls)
-        plan = folding.plan(facts)
+        prepared = prepare(model, calls)
+        facts, plan = prepared.facts, prepared.plan
         if facts.written:
             named = ", ".join(facts.written[:3]) + (" …" if len(facts.written) > 3 else "")
             notes = (*notes, f"the forward writes {named}: planned for a first and a second run")
         if dry_run:
             folded = folding.compute(facts, plan.folds)
             refusals = _in_order(facts, (*plan.refusals, *folded.refusals))
-            edits = folding.edits(folded)
+            edits = (*prepared.edits, *folding.edits(folded))
             if leave == "affine":
                 left = [r for r in refusals if r.site in plan.plain]
                 edits += folding.as_affines(facts, left, None)
                 refusals = tuple(r for r in refusals if r not in left)
             return Result(None, edits, refusals, None, facts.source, signatures, notes, dry_run=True)
-        proof = FoldProof(model, calls, facts, verify, k, say)
+        proof = FoldProof(prepared.model, calls, facts, verify, k, say)
         folds = proof.narrowed(plan.folds)
         best = proof.of(folds)
         undone = proof.undone(plan.folds, folds, best.folded)
@@ -98,19 +99,19 @@ def fold(
     left = [r for r in left if r.site in {e.site for e in best.edits}]
     result_model = best.model
     if inplace:
-        with all_or_nothing(Surgeon()) as surgeon:
+        with all_or_nothing(prepared.surgeon(model)) as surgeon:
             folding.operate(facts, best.folded, surgeon)
             folding.as_affines(facts, left, surgeon)
         result_model = model
     return Result(
         model=result_model,
-        edits=best.edits,
+        edits=(*prepared.edits, *best.edits),
         refusals=tuple(r for r in refusals if r not in left),
         parity=best.parity,
         source=facts.source,
         signatures=signatures,
         notes=notes,
-        recipe=folding.recipe(facts, best.folded, best.edits),
+        recipe=prepared.recipe(folding.recipe(facts, best.folded, best.edits)),
     )
 
 

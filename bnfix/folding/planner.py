@@ -55,11 +55,13 @@ class Plan:
     """Every norm of the facts, either in ``folds`` (in the order to apply them) or in ``refusals``.
 
     ``plain`` are the sites of refusals where nothing is wrong with the norm itself: only its neighbours can't take it.
+    ``computed`` leads from norms to the module whose computed weight is what they were refused for.
     """
 
     folds: tuple[PlannedFold, ...]
     refusals: tuple[Refusal, ...]
     plain: frozenset[str] = frozenset()
+    computed: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan(facts: Facts) -> Plan:
@@ -71,9 +73,12 @@ def plan(facts: Facts) -> Plan:
     planner = _Planner(facts)
     folds: list[PlannedFold] = []
     reasons: dict[str, str] = {}
+    computed: dict[str, str] = {}
     for norm in facts.norms:
         try:
             planned = planner.decide(norm)
+        except Computed as refused:
+            reasons[norm.path], computed[norm.path] = str(refused), refused.module
         except Refused as refused:
             reasons[norm.path] = str(refused)
         else:
@@ -82,11 +87,15 @@ def plan(facts: Facts) -> Plan:
     for norm in reversed([n for n in facts.norms if n.path in reasons]):
         try:
             planned = planner.decide(norm, forward=True)
+        except Computed as refused:
+            computed.setdefault(norm.path, refused.module)
+            reasons[norm.path] += f"; nor forward: {refused}"
         except Refused as refused:
             if str(refused) != reasons[norm.path]:
                 reasons[norm.path] += f"; nor forward: {refused}"
         else:
             del reasons[norm.path]
+            computed.pop(norm.path, None)
             folds.append(planned)
             planner.accept(planned)
     refusals = [
@@ -94,7 +103,15 @@ def plan(facts: Facts) -> Plan:
         for n in facts.norms
         if n.path in reasons
     ]
-    return Plan(tuple(folds), tuple(refusals), frozenset(n.path for n in facts.norms if planner.plain(n)))
+    return Plan(tuple(folds), tuple(refusals), frozenset(n.path for n in facts.norms if planner.plain(n)), computed)
+
+
+class Computed(Refused):
+    """The weight of ``module`` is computed in its forward: as a constant it could take the norm up."""
+
+    def __init__(self, reason: str, module: str) -> None:
+        super().__init__(reason)
+        self.module = module
 
 
 @dataclass
@@ -205,8 +222,9 @@ class _Planner:
     def _target(self, layer: Op, folds: Mapping[str, Fold], reached: Reached) -> Target:
         site, fold = layer.site, folds[layer.kind]
         if "weight" in layer.attrs.get("computed", ()):
-            raise Refused(
-                f"the weight of {site} is computed in its forward (parametrization, weight_norm, standardised layer)"
+            raise Computed(
+                f"the weight of {site} is computed in its forward (parametrization, weight_norm, standardised layer)",
+                site.path,
             )
         weight = layer.tensors.get("weight")
         if weight is None:

@@ -1,18 +1,21 @@
 """Facts about a model, and surgery on it."""
 
+from bnfix.graph.baking import Baked, bake, transfer
 from bnfix.graph.channel_affine import ChannelAffine, affine_in_place_of
 from bnfix.graph.copies import copy_model, unwrap
 from bnfix.graph.facts import Binding, gather
 from bnfix.graph.footprints import no_footprints
 from bnfix.graph.owners import Slot, find_owners
+from bnfix.graph.recipe import replay
 from bnfix.graph.reexport import drawn_example, exported, to_exported
 from bnfix.graph.remodule import example_of, from_exported
 from bnfix.graph.replicas import Replicator, replicator
 from bnfix.graph.scripted import from_script
 from bnfix.graph.sources.exported import quiet_export
-from bnfix.graph.surgery import Surgeon, all_or_nothing, as_parameter, placeholder, replay
+from bnfix.graph.surgery import Surgeon, all_or_nothing, as_parameter, placeholder
 
 __all__ = [
+    "Baked",
     "Binding",
     "ChannelAffine",
     "Replicator",
@@ -21,6 +24,7 @@ __all__ = [
     "affine_in_place_of",
     "all_or_nothing",
     "as_parameter",
+    "bake",
     "copy_model",
     "drawn_example",
     "example_of",
@@ -35,5 +39,6 @@ __all__ = [
     "replay",
     "replicator",
     "to_exported",
+    "transfer",
     "unwrap",
 ]

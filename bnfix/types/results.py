@@ -112,7 +112,12 @@ class Result(Value):
     @property
     def norms(self) -> int:
         """How many norms the model had."""
-        return len(self.edits) + len(self.refusals)
+        return self.done + len(self.refusals)
+
+    @property
+    def done(self) -> int:
+        """How many norms are no norms any more; layers whose computed weight was baked for that do not count."""
+        return sum(e.action != "bake" for e in self.edits)
 
 
 @dataclass(frozen=True)
