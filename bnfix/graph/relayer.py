@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class _Layer:
     tensors: Mapping[str, str]
     """Role → path; a role that the call leaves out is not in it."""
     roles: tuple[str, ...]
+    input: str = "input"
+    """What the call names that which the layer is called with."""
 
 
 def relayer(module: fx.GraphModule) -> Relayered:
@@ -51,19 +53,20 @@ def relayer(module: fx.GraphModule) -> Relayered:
     for calls in groups.values():
         layer = calls[0][1]
         wanted = set(layer.tensors.values())
-        same = all((c.settings, c.tensors) == (layer.settings, layer.tensors) for _, c in calls)
+        same = all((c.settings, c.tensors, c.input) == (layer.settings, layer.tensors, layer.input) for _, c in calls)
         if not same or wanted & claimed or len(wanted) < len(layer.tensors):
             continue
         claimed |= wanted
         path = _install(module, layer, calls[0][0].name, done)
         for node, _ in calls:
-            _call(module, node, path)
+            _call(module, node, path, layer.input)
     module.graph.eliminate_dead_code(is_impure_node=_stays)
     return done
 
 
 def _stays(node: fx.Node) -> bool:
-    return not (node.op == "get_attr" and not node.users)
+    turned = getattr(getattr(node.target, "overloadpacket", None), "__name__", "") in ("permute", "t")
+    return bool(node.users) or not (node.op == "get_attr" or turned)
 
 
 def _layer(module: fx.GraphModule, node: fx.Node) -> _Layer | None:
@@ -80,6 +83,8 @@ def _layer(module: fx.GraphModule, node: fx.Node) -> _Layer | None:
         return _conv(module, arguments, transposed=bool(arguments.get("transposed")))
     if name == "linear":
         return _linear(module, arguments)
+    if name in ("addmm", "mm"):
+        return _linear_taken_apart(module, arguments, name)
     if name == "batch_norm" or name == _STATELESS_NORM:
         return _norm(module, node, arguments)
     return None
@@ -178,6 +183,23 @@ def _linear(module: nn.Module, arguments: dict[str, Any]) -> _Layer | None:
         return nn.Linear(inner, outer, bias="bias" in tensors, device="meta")
 
     return _Layer(build, (nn.Linear,), tensors, ("weight", "bias"))
+
+
+def _linear_taken_apart(module: nn.Module, arguments: dict[str, Any], name: str) -> _Layer | None:
+    """``bias + input @ weight.T``, which torch's decompositions make of a linear layer."""
+    turned = arguments["mat2"]
+    how = getattr(getattr(turned, "target", None), "overloadpacket", None)
+    if getattr(how, "__name__", "") not in ("permute", "t") or not isinstance(turned, fx.Node):
+        return None
+    if how.__name__ == "permute" and list(turned.args[1]) not in ([1, 0], [-1, -2]):  # type: ignore[union-attr, arg-type]
+        return None
+    given = {"weight": turned.args[0], "bias": arguments["self"] if name == "addmm" else None}
+    if arguments.get("beta", 1) != 1 or arguments.get("alpha", 1) != 1:
+        return None
+    layer = _linear(module, given)
+    if layer is None or ("bias" in layer.tensors and _tensor(module, layer.tensors["bias"]).dim() != 1):
+        return None
+    return replace(layer, input="mat1" if name == "addmm" else "self")
 
 
 def _norm(module: nn.Module, node: fx.Node, arguments: dict[str, Any]) -> _Layer | None:
@@ -279,10 +301,10 @@ def _beside(module: fx.GraphModule, layer: _Layer, made: nn.Module, name: str, d
     return path
 
 
-def _call(module: fx.GraphModule, node: fx.Node, path: str) -> None:
+def _call(module: fx.GraphModule, node: fx.Node, path: str, given: str) -> None:
     graph = module.graph
     with graph.inserting_before(node):
-        call = graph.call_module(path, (_arguments(node)["input"],))
+        call = graph.call_module(path, (_arguments(node)[given],))
     call.meta = dict(node.meta)
     if _name(node) == _STATELESS_NORM:
         for user in list(node.users):

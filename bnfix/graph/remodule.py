@@ -7,6 +7,7 @@ no module to stand in for. Here such calls become calls of ``nn.Conv*``, ``nn.Co
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch.fx import _pytree as fx_pytree  # what the code that torch generates 
 from torch.utils import _pytree as pytree
 
 from bnfix.errors import TraceError, one_line
+from bnfix.graph.inlining import enter, inline, leave
 from bnfix.graph.relayer import Relayered, relayer
 
 ENDLESS = 1 << 40
@@ -113,6 +115,10 @@ class ProgramModule(nn.Module):
 
     def _bnfix_run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the graph."""
+        with contextlib.ExitStack() as entered:
+            return self._bnfix_steps(entered, args, kwargs)
+
+    def _bnfix_steps(self, entered: contextlib.ExitStack, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         plan = self._bnfix_plan
         leaves = iter(plan.flat_inputs(args, kwargs))
         values: list[Any] = [None] * len(plan.steps)
@@ -123,6 +129,8 @@ class ProgramModule(nn.Module):
                 values[index] = operator.attrgetter(step.target)(self) if step.target else self
             elif step.op == "output":
                 return pytree.tree_unflatten(list(_filled(step.args[0], values)), plan.out_spec)
+            elif step.target in (enter, leave):
+                step.target(entered, *step.args)
             else:
                 call = self.get_submodule(step.target) if step.op == "call_module" else step.target
                 values[index] = call(*_filled(step.args, values), **_filled(step.kwargs, values))
@@ -148,6 +156,7 @@ def from_exported(program: ExportedProgram, *, names: Sequence[str] | None = Non
     except Exception as error:  # torch's own unlifting fails in every way there is
         raise TraceError(f"the exported program has no module: {one_line(error, 200)}") from error
     _drop_checks(module)
+    inline(module)
     layers = relayer(module)
     if getattr(module.graph._codegen, "pytree_info", None) is None:
         raise TraceError("the exported program does not say how its inputs are built")
