@@ -170,6 +170,7 @@ class FoldProof:
         if compared.verdict == "failed" and not failure:
             worst = next(o for o in compared.outputs if o.verdict == "failed")
             failure = f"output {worst.name}: {worst.reason}"
+        compared = _as_proven_at_sites(compared, list(at_sites.values()))
         edits = tuple(
             replace(e, noise_ratio=max((ratios[s] for s in shown[e.site] if s in ratios), default=None)) for e in edits
         )
@@ -215,4 +216,15 @@ def _as_decided(compared: Parity, tapes: Sequence[Tape], lost: str) -> Parity:
         return compared
     own = f"in {differs} of them the folded model would decide otherwise" if differs else "the folded model agrees"
     note = f"compared on the model's own decisions on data ({total:,} comparisons, indices and the like): {own}"
+    return replace(compared, notes=(*compared.notes, note))
+
+
+def _as_proven_at_sites(compared: Parity, at_sites: Sequence[OutputParity]) -> Parity:
+    """``compared``, and where outputs leave it open (no box was found, say), what was proven all the same."""
+    if compared.verdict != "inconclusive" or not all(o.passed for o in at_sites):
+        return compared
+    worst = max((o.noise_ratio for o in at_sites if o.noise_ratio is not None), default=None)
+    if worst is None:
+        return compared
+    note = f"the values at the {len(at_sites)} places of the folded norms are right, within {worst:.3g} × the noise"
     return replace(compared, notes=(*compared.notes, note))

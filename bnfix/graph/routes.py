@@ -20,6 +20,8 @@ from bnfix.types import Route
 TURNS = 24
 """At most so many decisions that Python code reads are taken the other way, one a run."""
 
+_LONGER = 10  # times the operations of the run itself, and it is given up
+
 
 @dataclass(frozen=True)
 class Run:
@@ -70,7 +72,6 @@ class Source:
                 raise TraceError(f"{refused.message}; {error.message}", hint=refused.hint) from error
             routes.append(route)
             runs.append(Run(number, warm, tape))
-        left = 0
         taken = list(runs)
         # The first read of every line of code comes before the second of any.
         turns = sorted((n, r, i) for r, run in enumerate(taken) if not run.warm for n, i in reads(run.tape))
@@ -80,19 +81,25 @@ class Source:
             if which in seen:
                 continue
             seen.add(which)
-            if len(runs) - len(taken) >= TURNS:
-                left += 1
+            if len(seen) > TURNS:
                 continue
-            copy, memo = copy_model(self.model)
-            try:
-                route, tape = observed.trace(
-                    copy, self.calls[taken[r].call], _KeyOf(self.owners, self.keys, memo), turn=i
-                )
-            except TraceError:  # no way that ends: nothing comes out of it that could be wrong
-                continue
-            routes.append(route)
-            runs.append(Run(taken[r].call, False, tape, i))
-        return routes, tuple(runs), tuple(_notes(refused, taken, len(runs) - len(taken), left))
+            turned = self._turned(taken[r], i, len(routes[r].ops))
+            if turned is not None:
+                routes.append(turned[0])
+                runs.append(turned[1])
+        return routes, tuple(runs), tuple(_notes(refused, taken, len(runs) - len(taken), len(seen) - TURNS))
+
+    def _turned(self, run: Run, turn: int, length: int) -> tuple[Route, Run] | None:
+        """``run`` with one decision taken the other way; None if that doesn't end well: nothing wrong comes of it."""
+        copy, memo = copy_model(self.model)
+        key_of = _KeyOf(self.owners, self.keys, memo)
+        limit = _LONGER * length
+        try:
+            with exported.quiet_export():
+                route, tape = observed.trace(copy, self.calls[run.call], key_of, turn=turn, limit=limit)
+        except (TraceError, SystemExit):
+            return None
+        return route, Run(run.call, False, tape, turn)
 
     def observed_again(self, runs: Sequence[Run]) -> list[Route]:
         """A route for each of ``runs``, held to its decisions.
@@ -170,8 +177,8 @@ class _KeyOf:
 
 def _notes(refused: TraceError, taken: Sequence[Run], turned: int, left: int) -> Iterator[str]:
     times = f"{len(taken)} runs" if len(taken) > 1 else "one run"
-    yield f"recorded from {times}: {refused.message}"
+    yield f"recorded from {times}, which hold for the ways taken: {refused.message[:160]}"
     if turned:
         yield f"{turned} decisions that its code takes on data were also taken the other way, to see what happens then"
-    if left:
+    if left > 0:
         yield f"{left} more were not: if a norm is skipped on the other side of one, that is not known"

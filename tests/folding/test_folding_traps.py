@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import bnfix
-from bnfix.errors import PassError, TraceError
+from bnfix.errors import PassError
 
 
 def test_conv_with_two_consumers() -> None:
@@ -326,9 +326,10 @@ def test_control_flow_on_shapes_one_signature_is_not_all() -> None:
         assert torch.equal(result.model(x), model(x))
 
 
-def test_control_flow_on_data_is_one_clear_error() -> None:
-    with pytest.raises(TraceError, match=r"torch\.export can't trace this model on 2x3x8x8"):
-        bnfix.fold(lived_in(nets.DataDependent()), torch.randn(IMAGE))
+def test_control_flow_on_data_is_recorded_from_runs() -> None:
+    _, result = fold(nets.DataDependent())
+    assert result.source == "observed"
+    assert len(result.edits) == 1
 
 
 def test_dict_outputs() -> None:

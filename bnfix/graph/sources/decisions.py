@@ -38,6 +38,7 @@ class Decision:
     name: str
     value: Any
     where: tuple[tuple[str, int], ...] = ()
+    turned: bool = False
 
     @property
     def read(self) -> bool:
@@ -74,10 +75,10 @@ class Noting:
         """What the operation gives to the forward."""
         if not _decides(func, args, kwargs, out):
             return out
-        if isinstance(out, (bool, int, float)) and len(self.tape.decisions) == self._turn:
-            out = _turned(out)
+        turned = isinstance(out, (bool, int, float)) and len(self.tape.decisions) == self._turn
+        out = _turned(out) if turned else out
         where = _lines() if isinstance(out, (bool, int, float)) else ()
-        self.tape.decisions.append(Decision(str(func), _kept(func, out), where))
+        self.tape.decisions.append(Decision(str(func), _kept(func, out), where, turned))
         return out
 
 
@@ -100,7 +101,7 @@ class Holding:
         if decision.name != str(func):
             self.tape.lost = f"{func} comes where {decision.name} came before"
             return out
-        return self._imposed(func, args, kwargs, out, decision.value)
+        return decision.value if decision.turned else self._imposed(func, args, kwargs, out, decision.value)
 
     def _imposed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any, value: Any) -> Any:
         if isinstance(out, Tensor):

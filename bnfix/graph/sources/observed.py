@@ -26,7 +26,13 @@ _LIFTED = ("lift_fresh", "lift_fresh_copy", "lift")  # a tensor that Python code
 
 
 def trace(
-    copy: nn.Module, call: Any, key_of: KeyOf, *, tape: Tape | None = None, turn: int | None = None
+    copy: nn.Module,
+    call: Any,
+    key_of: KeyOf,
+    *,
+    tape: Tape | None = None,
+    turn: int | None = None,
+    limit: int | None = None,
 ) -> tuple[Route, Tape]:
     """Run ``copy`` (a private one) once on ``call`` and note what it does, and what it decides on data.
 
@@ -34,13 +40,14 @@ def trace(
         key_of: the key of a parameter, buffer or constant of the copy, None for a tensor that is no part of the model.
         tape: hold the run to these decisions.
         turn: the number of a decision that Python code reads, to be taken the other way.
+        limit: give up after so many operations: what was turned may be the end of a loop.
 
     Raises:
         TraceError: the forward fails while it is watched.
     """
     deciding: Noting | Holding = Noting(turn) if tape is None else Holding(tape.blank())
     call = call.private()
-    recorder = _Recorder(key_of, deciding.settle)
+    recorder = _Recorder(key_of, deciding.settle, limit)
     for i, tensor in enumerate(call.tensors()):
         recorder.give(tensor, kind="input", target=f"input_{i}")
     try:
@@ -56,8 +63,9 @@ def trace(
 class _Recorder:
     """Writes operations down, and knows which one each tensor comes from."""
 
-    def __init__(self, key_of: KeyOf, settle: Callable[..., Any]) -> None:
+    def __init__(self, key_of: KeyOf, settle: Callable[..., Any], limit: int | None = None) -> None:
         self.layout = Layout(key_of)
+        self._limit = limit
         self._settle = settle
         self._stack: list[str] = []
         self._calls: dict[str, int] = {}
@@ -96,6 +104,8 @@ class _Recorder:
         arguments = named_arguments(func, args, kwargs)
         fields = operation(func, name, arguments, self.value_of, (Tensor,), tuple(self._stack))
         out = self._settle(func, args, kwargs, out)
+        if self._limit is not None and len(self.layout.ops) > self._limit:
+            raise RuntimeError(f"no end after {self._limit} operations")
         index = self.layout.add(**fields, **described(out))
         if isinstance(out, Tensor):
             self._bind(out, index, bool(func._schema.is_mutable))
