@@ -88,7 +88,7 @@ def bake(model: nn.Module, facts: Facts, calls: Sequence[Any], only: Collection[
 
     Args:
         facts: of ``model``, on ``calls``.
-        only: paths of the layers to bake; None: every one that can be.
+        only: paths of the layers to bake, or of the call sites in them; None: every one that can be.
 
     Raises:
         TraceError: the model can't be copied.
@@ -104,7 +104,7 @@ def bake(model: nn.Module, facts: Facts, calls: Sequence[Any], only: Collection[
         reason, module = _module(owners, route, op)
         if module is None:
             refusals[op.site.path] = reason
-        elif only is None or set(owners.paths(module)) & set(only):
+        elif only is None or {*owners.paths(module), op.site.path} & set(only):
             chosen[id(module)] = module
             sites.append((op.site.path, module))
     seen = record(model, list(chosen.values()), calls) if chosen else {}

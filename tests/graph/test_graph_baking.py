@@ -84,6 +84,19 @@ class Own(nn.Module):
         return torch.conv2d(x, weight, None, (1, 2), (2, 1), groups=self.groups)
 
 
+class Sets(nn.Module):
+    """Sets the weight of its layer in each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.raw = nn.Conv2d(3, 4, 3), nn.Parameter(torch.randn(4, 3, 3, 3))
+        del self.inner.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inner.weight = torch.tanh(self.raw)
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
 IMAGES: dict[str, Callable[[], nn.Module]] = {
     "weight_norm": lambda: parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
     "old weight_norm": lambda: nn.utils.weight_norm(nn.Conv2d(3, 4, 3, bias=False)),
@@ -107,6 +120,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
         lambda: parametrizations.weight_norm(nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, 2, dilation=2)), (2, 4, 5, 5), 6
     ),
     "own": (Own, (2, 4, 8, 8), 4),
+    "set by its parent": (Sets, IMAGE, 4),
 }  # fmt: skip
 CASES = {**{n: (b, IMAGE, 4) for n, b in IMAGES.items()}, **OTHERS}
 
@@ -209,6 +223,11 @@ def test_only_those_that_are_asked_for() -> None:
     assert [e.site for e in result.edits] == ["1"]
     assert result.refusals == {}
     assert [hasattr(m, "weight_g") for m in result.model.children()] == [True, False, True]
+
+
+@pytest.mark.parametrize("path", ["layer", "layer.inner"])
+def test_a_call_site_is_as_good_as_the_layers_name(path: str) -> None:
+    assert [e.site for e in baked(disturbed(Behind(Sets())), only={path}).edits] == ["layer"]
 
 
 # ----------------------------------------------------------------------------------------- refusals
