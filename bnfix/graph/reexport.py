@@ -168,7 +168,8 @@ def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     private = copy.deepcopy(module)  # export may leave marks on a module and on its inputs
     inputs = copy.deepcopy((args, kwargs))
     try:
-        with quiet_export():
+        # Without gradients a region without them needs no subgraph of its own: those torch does not always read again
+        with torch.no_grad(), quiet_export():
             return torch.export.export(private, *inputs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises whatever torch or the model's forward raises
         raise ExportError(

@@ -90,9 +90,12 @@ class ExportedProgram(Format):
 
         program = exported(model, calls)
         try:
-            with quiet_export(), open(path, "wb") as file:
-                torch.export.save(program, file)  # type: ignore[arg-type]
+            with quiet_export():
+                with open(path, "wb") as file:
+                    torch.export.save(program, file)  # type: ignore[arg-type]
+                with open(path, "rb") as file:  # torch writes programs that it can't read
+                    torch.export.load(file)  # type: ignore[arg-type]
         except (OSError, BnfixError):
             raise
-        except Exception as error:  # its writer refuses what it can't put into JSON in its own ways
-            raise LoadError(f"the program can't be saved: {one_line(error, 200)}") from error
+        except Exception as error:  # its writer and its reader refuse each in its own ways
+            raise LoadError(f"torch can't save this program, or can't read it again: {one_line(error, 200)}") from error
