@@ -27,7 +27,7 @@ from bnfix.errors import TraceError, one_line
 from bnfix.graph.copies import Memo, copy_model
 from bnfix.graph.owners import Owners, find_owners
 from bnfix.graph.plain_layers import build, settings_of
-from bnfix.graph.recorded_weights import Recorded, Refused, Scratch, record
+from bnfix.graph.recorded_weights import Recorded, Refused, Scratch, differs, record
 from bnfix.graph.surgery import Surgeon, all_or_nothing
 from bnfix.types import Edit, Facts, Op, Route
 
@@ -84,7 +84,8 @@ def bake(model: nn.Module, facts: Facts, calls: Sequence[Any], only: Collection[
     """A copy of ``model`` in which layers that compute their weight hold it instead; ``model`` is not touched.
 
     The weight is the one that the layer hands on in every call of it, on each of ``calls`` run twice; a copy of the
-    layer, run by itself on random inputs, has to hand on the same, and the plain layer to give the same output.
+    layer, run by itself on random inputs, has to hand on the same, and the plain layer to give the same output; so has
+    the whole model on ``calls``.
 
     Args:
         facts: of ``model``, on ``calls``.
@@ -95,22 +96,42 @@ def bake(model: nn.Module, facts: Facts, calls: Sequence[Any], only: Collection[
         PassError: its forward fails on a call.
     """
     owners: Owners = facts.binding.owners
-    copy, memo = copy_model(model)
-    layers: list[BakedLayer] = []
     refusals: dict[str, str] = {}
     chosen: dict[int, nn.Module] = {}
-    sites: list[tuple[str, nn.Module]] = []
+    sites: list[tuple[str, int]] = []
     for route, op in _candidates(facts):
         reason, module = _module(owners, route, op)
         if module is None:
             refusals[op.site.path] = reason
         elif only is None or {*owners.paths(module), op.site.path} & set(only):
             chosen[id(module)] = module
-            sites.append((op.site.path, module))
+            sites.append((op.site.path, id(module)))
     seen = record(model, list(chosen.values()), calls) if chosen else {}
-    reasons = {i: _baked_or_reason(facts, module, seen.get(i), memo, layers) for i, module in chosen.items()}
-    refusals.update({site: reasons[id(module)] for site, module in sites if reasons[id(module)]})
-    return Baked(copy, tuple(layers), refusals, memo)
+    tried, reasons = _attempt(model, facts, chosen, seen)
+    if tried.layers and differs(model, tried.model, calls):
+        # One of them has to be there. Which one shows by itself; the others are tried together once more.
+        for key, module in list(chosen.items()):
+            alone, _ = _attempt(model, facts, {key: module}, seen)
+            why = differs(model, alone.model, calls) if alone.layers else ""
+            if why:
+                reasons[key] = why
+        tried, _ = _attempt(model, facts, {k: m for k, m in chosen.items() if not reasons[k]}, seen)
+        together = differs(model, tried.model, calls)
+        if together:
+            tried, _ = _attempt(model, facts, {}, seen)
+            reasons = {key: why or together for key, why in reasons.items()}
+    refusals.update({site: reasons[key] for site, key in sites if reasons[key]})
+    return Baked(tried.model, tried.layers, refusals, tried.memo)
+
+
+def _attempt(
+    model: nn.Module, facts: Facts, chosen: Mapping[int, nn.Module], seen: Mapping[int, Recorded]
+) -> tuple[Baked, dict[int, str]]:
+    """A copy with those of ``chosen`` baked that can be, and for each a reason, empty where it is."""
+    copy, memo = copy_model(model)
+    layers: list[BakedLayer] = []
+    reasons = {key: _baked_or_reason(facts, module, seen.get(key), memo, layers) for key, module in chosen.items()}
+    return Baked(copy, tuple(layers), memo=memo), reasons
 
 
 def transfer(model: nn.Module, baked: Baked, surgeon: Surgeon) -> Memo:

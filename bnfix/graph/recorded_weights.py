@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from bnfix.errors import PassError, TraceError, one_line
 from bnfix.graph.copies import copy_model
@@ -93,6 +94,39 @@ def record(model: nn.Module, modules: Iterable[nn.Module], calls: Sequence[Any])
     return {key: found for key, found in seen.items() if key not in blind}
 
 
+def differs(model: nn.Module, other: nn.Module, calls: Sequence[Any]) -> str:
+    """Empty where copies of both give the same on each of ``calls``; else what ``other`` does instead."""
+    for call in calls:
+        expected = _outputs(model, call)
+        try:
+            found = _outputs(other, call)
+        except Exception as error:  # noqa: BLE001  # the user's own forward may ask for what is gone, in any way
+            return f"the model needs it to be there: {one_line(error, 160)}"
+        if len(found) != len(expected) or not all(_close(f, e) for f, e in zip(found, expected, strict=True)):
+            return f"the model gives something else without it on {call.signature}"
+    return ""
+
+
+def _outputs(model: nn.Module, call: Any) -> list[Tensor]:
+    copy, _ = copy_model(model)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)  # type: ignore[no-untyped-call]
+        return [leaf for leaf in tree_leaves(call.run(copy)) if isinstance(leaf, Tensor)]
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """The same bits, or on devices that add in any order the same but for that."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    if torch.equal(found, expected):
+        return True
+    if not expected.is_floating_point():
+        return False
+    wanted, got = expected.double().nan_to_num(), found.double().nan_to_num()
+    limit = max(_SAME_LAYER, 16 * torch.finfo(expected.dtype).eps)
+    return bool((got - wanted).norm() <= limit * wanted.norm())
+
+
 class Scratch:
     """A copy of one module, run by itself: it has to hand on what it did in the model, whatever its input."""
 
@@ -137,11 +171,7 @@ class Scratch:
                 found = plain(x)
             if found.shape != expected.shape or found.dtype != expected.dtype:
                 raise Refused(f"as a plain layer it gives {tuple(found.shape)} instead of {tuple(expected.shape)}")
-            if torch.equal(found, expected):
-                continue
-            limit = max(_SAME_LAYER, 16 * torch.finfo(expected.dtype).eps)
-            error = (found.double() - expected.double()).norm() / expected.double().norm()
-            if not bool(error <= limit):
+            if not _close(found, expected):
                 raise Refused("as a plain layer with the same weight it computes something else")
 
     def _run(self, source: Op, layer: Op, seed: int) -> tuple[Tensor, Tensor | None]:

@@ -393,6 +393,30 @@ def test_a_weight_that_is_not_finite_is_refused() -> None:
     assert "not finite" in why(model)
 
 
+class _Asks(Behind):
+    """Asks for what only the computed form has, or for its class."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(parametrizations.weight_norm(nn.Conv2d(3, 4, 3)))
+        self.how, self.other = how, nn.utils.weight_norm(nn.Conv2d(4, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.other(super().forward(x))
+        if self.how == "class":
+            return y if P.is_parametrized(self.layer) else 2 * y
+        return y * self.layer.parametrizations.weight.original0.shape[0]  # type: ignore[no-any-return,union-attr]
+
+
+@pytest.mark.parametrize("how", ["attribute", "class"])
+def test_what_the_model_needs_to_be_there_stays_and_the_rest_goes(how: str) -> None:
+    model = disturbed(_Asks(how))
+    result = baked(model)
+    assert [e.site for e in result.edits] == ["other"]
+    assert ("needs it to be there" if how == "attribute" else "something else without it") in result.refusals["layer"]
+    x = torch.randn(IMAGE)
+    assert torch.equal(result.model(x), model(x))
+
+
 def test_where_it_cannot_be_put_it_is_refused() -> None:
     model = disturbed(Behind(nn.utils.weight_norm(nn.Conv2d(3, 4, 3))))
     model.pair = (model.layer, 1)
