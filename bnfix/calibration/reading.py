@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bnfix.calibration.chunks import Chunk, first_samples, splittable
 from bnfix.errors import BnfixError, CalibrationError, PassError, one_line
 from bnfix.running import Call, bind, check_finite, size
-from bnfix.running.call import Forward
+from bnfix.running.call import Forward, describe
 
 Mask = str | Callable[[Any], Any] | None
 
@@ -94,7 +94,8 @@ class Reader:
         if samples is None:
             samples = next((t.shape[0] for t in call.tensors() if t.dim()), 1)
         if samples == 0:
-            raise CalibrationError(f"batch {number} is empty")
+            shapes = ", ".join(describe(t) for t in call.tensors())
+            raise CalibrationError(f"batch {number} is empty ({shapes})", hint="leave such batches out of the data")
         self._look_at_labels(batch)
         mask = self._masked(batch, call, number)
         if mask is not None and len(mask) != samples and size(call) is not None:
@@ -107,7 +108,7 @@ class Reader:
         try:
             found = batch[self._mask] if isinstance(self._mask, str) else self._mask(batch)
         except Exception as error:  # the user's own function or mapping
-            raise CalibrationError(f"batch {number}: no mask: {one_line(error)}") from error
+            raise _no_mask(self._mask, batch, number, error) from error
         if not isinstance(found, Tensor) or found.dim() == 0:
             raise CalibrationError(f"batch {number}: the mask is no tensor (N, *positions), but {type(found).__name__}")
         device = next((t.device for t in call.tensors()), torch.device("cpu"))
@@ -120,6 +121,20 @@ class Reader:
             found = set(labels[0].tolist()) if len(labels[0]) < 10_000 else set()
             self.pure += len(found) == 1
             self.labels |= found if len(self.labels) < 1000 else set()
+
+
+def _no_mask(mask: Any, batch: Any, number: int, error: Exception) -> CalibrationError:
+    if not isinstance(mask, str):
+        return CalibrationError(f"batch {number}: no mask: {one_line(error)}", hint="mask= is a function of the batch")
+    if isinstance(batch, Mapping):
+        keys = ", ".join(map(str, batch))
+        return CalibrationError(f"batch {number}: no mask: {one_line(error)}", hint=f"the keys of a batch:  {keys}")
+    given = "one tensor" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
+    return CalibrationError(
+        f"batch {number}: no mask: the batch is {given}, and mask={mask!r} is the key of a dict",
+        hint=f"a mask needs batches such as {{'input': x, {mask!r}: m}}, m boolean, true where a position counts\n"
+        f"from a file:  np.savez('data.npz', input=x, {mask if mask.isidentifier() else 'mask'}=m)",
+    )
 
 
 def _may_overwrite(data: Any) -> bool:

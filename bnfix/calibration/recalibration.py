@@ -71,6 +71,12 @@ def recalibrate(
     return dataclasses.replace(report, handle=handle, seconds={"total": time.process_time() - began, **session.seconds})
 
 
+LOOKED = (
+    "looked for: modules with running_mean and running_var (BatchNorm, SyncBatchNorm, InstanceNorm that tracks them), "
+    "and calls of batch_norm with such buffers\nLayerNorm, GroupNorm and RMSNorm keep none"
+)
+
+
 class _Work:
     """One recalibration, step by step."""
 
@@ -98,6 +104,8 @@ class _Work:
         changed = not options.dry_run and bool(outcome.stats) and (options.when == "always" or change.worth_it)
         frozen, never, left_why = summary.left_alone(session.norms, outcome, self._reached(scouted))
         found = summary.layers(outcome, session.norms)
+        if not found and not outcome.sites and not session.norms.known:
+            raise CalibrationError("the model has no norm with running statistics: nothing to recalibrate", hint=LOOKED)
         if not found:
             met = "no batch norm met a value" if outcome.sites else "no batch norm was reached by any forward"
             raise CalibrationError(

@@ -178,8 +178,9 @@ def open_model(asked: Asked, steps: Steps, *, file: str | None = None) -> Opened
             seed=asked.seed,
             progress=steps,
         )
+    calls = _fitted(list(calls), asked, loaded)
     loaded = api.converted(loaded, calls)
-    return Opened(loaded, _fitted(list(calls), asked, loaded), (*loaded.notes, *assumed))
+    return Opened(loaded, calls, (*loaded.notes, *assumed))
 
 
 def _fitted(calls: list[Any], asked: Asked, loaded: Loaded) -> list[Any]:

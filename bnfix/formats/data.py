@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnfix.errors import BnfixError, LoadError
+from bnfix.errors import BnfixError, LoadError, one_line
 from bnfix.formats.arrays import ARRAYS, is_arrays, load_call, load_samples
 from bnfix.formats.images import SUFFIXES, ImageTransform, load_images
 from bnfix.formats.specs import callables, importable_here, parse_spec, resolve
@@ -178,7 +178,9 @@ def _from_object(text: str, found: Any, batch_size: int) -> Iterable[Any]:
         except BnfixError:
             raise
         except Exception as error:  # the user's own function
-            raise LoadError(f"{text}() failed: {type(error).__name__}: {error}") from error
+            raise LoadError(
+                f"{text}() failed: {one_line(error)}", hint="it is code of yours; where in it:  add --traceback"
+            ) from error
         return _iterable(text, made, batch_size)
 
     first = start()  # what is wrong with it shows now, not in the middle of the work

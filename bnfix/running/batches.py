@@ -172,10 +172,14 @@ def _check_count(count: int, signature: _Signature) -> None:
             hint=f"{_FEED}m(b[0], {keywords})",
         )
     if count < max(1, len(signature.required)):
+        several = ", ".join(signature.required)
         raise PassError(
             f"the batch has {count} element{'' if count == 1 else 's'}, and the forward requires "
-            f"{max(1, len(signature.required))}",
-            hint=f"{_FEED}m(b[0])",
+            f"{max(1, len(signature.required))}" + (f": {several}" if len(signature.required) > 1 else ""),
+            hint=f"give batches that hold them all: tuples ({several}), or dicts (or an .npz file) with these names\n"
+            f"{_FEED}m({', '.join(['b[0]', *(f'{name}=…' for name in signature.required[1:])])})"
+            if len(signature.required) > 1
+            else f"{_FEED}m(b[0])",
         )
 
 

@@ -38,7 +38,7 @@ def test_fold_writes_and_says_how_to_go_on(api: FakeApi, capsys: Output) -> None
     )
     args, kwargs = api.asked("fold")
     assert args == ("model of w.pt", ["call"])
-    assert (kwargs["verify"], kwargs["dry_run"]) == (True, False)
+    assert (kwargs["verify"], kwargs["dry_run"], kwargs["leave"]) == (True, False, "norm")
     assert api.asked("save")[1]["inplace"] is False
 
 
@@ -64,6 +64,12 @@ def test_the_next_line_is_a_command_that_parses(api: FakeApi, capsys: Output) ->
     assert run(words[1:]) == 0
     kwargs = api.asked("examples")[1]
     assert (kwargs["input"], kwargs["forward"]) == (["1x3x8x8"], "lambda m, b: m(b['x'])")
+
+
+def test_leave_is_handed_on(api: FakeApi, capsys: Output) -> None:
+    assert run(["fold", "w.pt", "--arch", "a:b", "--leave", "affine", "-o", "f.pt"]) == 0
+    assert api.asked("fold")[1]["leave"] == "affine"
+    assert run(["fold", "w.pt", "--arch", "a:b", "--leave", "nothing", "-o", "f.pt"]) == 2
 
 
 def test_fold_with_refusals_is_done(api: FakeApi, capsys: Output) -> None:

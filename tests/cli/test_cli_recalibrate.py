@@ -157,6 +157,15 @@ def test_json_holds_the_whole_report(shop: Path, capsys: Output) -> None:
     assert document["type"] == "Recalibration"
     assert document["residual"]["mean"] <= 1e-5
     assert document["run"]["written"] == ["fixed.pt"]
+    assert document["run"]["verdict"].startswith("recalibrated 2 of 2 norms on 70 samples")
+
+
+def test_concise_ends_with_the_verdict_and_the_file(shop: Path, capsys: Output) -> None:
+    argv = [*SPOILT, "--data", "x.npy", "-o", "fixed.pt", "--output-format", "concise"]
+    assert run(argv) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("spoilt.pt: recalibrated 2 of 2 norms on 70 samples")
+    assert last.endswith(" · wrote fixed.pt")
 
 
 def test_without_data_the_three_forms_are_shown(shop: Path, capsys: Output) -> None:
@@ -186,6 +195,19 @@ def test_noise_is_refused(shop: Path, capsys: Output) -> None:
         (["--forward", "3"], "--forward '3' is no function"),
         (["--device", "abacus"], "--device abacus: "),
         (["--data", "loader.py:gone"], "loader.py has no gone"),
+        (
+            ["--data", "loader.py"],
+            "loader.py is Python code: say what in it gives the batches\n  --data loader.py:images",
+        ),
+        (["--data", "empty.npy"], "empty.npy is empty: there are no samples in array (0, 3, 8, 8)"),
+        (
+            ["--mask", "m"],
+            "x.npy: batch 0: no mask: the batch is one tensor, and --mask m is the key of a dict\n  a mask",
+        ),
+        (
+            ["--data", "two.npz", "--mask", "m"],
+            "two.npz: batch 0: no mask: KeyError: 'm'\n  the keys of a batch:  x, y",
+        ),
         (["--spill-dir", "no-such-folder"], "--spill-dir"),
         (["--data", "nowhere.npy"], "error: there is no file nowhere.npy\n  --data loader.py:make "),
         (["--data", "bytes.npy"], "\n  --forward 'lambda m, b: m(b.permute(0, 3, 1, 2).float() / 255)'"),
@@ -196,6 +218,8 @@ def test_wrong_use_is_one_error_in_words_of_the_command_line(
     shop: Path, capsys: Output, more: list[str], said: str
 ) -> None:
     np.save("bytes.npy", np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    np.save("empty.npy", np.zeros((0, 3, 8, 8)))
+    np.savez("two.npz", x=np.ones((4, 3, 8, 8)), y=np.ones(4))
     assert run([*SPOILT, "--data", "x.npy", "-o", "fixed.pt", *more]) == 2
     out, err = capsys.readouterr()
     assert said in err
@@ -236,7 +260,39 @@ def test_a_model_without_running_statistics_is_told_so_before_the_data_is_read(s
     sizes = ["--arch-kw", "in_features=3", "--arch-kw", "out_features=4"]
     argv = ["recalibrate", "linear.pt", "--arch", "torch.nn:Linear", *sizes, "--data", "loader.py:breaks", "-o", "f.pt"]
     assert run(argv) == 2
-    assert "linear.pt keeps no running statistics" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert (
+        "linear.pt keeps no running statistics: nothing to recalibrate\n  looked for: modules with running_mean" in err
+    )
+
+
+def test_a_model_with_other_buffers_and_no_norm_is_told_what_was_looked_for(shop: Path, capsys: Output) -> None:
+    source = "from torch import nn\nclass Odd(nn.Linear):\n    def __init__(self):\n        super().__init__(8, 2)\n"
+    Path("odd.py").write_text(f"{source}        self.register_buffer('steps', self.bias.detach() * 0)\n")
+    argv = ["recalibrate", "odd.py:Odd", "--data", "x.npy", "-o", "f.pt"]
+    assert run(argv) == 2
+    err = capsys.readouterr().err
+    assert "the model has no norm with running statistics: nothing to recalibrate" in err
+    assert "looked for: modules with running_mean and running_var" in err
+
+
+def test_two_inputs_and_batches_of_one_names_the_parameters(shop: Path, capsys: Output) -> None:
+    source = NET.replace("def forward(self, x):", "def forward(self, x, weight):")
+    Path("both.py").write_text(source.replace(".mean((2, 3))", ".mean((2, 3)) * weight"))
+    argv = ["recalibrate", "spoilt.pt", "--arch", "both.py:Net", "-o", "f.pt", "--data"]
+    assert run([*argv, "x.npy"]) == 2
+    err = capsys.readouterr().err
+    assert "x.npy: batch 0: the batch has 1 element, and the forward requires 2: x, weight" in err
+    assert "tuples (x, weight), or dicts (or an .npz file) with these names" in err
+    np.savez("both.npz", x=x().numpy(), weight=np.ones((70, 1)))
+    assert run([*argv, "both.npz"]) == 0  # as the hint says
+
+
+def test_what_did_not_drift_is_not_called_drift(shop: Path, capsys: Output) -> None:
+    assert run([*SPOILT, "--data", "x.npy", "-o", "fixed.pt"]) == 0
+    assert capsys.readouterr().out.count("drifted most") == 2  # the row and the line
+    assert run(["recalibrate", "fixed.pt", *ARCH, "--data", "x.npy", "-o", "again.pt"]) == 0
+    assert "drifted most" not in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------ what is in the file
@@ -301,7 +357,10 @@ def test_what_a_fold_left_is_recalibrated_and_the_recipe_stays(shop: Path, capsy
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ("loader.py:breaks", "the data raised after batch 1: OSError: disk gone"),
+        (
+            "loader.py:breaks",
+            "error: loader.py:breaks: the data raised after batch 1: OSError: disk gone\n  it is code of",
+        ),
         ("loader.py:leaves", "the code in it ended the program"),
     ],
 )

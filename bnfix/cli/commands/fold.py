@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -36,6 +37,11 @@ change something, --require-all was not met, or the proof failed (then nothing i
 of several models the worst; one that fails does not stop the others"""
 
 
+class Leave(str, Enum):
+    norm = "norm"
+    affine = "affine"
+
+
 def fold(
     models: o.ModelsArgument,
     output: Annotated[
@@ -52,6 +58,14 @@ def fold(
     require_all: Annotated[
         bool, typer.Option("--require-all", help="If a norm has to be kept: exit 1, write nothing.")
     ] = False,
+    leave: Annotated[
+        Leave,
+        typer.Option(
+            "--leave",
+            help="What becomes of a norm that can't be folded. norm: it stays. affine: a multiply and an add per "
+            "channel in its place, exact, and no norm is left of it.",
+        ),
+    ] = Leave.norm,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Don't compare the outputs.")] = False,
     arch: o.ArchOption = None,
     arch_kw: o.ArchKwOption = None,
@@ -78,7 +92,9 @@ def fold(
         opened = open_model(this, steps)
         from bnfix import api
 
-        result = api.fold(opened.model, opened.example, verify=not no_verify, dry_run=dry_run, progress=steps)
+        result = api.fold(
+            opened.model, opened.example, leave=leave.value, verify=not no_verify, dry_run=dry_run, progress=steps
+        )
         unmet = (result.parity is not None and result.parity.verdict == "failed") or (
             require_all and bool(result.refusals)
         )

@@ -53,6 +53,7 @@ FORMS = """--data loader.py:make   a function that returns your DataLoader, or a
 --data train_images/    a folder of images, read as the model's own evaluation reads them
 --data x.npy            an array of samples; .npz and .safetensors too"""
 
+_OF_DATA = ("the data ", "batch ")
 FEED = """if the data is not what the model is called with, say how it becomes that, for example
 --forward 'lambda m, b: m(b.permute(0, 3, 1, 2).float() / 255)'"""
 
@@ -115,7 +116,7 @@ def recalibrate(
                 opened, batches, notes = _opened(asked, batch_size, crew, steps)
             from bnfix import api
 
-            with users_code(str(data)), _in_options():
+            with users_code(str(data)), _in_options(str(data)):
                 result = api.recalibrate(
                     opened.model,
                     batches,
@@ -189,7 +190,8 @@ def _opened(asked: o.Asked, batch_size: int, crew: Team, steps: Steps) -> tuple[
     if not any(True for _ in opened.model.buffers()):
         raise BnfixError(
             f"{asked.model} keeps no running statistics: nothing to recalibrate",
-            hint="BatchNorm does; LayerNorm, GroupNorm and InstanceNorm use those of their input",
+            hint="looked for: modules with running_mean and running_var (BatchNorm, SyncBatchNorm and their like); "
+            "LayerNorm, GroupNorm and InstanceNorm use those of their input",
         )
     _move(opened, crew.device)
     with users_words("--forward"):
@@ -231,16 +233,19 @@ def _telling(steps: Steps) -> Callable[[str], None]:
 
 
 @contextmanager
-def _in_options() -> Iterator[None]:
-    """Around the verb: what its errors say of its arguments is said of options."""
+def _in_options(data: str) -> Iterator[None]:
+    """Around the verb: what its errors say of its arguments is said of options, and ``data`` is named."""
     try:
         yield
     except BnfixError as error:
         error.hint = as_options(error.hint) if error.hint else None
         if error.hint is None and "the forward failed" in error.message:
             error.hint = FEED
-        if error.message.startswith("select="):
-            error.message = as_options(error.message)
+        error.message = as_options(error.message)
+        if error.message.startswith(_OF_DATA):
+            error.message = f"{data}: {error.message}"
+        if error.hint is None and error.__cause__ is not None and " raised " in error.message:
+            error.hint = f"it is code of yours; where in it:   {typed.command(['--traceback'])}"
         raise
 
 

@@ -22,6 +22,8 @@ COLUMNS = (
     Column("KL", "number"),
     Column("result"),
 )
+DRIFT = 1e-6
+"""A divergence up to here (a shift of some thousandth of a standard deviation) is not called drift."""
 ROWS = 20
 """Norms shown one a row up to here; beyond, those that drifted most, in the order of the model."""
 FIXED = 1e-3
@@ -175,7 +177,7 @@ def _sure(value: Recalibration) -> str:
 def _furthest(value: Recalibration) -> str:
     (worst,) = value.worst(1)
     c = worst.worst_channel
-    if c is None or not worst.worst_kl:
+    if c is None or not worst.worst_kl > DRIFT:
         return ""
     mean = f"mean {worst.mean_before[c]:.4g} → {worst.mean[c]:.4g}"
     var = f"variance {worst.var_before[c]:.4g} → {worst.var[c]:.4g}"
@@ -191,7 +193,7 @@ def _rows(value: Recalibration) -> list[Row]:
     for s in value.layers:
         if id(s) not in shown:
             continue
-        remarks = ["drifted most"] if s is worst[0] and len(value.layers) > 1 and s.worst_kl > 0 else []
+        remarks = ["drifted most"] if s is worst[0] and len(value.layers) > 1 and s.worst_kl > DRIFT else []
         remarks += [f"pooled over {calls[s.site]} calls"] if calls[s.site] > 1 else []
         rows.append(Row(state, (s.name, f"{s.n:,}", *_figures([s]), ", ".join(remarks))))
     rest = [s for s in value.layers if id(s) not in shown]
