@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from bnfix import folding, parity
-from bnfix.errors import BnfixError, TraceError
+from bnfix.errors import BnfixError, PassError, TraceError
 from bnfix.folding import Folded, PlannedFold
 from bnfix.graph import Surgeon, copy_model, gather
 from bnfix.graph.routes import Held, hold
@@ -154,7 +154,10 @@ class FoldProof:
         self.say("proving the folds")
         private, _ = copy_model(copy)  # a forward may write on itself
         calls = hold(self.facts.binding.runs, self.calls)  # else a box at a threshold would look like an error
-        runs = [parity.record(private, call, sites) for call in calls]
+        try:
+            runs = [parity.record(private, call, sites) for call in calls]
+        except PassError as error:  # it ran when it was traced: these decisions are none that fit it
+            return Attempt(copy, folded, edits, None, error.message)
         compared = parity.compare(self._references, runs, k=self.k, candidate="the folded model")
         compared = _as_decided(compared, _tapes(calls), self._lost)
         called = {s: s for s in sites if all(r.oracle.sites.get(s) for r in self._references)}

@@ -74,7 +74,7 @@ class Source:
             runs.append(Run(number, warm, tape))
         taken = list(runs)
         # The first read of every line of code comes before the second of any.
-        turns = sorted((n, r, i) for r, run in enumerate(taken) if not run.warm for n, i in reads(run.tape))
+        turns = sorted((n, r, i) for r, run in enumerate(taken) for n, i in reads(run.tape))
         seen: set[Any] = set()
         for n, r, i in turns:
             which = (taken[r].tape.decisions[i].where, n)
@@ -96,10 +96,12 @@ class Source:
         limit = _LONGER * length
         try:
             with exported.quiet_export():
+                if run.warm:
+                    first_run(copy, self.calls[run.call], key_of)
                 route, tape = observed.trace(copy, self.calls[run.call], key_of, turn=turn, limit=limit)
         except (TraceError, SystemExit):
             return None
-        return route, Run(run.call, False, tape, turn)
+        return route, Run(run.call, run.warm, tape, turn)
 
     def observed_again(self, runs: Sequence[Run]) -> list[Route]:
         """A route for each of ``runs``, held to its decisions.
@@ -148,8 +150,7 @@ class Held:
 
 def hold(runs: Sequence[Run], calls: Sequence[Any]) -> list[Any]:
     """``calls``, each held to the decisions of its run; as they are where there are no runs."""
-    tapes = {run.call: run.tape for run in reversed(runs) if not run.warm and run.turn is None}
-    tapes = {**{run.call: run.tape for run in runs if run.warm}, **tapes}
+    tapes = {run.call: run.tape for run in runs if not run.warm and run.turn is None}
     return [
         dataclasses.replace(call, forward=Held(tapes[i], call.forward)) if i in tapes else call
         for i, call in enumerate(calls)

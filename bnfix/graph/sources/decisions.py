@@ -27,6 +27,7 @@ See = Callable[[Any, tuple[Any, ...], Mapping[str, Any], Any], Any]
 
 _STEPS = {"floor", "ceil", "round", "trunc", "sign", "floor_divide", "heaviside", "fix", "sgn"}
 _OVERWRITING = {"copy", "fill", "index_put", "masked_fill", "scatter", "index_copy", "index_fill"}
+_SHAPED = {"expand_as", "view_as", "reshape_as"}  # they ask a tensor for its shape, not for its numbers
 _FRAMES = 4
 _CLOSE = 1e-2
 
@@ -188,15 +189,19 @@ def _decides(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: A
         return True
     name = name_of(func)
     if name.rstrip("_") in _STEPS:
-        return True
+        return not torch._C._functorch.is_functorch_wrapped_tensor(out)
     if name.rstrip("_") in _OVERWRITING and not isinstance(out, (tuple, list)):
         return _is_discrete(out) and any(_is_real(t) for t in tree_leaves((args[1:], dict(kwargs))))
+    if name in _SHAPED or name.endswith("_like") or name.startswith("new_"):
+        return False
     outputs = out if isinstance(out, (tuple, list)) else (out,)
     return any(_is_discrete(t) for t in outputs) and any(_is_real(t) for t in tree_leaves((args, dict(kwargs))))
 
 
 def _is_discrete(value: Any) -> bool:
-    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(value)  # inside vmap: nothing that outlives it
 
 
 def _is_real(value: Any) -> bool:

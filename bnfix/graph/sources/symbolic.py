@@ -6,7 +6,7 @@ tensors: what feeds it and what it feeds is known, what it does is not. A forwar
 submodule can be cut out can't be traced.
 
 A norm's ``rank`` is among its attributes where the code guarantees the rank of its input: by the class (BatchNorm2d
-takes 4 axes and nothing else, BatchNorm1d 2 or 3), or by an assertion in the forward.
+takes 4 axes and nothing else, BatchNorm1d 2 or 3), or by an assertion in the forward; so are its ``channels``.
 """
 
 from __future__ import annotations

@@ -92,8 +92,9 @@ class Lowering:
         name = str(getattr(target, "__name__", target))
         in_place = arguments.get("inplace") is True and not name.endswith("_")
         fields = operation(name, name, arguments, self._resolve, (fx.Node, Tensor), stack)
-        # Its name may be that of a layer (an operator called by its overload): without a schema it is none.
-        return self._layout.add(**{**fields, "kind": "other", "target": f"{name}_" if in_place else name})
+        # Not the name that the operation has in ATen: without shapes nobody can follow what it does.
+        called = f"{node.op.removeprefix('call_')} {name}{'_' if in_place else ''}"
+        return self._layout.add(**{**fields, "kind": "other", "target": called})
 
     # ------------------------------------------------------------------------------- modules
 
@@ -121,7 +122,7 @@ class Lowering:
         if module.padding_mode != "zeros":
             pad = tuple(module._reversed_padding_repeated_twice)
             given = {"self": source, "pad": pad, "mode": module.padding_mode}
-            fields = operation("pad", "pad", given, self._resolve, (fx.Node,), stack)
+            fields = {**operation("", "", given, self._resolve, (fx.Node,), stack), "target": "function pad"}
             settings["input"], settings["padding"] = _Known(self._layout.add(**fields)), (0,) * rank
         return self._layer(f"conv{rank}d", settings, node, stack)
 
@@ -153,6 +154,10 @@ class Lowering:
             rank = rank or (source.meta.get(RANK) if isinstance(source, fx.Node) else None)
             if rank is not None:
                 fields["attrs"]["rank"] = rank
+            mean = given["running_mean"]
+            mean = mean.meta.get(TENSOR_OF) if isinstance(mean, fx.Node) else mean
+            if isinstance(mean, Tensor):
+                fields["attrs"]["channels"] = mean.numel()
         return self._layout.add(**{**fields, "target": f"aten.{name}.{overload}"})
 
     def _opaque(self, node: fx.Node, module: nn.Module, stack: tuple[str, ...]) -> int:
