@@ -45,7 +45,8 @@ def examples(
     from bnfix.running.call import fit_call
 
     scripted = isinstance(loaded.value, torch.jit.ScriptModule)
-    model = copy.deepcopy(loaded.value) if scripted else copy_model(unwrap(loaded.value)[0])[0]  # type: ignore[arg-type]
+    given: nn.Module = loaded.value  # type: ignore[assignment]
+    model = copy.deepcopy(given) if scripted else copy_model(unwrap(given)[0])[0]
     way = read_forward(forward)
     notes: list[str] = []
     if input:

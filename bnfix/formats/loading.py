@@ -28,8 +28,8 @@ ARCHES = "--arch takes timm:resnet50, torchvision:resnet18, package.module:Class
 class Loaded:
     """What was loaded, where from, and the lines a person should see.
 
-    ``value`` is an ``nn.Module`` (a ``ScriptModule`` too), an exported program, or the path of an ONNX file. ``input_hint`` is the shape of one sample without the
-    batch, and who says so; None where nobody does.
+    ``value`` is an ``nn.Module`` (a ``ScriptModule`` too), an exported program, or the path of an ONNX file.
+    ``input_hint`` is the shape of one sample without the batch, and who says so; None where nobody does.
     """
 
     value: nn.Module | torch.export.ExportedProgram | Path

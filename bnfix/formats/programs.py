@@ -20,7 +20,7 @@ from bnfix.formats.base import MAX_PICKLE
 from bnfix.formats.names import printable
 from bnfix.formats.pickles.contents import TensorSpec, itemsize, storages
 from bnfix.formats.pickles.danger import judge
-from bnfix.formats.pickles.machine import examine
+from bnfix.formats.pickles.machine import examine, words
 
 MAX_PROGRAM = 64 << 20
 MAX_CONFIG = 32 << 20
@@ -34,8 +34,8 @@ _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float1
 _NAME = re.compile(r"[\w.@/\-:<> $\[\]]*")  # nothing that ends a string or a line of code
 _WORD = re.compile(r"\w*")
 _BARE = re.compile(r"[^\W\d]\w*")
-_NAMES = frozenset(
-    "name as_name buffer_name parameter_name tensor_constant_name custom_obj_name user_input_name fqn graph_name".split()
+_NAMES = words(
+    "name as_name buffer_name parameter_name tensor_constant_name custom_obj_name user_input_name fqn graph_name"
 )
 _OPERATOR = re.compile(
     r"torch\.ops\.(aten|prims|quantized|quantized_decomposed|torchvision)\.(?!from_file)\w+(\.\w+)?"
@@ -51,18 +51,19 @@ _TREES = frozenset(
     ["builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", "collections.namedtuple",
      "collections.deque", "torch.Size"]
 )  # fmt: skip
-_FUNCTIONS = frozenset(
+_FUNCTIONS = words(
     "Max Min Mod FloorDiv ModularIndexing Where PythonMod CleanDiv CeilToInt FloorToInt CeilDiv TruncToInt RoundToInt "
     "IntTrueDiv FloatTrueDiv ToFloat TruncToFloat Eq Ne Lt Le Gt Ge And Or Not floor ceiling Abs Symbol Integer "
-    "Add Mul Rational Float Equality Unequality StrictLessThan LessThan StrictGreaterThan GreaterThan BitwiseFn_bitwise_and "
-    "IsNonOverlappingAndDenseIndicator Identity max min".split()
+    "Add Mul Rational Float Equality Unequality StrictLessThan LessThan StrictGreaterThan GreaterThan "
+    "IsNonOverlappingAndDenseIndicator Identity max min"
 )
 _METHODS = frozenset(["size", "stride", "dim", "storage_offset", "numel", "ndim", "dtype", "device", "shape"])
 _POWERS = frozenset(["Pow", "PowByNatural"])
 _MAX_POWER = 8
 _MAX_EXPRESSION = 20_000
-_SYNTAX = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp, ast.Name, ast.Constant, ast.Load, ast.operator,
-           ast.unaryop, ast.cmpop, ast.boolop, ast.Subscript, ast.Attribute, ast.Call, ast.keyword)  # fmt: skip
+_SYNTAX = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp, ast.Name, ast.Constant, ast.Load,
+           ast.operator, ast.unaryop, ast.cmpop, ast.boolop, ast.Subscript, ast.Attribute, ast.Call,
+           ast.keyword)  # fmt: skip
 
 
 @dataclass
@@ -90,9 +91,7 @@ def look(archive: Archive) -> Program:
         LoadError: more in it than bnfix reads.
     """
     found = Program()
-    program = next(
-        (n for n in ("models/model.json", "serialized_exported_program.json") if archive.has(n)), None
-    )
+    program = next((n for n in ("models/model.json", "serialized_exported_program.json") if archive.has(n)), None)
     if program is None:
         raise DamagedError("the program in it is missing")
     _walk(_json(archive, program, MAX_PROGRAM), found)
@@ -191,7 +190,9 @@ def _harmless_node(node: ast.AST, guard: bool) -> bool:
     if isinstance(node, ast.Subscript):
         return guard
     if isinstance(node, ast.Constant):  # a string may be evaluated in its turn
-        return not isinstance(node.value, (str, bytes)) or (isinstance(node.value, str) and bool(_WORD.fullmatch(node.value)))
+        if isinstance(node.value, str):
+            return bool(_WORD.fullmatch(node.value))
+        return not isinstance(node.value, bytes)
     return True
 
 
@@ -201,9 +202,7 @@ def _small_power(base: ast.expr, exponent: ast.expr) -> bool:
         if isinstance(exponent, ast.Call) and len(exponent.args) != 1:
             return False
         exponent = exponent.operand if isinstance(exponent, ast.UnaryOp) else exponent.args[0]
-    powers = any(
-        isinstance(n, ast.Pow) or (isinstance(n, ast.Name) and n.id in _POWERS) for n in ast.walk(base)
-    )
+    powers = any(isinstance(n, ast.Pow) or (isinstance(n, ast.Name) and n.id in _POWERS) for n in ast.walk(base))
     return not powers and isinstance(exponent, ast.Constant) and exponent.value in range(_MAX_POWER + 1)
 
 

@@ -155,7 +155,9 @@ def _conv(module: nn.Module, arguments: dict[str, Any], *, transposed: bool) -> 
         return None
     settings: dict[str, Any] = {n: _each(arguments[n], dims) for n in names if n != "groups"}
     groups = int(arguments["groups"])
-    inner, outer = (weight.shape[0], weight.shape[1] * groups) if transposed else (weight.shape[1] * groups, weight.shape[0])
+    inner, outer = weight.shape[1] * groups, weight.shape[0]
+    if transposed:
+        inner, outer = weight.shape[0], weight.shape[1] * groups
     size = tuple(weight.shape[2:])
 
     def build() -> nn.Module:
@@ -228,7 +230,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _first(user: fx.Node) -> bool:
-    return getattr(user.target, "__name__", "") == "getitem" and user.args[1] == 0
+    return getattr(user.target, "__name__", "") == "getitem" and bool(user.args[1] == 0)
 
 
 # ---------------------------------------------------------------------------------------- changes

@@ -248,12 +248,21 @@ def _sizes(program: ExportedProgram) -> tuple[tuple[str, tuple[tuple[int, int], 
 
 
 def _drop_checks(module: fx.GraphModule) -> None:
-    for node in list(module.graph.nodes):
+    """Take out what computes nothing: checks of the input and of dtypes, questions whose answer nobody reads."""
+    for node in reversed(list(module.graph.nodes)):
         guards = node.op == "call_module" and node.target == "_guards_fn"
-        if guards or (node.op == "call_function" and str(node.target) in _CHECKS and not node.users):
+        if guards or (node.op == "call_function" and not node.users and _is_idle(node.target)):
             module.graph.erase_node(node)
     if hasattr(module, "_guards_fn"):
         del module._guards_fn
+
+
+def _is_idle(target: Any) -> bool:
+    """Whether a call without readers does nothing: it only gives something, and throws no dice."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or str(target) in _CHECKS:
+        return schema is not None
+    return bool(schema.returns) and not schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _steps(nodes: Iterable[fx.Node]) -> tuple[_Step, ...]:
@@ -268,8 +277,8 @@ def _steps(nodes: Iterable[fx.Node]) -> tuple[_Step, ...]:
             last[place[source]] = len(steps)
         place[node] = len(steps)
         steps.append(step)
-    for source, user in last.items():
-        steps[user].done_with += (source,)
+    for made, user in last.items():
+        steps[user].done_with += (made,)
     return tuple(steps)
 
 

@@ -102,5 +102,3 @@ def _two_samples(script: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     except PassError:
         return args
     return two
-
-

@@ -186,7 +186,8 @@ def test_programs_fold_and_are_saved_and_loaded_again(tmp_path: Path, name: str)
     wanted = outputs(program, args, kwargs)
     found = outputs(folded, args, kwargs)
     assert max(relative_error(b, a) for a, b in zip(wanted, found, strict=True)) < CLOSE
-    assert (folded.call_spec.in_spec, folded.call_spec.out_spec) == (program.call_spec.in_spec, program.call_spec.out_spec)
+    before, after = program.call_spec, folded.call_spec
+    assert (after.in_spec, after.out_spec) == (before.in_spec, before.out_spec)
     targets = [str(n.target) for n in folded.graph.nodes]
     assert sum("batch_norm" in t for t in targets) == (1 - folds if folds < 2 else 0)
     gone = set(program.state_dict) - set(folded.state_dict)
@@ -460,7 +461,9 @@ def test_a_program_that_would_run_code_while_it_is_read_is_refused(tmp_path: Pat
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("place", ["data/sample_inputs/model.pt", "data/constants/opaque_obj_0", "data/weights/weight_0"])
+@pytest.mark.parametrize(
+    "place", ["data/sample_inputs/model.pt", "data/constants/opaque_obj_0", "data/weights/weight_0"]
+)
 def test_pickles_in_a_program_are_looked_at_and_never_run(tmp_path: Path, place: str) -> None:
     canary = tmp_path / "canary"
     path = saved(program_of("plain"), tmp_path / "m.pt2")
@@ -535,6 +538,14 @@ def test_lies_in_a_program_are_one_error_in_little_time(tmp_path: Path, lie: Any
     assert time.monotonic() - started < 10
 
 
+def attempt(path: Path) -> Any:
+    """What the file holds, or the message of the error of bnfix; any other exception passes."""
+    try:
+        return bnfix.load(path)
+    except BnfixError as error:
+        return error.message
+
+
 @pytest.mark.parametrize("cut", [0.1, 0.5, 0.9, 0.999])
 def test_programs_cut_off_or_with_bits_flipped_are_an_error_or_a_program(tmp_path: Path, cut: float) -> None:
     data = saved(program_of("plain"), tmp_path / "m.pt2").read_bytes()
@@ -545,9 +556,5 @@ def test_programs_cut_off_or_with_bits_flipped_are_an_error_or_a_program(tmp_pat
         changed = bytearray(data)
         changed[int(len(data) * cut) - 7 * flip] ^= 1 << (flip % 8)
         (tmp_path / "m.pt2").write_bytes(changed)
-        try:
-            found = bnfix.load(tmp_path / "m.pt2")
-        except BnfixError as error:
-            assert "\n" not in error.message
-        else:
-            assert isinstance(found, torch.export.ExportedProgram)
+        found = attempt(tmp_path / "m.pt2")
+        assert isinstance(found, torch.export.ExportedProgram) or "\n" not in found

@@ -49,10 +49,11 @@ class TorchScript(Format):
         try:
             with warnings.catch_warnings(), open(info.path, "rb") as file:
                 warnings.simplefilter("ignore")  # that TorchScript is deprecated is no news to who has such a file
-                script = torch.jit.load(file, map_location="cpu")
+                script = torch.jit.load(file, map_location="cpu")  # type: ignore[no-untyped-call]
         except Exception as error:  # its interpreter and a file's own code fail in every way there is
             raise LoadError(
-                f"{info.path} can't be loaded: {one_line(error, 200)}", hint="is the file whole? copy or download it again"
+                f"{info.path} can't be loaded: {one_line(error, 200)}",
+                hint="is the file whole? copy or download it again",
             ) from error
         if not any(True for _ in (*script.parameters(), *script.buffers())):
             raise LoadError(
