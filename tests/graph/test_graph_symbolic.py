@@ -152,7 +152,7 @@ def test_functions_with_their_settings() -> None:
 
 def test_padding_that_repeats_values_is_an_operation_of_its_own() -> None:
     route, _ = traced(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")))
-    assert [op.target for op in route.ops] == ["input", "pad", "aten.conv2d.default", "output"]
+    assert [op.target for op in route.ops] == ["input", "function pad", "aten.conv2d.default", "output"]
     assert route.ops[1].attrs["mode"] == "circular"
     assert (route.ops[2].reads, route.ops[2].attrs["padding"]) == ({"input": 1}, (0, 0))
 
@@ -165,7 +165,7 @@ def test_padding_that_repeats_values_is_an_operation_of_its_own() -> None:
 )  # fmt: skip
 def test_rank_is_known_where_the_code_guarantees_it(norm: nn.Module, rank: int | None) -> None:
     (op,) = ops(nn.Sequential(nn.Conv2d(3, 4, 3), norm), "norm")
-    assert op.attrs.get("rank") == rank
+    assert (op.attrs.get("rank"), op.attrs["channels"]) == (rank, 4)
 
 
 def test_an_activation_inside_a_norm_is_seen() -> None:
@@ -208,6 +208,18 @@ def test_a_computed_weight_is_known_as_such(way: Callable[..., nn.Module]) -> No
     assert op.attrs["computed"] == ("weight",)
 
 
+def test_no_name_is_one_that_a_carrier_would_follow() -> None:
+    class Many(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.cat([x, x + 1.0], 1).flatten(1).chunk(2, 1)[0]
+            y = F.dropout(F.relu(y, inplace=True), 0.5, self.training)
+            return y.add_(1).view(2, -1)
+
+    found = [op.target for op in ops(Many(), "other")]
+    assert [t.split()[0] for t in found if t.startswith(("function ", "method "))] == [t.split()[0] for t in found]
+    assert [t for t in found if t.endswith("_")] == ["function relu_", "method add_"]
+
+
 # --------------------------------------------------------------------------- nobody is overlooked
 
 
@@ -231,7 +243,7 @@ def test_sizes_are_no_readers_and_numbers_are() -> None:
             return self.bn(y) * y.detach().mean(dim=(0, 2, 3), keepdim=True)
 
     assert readers(Asks()) == ["aten.batch_norm.default"]
-    assert readers(Takes()) == ["aten.batch_norm.default", "detach"]
+    assert readers(Takes()) == ["aten.batch_norm.default", "method detach"]
 
 
 def test_an_output_kept_in_a_closure_has_a_reader() -> None:
@@ -302,6 +314,23 @@ def test_what_lies_on_the_model_is_read_by_what_nobody_looks_into() -> None:
             return z  # type: ignore[no-any-return]
 
     assert "Peeks" in readers(Passes())
+
+
+@pytest.mark.parametrize("how", ["data", "item", "class"])
+def test_numbers_that_are_changed_behind_the_graph_are_refused(how: str) -> None:
+    class Changes(nets.TwoConsumers):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            if how == "data":
+                y.data = x.data
+            elif how == "item":
+                y[0] = 1.0
+            else:
+                y.__class__ = nn.Parameter
+            return self.bn(y)
+
+    with pytest.raises(TraceError, match="without an input"):
+        traced(Changes())
 
 
 def test_isinstance_and_hasattr_tell_what_they_tell_of_a_tensor() -> None:

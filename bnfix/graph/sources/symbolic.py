@@ -92,6 +92,11 @@ class _Value(fx.Proxy):
     def __class__(self, value: Any) -> None:
         raise TypeError("the class of a traced value can't be changed")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):  # y.data = z would change the numbers, and nobody would see it
+            raise AttributeError(f"{name} of a traced value can't be set")
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         if not hasattr(Tensor, name):  # so that hasattr tells what it tells of a tensor
             raise AttributeError(f"'Tensor' object has no attribute '{name}'")
