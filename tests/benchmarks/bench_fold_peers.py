@@ -106,23 +106,32 @@ def own_noise(model: nn.Module, args: tuple[Any, ...], expected: list[Tensor]) -
         return 0.0
 
 
-def judge(
-    name: str,
-    tool: str,
-    use: Run,
-    model: nn.Module,
-    traced: tuple[Any, ...],
-    seen: tuple[Any, ...],
-    limit: float = LIMIT,
-) -> Outcome:
-    """Give ``tool`` a copy of ``model`` and compare what comes back with the original, on ``seen``."""
-    expected, norms = run(model, seen)
+@dataclass(frozen=True)
+class Case:
+    """A model, what it is traced with, what it is judged by, what it gives then, and how many norms run in it."""
+
+    name: str
+    model: nn.Module
+    traced: tuple[Any, ...]
+    seen: tuple[Any, ...]
+    expected: list[Tensor]
+    norms: int
+
+
+def case(name: str, model: nn.Module, traced: tuple[Any, ...], seen: tuple[Any, ...]) -> Case:
+    """The original is run here, once for all tools."""
+    return Case(name, model, traced, seen, *run(model, seen))
+
+
+def judge(of: Case, tool: str, use: Run, limit: float = LIMIT) -> Outcome:
+    """Give ``tool`` a copy of the model and compare what comes back with the original."""
+    name, model, seen, norms, expected = of.name, of.model, of.seen, of.norms, of.expected
     own = copy.deepcopy(model)
     start = time.process_time()
     with warnings.catch_warnings(record=True) as caught, _logged() as logged:
         warnings.simplefilter("always")
         try:
-            folded = use(own, copy.deepcopy(traced))
+            folded = use(own, copy.deepcopy(of.traced))
         except Exception as error:  # noqa: BLE001 — whatever a tool raises is its outcome, and is shown
             return _failed(name, tool, norms, time.process_time() - start, error)
     seconds = time.process_time() - start
@@ -164,14 +173,12 @@ def whole_zoo(names: list[str], tools: dict[str, Run], keep: Path | None) -> lis
     known = {(o.model, o.tool): o for o in (Outcome(**json.loads(line)) for line in kept)}
     outcomes = []
     for name in names:
-        built: tuple[nn.Module, Tensor] | None = None
+        built: Case | None = None
         for tool, use in tools.items():
             outcome = known.get((name, tool))
             if outcome is None:
-                if built is None:
-                    built = _build(name)
-                model, x = built
-                outcome = judge(name, tool, use, model, (x[:1],), (x[1:],))
+                built = built or _build(name)
+                outcome = judge(built, tool, use)
                 if keep:
                     with keep.open("a") as file:
                         file.write(json.dumps(asdict(outcome)) + "\n")
@@ -183,15 +190,15 @@ def whole_zoo(names: list[str], tools: dict[str, Run], keep: Path | None) -> lis
     return outcomes
 
 
-def _build(name: str) -> tuple[nn.Module, Tensor]:
+def _build(name: str) -> Case:
     model, x = zoo.build(name)
     if name in zoo.UNTRACEABLE:
         for module in model.modules():  # scores of random weights may all be under the threshold: nothing to compare
             if hasattr(module, "score_thresh"):
-                module.score_thresh = 0.0  # type: ignore[assignment]
-        model.transform.min_size, model.transform.max_size = (224,), 320  # type: ignore[union-attr]
+                module.score_thresh = 0.0
+        model.transform.min_size, model.transform.max_size = (224,), 320
         zoo.disturb(model, x)
-    return model, x
+    return case(name, model, (x[:1],), (x[1:],))
 
 
 def summary(outcomes: list[Outcome], tools: list[str]) -> str:
@@ -222,7 +229,7 @@ def small_ones(tools: dict[str, Run]) -> str:
         for tool, use in tools.items():
             model, traced, seen = fold_patterns.build(name)
             half = any(p.dtype == torch.float16 for p in model.parameters())
-            o = judge(name, tool, use, model, traced, seen, limit=5e-3 if half else 1e-4)
+            o = judge(case(name, model, traced, seen), tool, use, limit=5e-3 if half else 1e-4)
             word = {"wrong": "**WRONG**", "told": "**WRONG**, warned", "error": "error"}.get(o.verdict)
             words.append(word or ("right" if o.left < o.norms else "left") + ", in doubt" * o.note.startswith("parity"))
             if o.verdict != "right":

@@ -50,7 +50,7 @@ def pt2e(model: nn.Module, args: tuple[Any, ...]) -> Callable[..., Any]:
 def _scripted(model: nn.Module, args: tuple[Any, ...]) -> Any:
     """Traced, or compiled where that fails."""
     try:
-        return torch.jit.trace(model, args)
+        return torch.jit.trace(model, args, check_trace=False)
     except Exception:  # noqa: BLE001 — whatever tracing raises, compiling is its documented alternative
         return torch.jit.script(model)
 
