@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -233,14 +234,14 @@ def test_a_safetensors_file_whose_name_says_pt(tmp_path):
     assert sniff(tmp_path / "w.pt").kind == "safetensors"
 
 
-def test_torchscript_and_exported_programs_are_recognised_and_refused_clearly(tmp_path):
+def test_torchscript_and_exported_programs_are_recognised(tmp_path):
     model = net()
     torch.jit.save(torch.jit.trace(model, torch.zeros(1, 3, 7, 7)), str(tmp_path / "s.pt"))
     torch.export.save(torch.export.export(model, (torch.zeros(1, 3, 7, 7),)), tmp_path / "e.pt2")
     for name, kind in (("s.pt", "torchscript"), ("e.pt2", "exported_program")):
-        assert sniff(tmp_path / name).kind == kind
-        with pytest.raises(LoadError, match="does not read yet"):
-            load(tmp_path / name, arch=Net, trust=True)
+        info = sniff(tmp_path / name)
+        assert (info.kind, info.loadable) == (kind, True)
+        assert f"bnfix fold {tmp_path / name}" in info.advice
 
 
 def test_onnx_is_read_without_the_onnx_library(tmp_path):
@@ -423,6 +424,47 @@ def test_a_member_that_claims_to_be_huge(tmp_path):
         file.writestr("archive/data.pkl", b"\0" * (70 << 20))
     with pytest.raises(LoadError, match="claims 73,400,320 bytes"):
         sniff(path)
+
+
+@pytest.mark.parametrize("name", ["byteorder", "data/0", "data/77", ".data/serialization_id", "version"])
+def test_members_that_unpack_to_far_more_than_they_are(tmp_path, name):
+    path = tmp_path / "w.pt"
+    torch.save({"w": torch.ones(4)}, path)
+    with zipfile.ZipFile(path) as file:
+        members = {n.partition("/")[2]: file.read(n) for n in file.namelist()}
+    with zipfile.ZipFile(path, "w") as file:
+        for member, data in members.items():
+            if member != name:
+                file.writestr(f"archive/{member}", data)
+        file.writestr(f"archive/{name}", b"\0" * (80 << 20), zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 1 << 20
+    started = time.monotonic()
+    with pytest.raises(LoadError, match="83,886,080 bytes out of"):
+        load(path, arch=Net, trust=True)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"w": {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 16]}},
+        {"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 1 << 62]}},
+        {"w": {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}},
+        {"w": {"dtype": ["F32"], "shape": [4], "data_offsets": [0, 16]}},
+        {"w": {"dtype": "F32", "shape": "4", "data_offsets": [0, 16]}},
+        {"w": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}},
+        {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+         "b": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}},
+        {"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "__metadata__": {"w2": 7}},
+    ],
+)  # fmt: skip
+def test_a_safetensors_header_that_lies_is_one_error(tmp_path, header):
+    path = tmp_path / "w.safetensors"
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 16)
+    with pytest.raises(LoadError) as caught:
+        load(path, arch=Net)
+    assert "\n" not in caught.value.message
 
 
 def test_a_member_whose_size_in_the_table_is_a_lie(tmp_path):
