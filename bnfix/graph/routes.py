@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bnfix.errors import TraceError
+from bnfix.errors import BnfixError, TraceError
 from bnfix.graph.copies import Memo, copy_model
 from bnfix.graph.first_run import first_run
 from bnfix.graph.owners import Owners, storage_key
@@ -17,7 +17,7 @@ from bnfix.graph.sources import exported, observed
 from bnfix.graph.sources.decisions import Tape, held, reads
 from bnfix.types import Route
 
-TURNS = 24
+TURNS = 16
 """At most so many decisions that Python code reads are taken the other way, one a run."""
 
 _LONGER = 10  # times the operations of the run itself, and it is given up
@@ -73,11 +73,8 @@ class Source:
             routes.append(route)
             runs.append(Run(number, warm, tape))
         taken = list(runs)
-        # The first read of every line of code comes before the second of any.
-        turns = sorted((n, r, i) for r, run in enumerate(taken) for n, i in reads(run.tape))
         seen: set[Any] = set()
-        for n, r, i in turns:
-            which = (taken[r].tape.decisions[i].where, n)
+        for r, i, which in [(r, i, d.where) for r, run in enumerate(taken) for i, d in reads(run.tape)]:
             if which in seen:
                 continue
             seen.add(which)
@@ -99,7 +96,7 @@ class Source:
                 if run.warm:
                     first_run(copy, self.calls[run.call], key_of)
                 route, tape = observed.trace(copy, self.calls[run.call], key_of, turn=turn, limit=limit)
-        except (TraceError, SystemExit):
+        except (BnfixError, SystemExit):
             return None
         return route, Run(run.call, run.warm, tape, turn)
 

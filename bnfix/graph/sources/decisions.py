@@ -34,11 +34,15 @@ _CLOSE = 1e-2
 
 @dataclass(frozen=True)
 class Decision:
-    """One decision: the operation, what came out, and for what Python reads the lines of code that read it."""
+    """One decision: the operation, what came out, and for what Python reads where that was.
+
+    ``where`` is the lines of code that read it, the layer that was called last before, and which way it went: between
+    two decisions that agree in all of this nothing happened that a turn of the second could show and the first not.
+    """
 
     name: str
     value: Any
-    where: tuple[tuple[str, int], ...] = ()
+    where: tuple[Any, ...] = ()
     turned: bool = False
 
     @property
@@ -70,15 +74,20 @@ class Noting:
 
     def __init__(self, turn: int | None = None) -> None:
         self.tape = Tape()
+        self.layer: Any = None
+        """The layer that was called last; who watches the run keeps it up to date."""
         self._turn = turn
 
     def settle(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Any:
         """What the operation gives to the forward."""
         if not _decides(func, args, kwargs, out):
             return out
-        turned = isinstance(out, (bool, int, float)) and len(self.tape.decisions) == self._turn
-        out = _turned(out) if turned else out
-        where = _lines() if isinstance(out, (bool, int, float)) else ()
+        turned = False
+        where: tuple[Any, ...] = ()
+        if isinstance(out, (bool, int, float)):
+            where = (_lines(), self.layer, out if isinstance(out, bool) else None)
+            turned = len(self.tape.decisions) == self._turn
+            out = _turned(out) if turned else out
         self.tape.decisions.append(Decision(str(func), _kept(func, out), where, turned))
         return out
 
@@ -132,15 +141,9 @@ class Holding:
         )
 
 
-def reads(tape: Tape) -> list[tuple[int, int]]:
-    """Which decisions of ``tape`` Python code read: how many times its line of code had by then, and the number."""
-    seen: dict[Any, int] = {}
-    found: list[tuple[int, int]] = []
-    for i, decision in enumerate(tape.decisions):
-        if decision.read:
-            seen[decision.where] = seen.get(decision.where, 0) + 1
-            found.append((seen[decision.where], i))
-    return found
+def reads(tape: Tape) -> Iterator[tuple[int, Decision]]:
+    """The decisions of ``tape`` that Python code read, and their numbers."""
+    return ((i, d) for i, d in enumerate(tape.decisions) if d.read)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def trace(
     """
     deciding: Noting | Holding = Noting(turn) if tape is None else Holding(tape.blank())
     call = call.private()
-    recorder = _Recorder(key_of, deciding.settle, limit)
+    recorder = _Recorder(key_of, deciding, limit)
     for i, tensor in enumerate(call.tensors()):
         recorder.give(tensor, kind="input", target=f"input_{i}")
     try:
@@ -63,10 +63,10 @@ def trace(
 class _Recorder:
     """Writes operations down, and knows which one each tensor comes from."""
 
-    def __init__(self, key_of: KeyOf, settle: Callable[..., Any], limit: int | None = None) -> None:
+    def __init__(self, key_of: KeyOf, deciding: Noting | Holding, limit: int | None = None) -> None:
         self.layout = Layout(key_of)
         self._limit = limit
-        self._settle = settle
+        self._deciding = deciding
         self._stack: list[str] = []
         self._calls: dict[str, int] = {}
         # By identity; where a tensor is a new name of a known one (``y.data``), by what it has in common with it.
@@ -103,7 +103,9 @@ class _Recorder:
             self.give(args[0], kind="constant", target=f"constant_{len(self.layout.ops)}")
         arguments = named_arguments(func, args, kwargs)
         fields = operation(func, name, arguments, self.value_of, (Tensor,), tuple(self._stack))
-        out = self._settle(func, args, kwargs, out)
+        out = self._deciding.settle(func, args, kwargs, out)
+        if fields["kind"] != "other" and isinstance(self._deciding, Noting):
+            self._deciding.layer = tuple(sorted(fields["tensors"].items()))
         if self._limit is not None and len(self.layout.ops) > self._limit:
             raise RuntimeError(f"no end after {self._limit} operations")
         index = self.layout.add(**fields, **described(out))
