@@ -39,7 +39,7 @@ ModelArgument = Annotated[
 ModelsArgument = Annotated[
     list[str],
     typer.Argument(
-        metavar="MODEL...",
+        metavar="MODEL",
         help="A file with weights (then --arch) or with a module (then --trust), or the model itself: "
         "timm:resnet50, torchvision:resnet18, pkg.mod:callable, file.py:callable. Several: each by itself, one table.",
         show_default=False,

@@ -94,6 +94,16 @@ def test_json_of_the_whole_way(shop: Path, capsys: Output) -> None:
     assert document["run"]["written"] == ["f.safetensors"]
 
 
+def test_what_can_not_be_folded_becomes_a_multiply_add(shop: Path, capsys: Output) -> None:
+    assert run(["fold", "shop.pt", *ARCH, *INPUT, "--leave", "affine", "--require-all", "-o", "f.pt"]) == 0
+    out = capsys.readouterr().out
+    assert "folded 3 of 4 norms, 1 became a multiply-add" in out
+    assert re.search(r"✓ mix +BatchNorm2d\(\d+\) +affine: ", out)
+    left = [m for m in bnfix.load("f.pt", arch="shop_net.py:ShopNet").modules() if isinstance(m, nn.BatchNorm2d)]
+    assert left == []
+    assert run(["verify", "shop.pt", "f.pt", *ARCH, *INPUT]) == 0
+
+
 def test_dry_run_and_require_all_write_nothing(shop: Path, capsys: Output) -> None:
     files = sorted(os.listdir())
     assert run(["fold", "shop.pt", *ARCH, *INPUT, "--dry-run"]) == 1

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from bnfix.render import FORMATS, About, render_all, to_text
 from bnfix.render.several import Failure
-from bnfix.types import Result
+from bnfix.types import Edit, Result
 
 LOST = Failure("cut.pt", "LoadError", "cut.pt is cut off", "copy it again")
 ALL = About("bnfix fold", "4 files", (), (), (("next", "bnfix export out/many.pt -o many.onnx"),))
@@ -55,6 +55,30 @@ def test_totals_count_every_norm() -> None:
     assert "outputs within" not in text  # one proof failed: no word of praise for all
     assert "note: input 1x3x224x224, by timm's default_cfg" in text  # of all that came out
     assert "note: few.pt: took 'ema'" in text
+
+
+def test_a_norm_that_became_a_multiply_add_is_not_called_folded() -> None:
+    affines = [
+        Edit(
+            "affine",
+            f"mix{n}",
+            "BatchNorm2d(8)",
+            "one multiply-add per channel (not folded: why)",
+            noise_ratio=float(n),
+        )
+        for n in range(4)
+    ]
+    baked = Edit("bake", "conv", "ParametrizedConv2d", "Conv2d with the weight as computed")
+    value = Result(None, (*FEW.edits, *affines, baked), FEW.refusals, FEW.parity)
+    text = to_text(value, width=200)
+    assert "folded 3 of 10 norms, 4 became multiply-adds, kept 3" in text
+    row = next(line for line in text.splitlines() if "mix0, mix1, mix2, mix3" in line)
+    assert "4 × BatchNorm2d" in row
+    assert row.split()[-1] == "3.0"  # the worst of the four
+    assert "bake: Conv2d with the weight as computed" in text
+    together = written("full", [value, value], [about("a.pt"), about("b.pt")])
+    assert "folded 6 of 20 norms in 2 files, 8 became multiply-adds, kept 6" in together
+    assert "mix0, mix1, mix2, mix3: affine: one multiply-add per channel (not folded: why)" in together
 
 
 def test_files_in_a_table(snapshot: object) -> None:

@@ -25,7 +25,7 @@ a web page …), which stops `bnfix info x.pt && …` in a script · 2 a file ca
 
 
 def info(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files to look at.", show_default=False)],
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Files to look at.", show_default=False)],
     output_format: o.FormatOption = o.OutputFormat.full,
     traceback: o.TracebackOption = False,
 ) -> int:

@@ -37,9 +37,10 @@ class ResultPage(PageOf):
 
     def page(self, value: Result) -> Page:
         state, verdict = _verdict(value)
-        runs = together(value.edits)
+        runs = together(_folds(value))
         parts = Counter(_shared([e.site for e in run]) for run in runs if len(run) > 1)
         rows = [_row(run, value.dry_run, parts) for run in runs]
+        rows += [_otherwise(what, group, value.edits) for what, group in alike(_others(value))]
         kept = [_kept(reason, group) for reason, group in alike(value.refusals)]
         lines = [_line(e, value.dry_run) for e in value.edits] + [_refused(r) for r in value.refusals]
         source = (SOURCES[value.source],) if value.source in SOURCES and value.norms else ()
@@ -66,15 +67,17 @@ class ResultPage(PageOf):
     def remarks(self, value: Result) -> tuple[str, ...]:
         rows = [_kept(*group) for group in alike(value.refusals)]
         kept = [f"kept {row.cells[0]}: {row.cells[2].removeprefix('kept: ')}" for row in rows]
+        kept += [f"{named([_name(r) for r in group])}: {what}" for what, group in alike(_others(value))]
         signatures = value.parity.signatures if value.parity is not None else ()
         return (*kept, *([f"outputs compared on {', '.join(signatures)}"] if signatures else []))
 
     def total(self, values: Sequence[Result]) -> tuple[str, ...]:
         planned = any(v.dry_run for v in values)
-        done, kept = sum(len(v.edits) for v in values), sum(len(v.refusals) for v in values)
+        done, kept = sum(len(_folds(v)) for v in values), sum(len(v.refusals) for v in values)
         changed = sum(bool(v.edits) for v in values)
-        said = f"{'would fold' if planned else 'folded'} {done} of {count(done + kept, 'norm')}"
-        parts = [f"{said} in {count(changed, 'file')}" + (f", kept {kept}" if kept else "")]
+        said = f"{'would fold' if planned else 'folded'} {done} of {count(sum(v.norms for v in values), 'norm')}"
+        affine = sum(_affines(v) for v in values)
+        parts = [f"{said} in {count(changed, 'file')}{_became(affine)}" + (f", kept {kept}" if kept else "")]
         noise = worst(o.noise_ratio for v in values if v.parity is not None for o in v.parity.outputs)
         proofs = [v.parity for v in values if v.parity is not None]
         if noise is not None and len(proofs) == len(values) and all(p.verdict == "passed" for p in proofs):
@@ -86,8 +89,9 @@ def _verdict(value: Result) -> tuple[State, tuple[str, ...]]:
     if not value.norms:
         return "kept", ("found no norm with running statistics: nothing to fold",)
     verb = "would fold" if value.dry_run else "folded"
-    done, kept = len(value.edits), len(value.refusals)
-    parts = [f"{verb} {done} of {count(value.norms, 'norm')}" + (f", kept {kept}" if kept else "")]
+    done, kept = len(_folds(value)), len(value.refusals)
+    became = _became(_affines(value))
+    parts = [f"{verb} {done} of {count(value.norms, 'norm')}{became}" + (f", kept {kept}" if kept else "")]
     defects = sum(r.defect for r in value.refusals)
     if defects:
         parts.append(f"{count(defects, 'plan')} of bnfix failed the proof: undone")
@@ -96,12 +100,12 @@ def _verdict(value: Result) -> tuple[State, tuple[str, ...]]:
         parts.append(f"exact up to one rounding (≤ {ulp(furthest)} ulp)")
     elif furthest is not None:
         parts.append(f"stored numbers up to {ulp(furthest)} ulp from exact")
-    state: State = "done" if done else "kept"
+    state: State = "done" if value.done else "kept"
     if value.parity is not None:
         parts += proof.verdict(value.parity)
         if value.parity.verdict != "passed":
             state = proof.STATES[value.parity.verdict]
-    elif done:
+    elif value.done:
         parts.append(PLAN_ONLY if value.dry_run else NOT_COMPARED)
     return state, tuple(parts)
 
@@ -112,6 +116,31 @@ def _row(run: list[Edit], dry_run: bool, parts: Counter[str]) -> Row:
         edit = run[0]
         return Row("done", (_name(edit), _short(edit.before), _into(edit, dry_run), *figures))
     return Row("done", (_span(run, parts), _was(run), _into_many(run, dry_run), *figures))
+
+
+def _folds(value: Result) -> list[Edit]:
+    """The edits by which a norm went into other layers."""
+    return [e for e in value.edits if e.into or e.action == "fold"]
+
+
+def _others(value: Result) -> list[Refusal]:
+    """Every other edit, with what was done as its reason, to be told together where alike."""
+    rest = [e for e in value.edits if not (e.into or e.action == "fold")]
+    return [Refusal(e.site, f"{e.action}: {e.after}", e.calls, before=e.before) for e in rest]
+
+
+def _affines(value: Result) -> int:
+    return value.done - len(_folds(value))
+
+
+def _became(affine: int) -> str:
+    return f", {affine} became {'a multiply-add' if affine == 1 else 'multiply-adds'}" if affine else ""
+
+
+def _otherwise(what: str, group: list[Refusal], edits: Sequence[Edit]) -> Row:
+    sites = {r.site for r in group}
+    noise = ratio(worst(e.noise_ratio for e in edits if e.site in sites))
+    return Row("done", (named([_name(r) for r in group]), _was(group), what, "", noise))
 
 
 def _kept(reason: str, group: list[Refusal]) -> Row:
