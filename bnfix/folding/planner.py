@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bnfix.folding.fold import Fold
 from bnfix.folding.walking import Place, Reached, Refused, Walker, lanes, named
@@ -84,7 +84,8 @@ def plan(facts: Facts) -> Plan:
         else:
             folds.append(planned)
             planner.accept(planned)
-    for norm in reversed([n for n in facts.norms if n.path in reasons]):
+    # What is changed in place afterwards shows by name alone where there are no shapes: nothing goes forward there.
+    for norm in reversed([n for n in facts.norms if n.path in reasons and facts.source != "symbolic"]):
         try:
             planned = planner.decide(norm, forward=True)
         except Computed as refused:
@@ -231,7 +232,8 @@ class _Planner:
             raise Refused(f"the weight of {site} is no parameter of the model")
         if "bias" in layer.attrs.get("computed", ()):
             raise Refused(f"the bias of {site} is computed in its forward")
-        reason = fold.refuse(layer, self.facts.tensors[weight].shape)
+        traced = layer if layer.shape is not None else replace(layer, shape=tuple(reached.labels.shape))
+        reason = fold.refuse(traced, self.facts.tensors[weight].shape)
         if reason:
             raise Refused(reason)
         channels = lanes(reached.labels, fold.axis(layer))

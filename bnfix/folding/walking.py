@@ -233,8 +233,16 @@ class _Way:
 
 
 def _channels(norm: Op) -> Tensor:
-    """The labels of what a norm reads and gives: its channels are axis 1."""
-    shape = norm.shape or ()
+    """The labels of what a norm reads and gives: its channels are axis 1.
+
+    Without shapes (a symbolic trace) only its class may tell the rank: then the other axes have length 1.
+    """
+    shape = norm.shape
+    if shape is None:
+        rank, channels = norm.attrs.get("rank"), norm.attrs.get("channels")
+        if rank is None or channels is None:
+            raise Refused("without an input nothing is known of the rank of what it normalises: give one (--input)")
+        shape = (1, channels, *(1,) * (rank - 2))
     if len(shape) < 2:
         raise Refused("its input has no channel axis")
     return torch.arange(shape[1]).reshape(1, -1, *(1,) * (len(shape) - 2)).expand(shape)
