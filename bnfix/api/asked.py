@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from bnfix.formats import Loaded
     from bnfix.running import Call
     from bnfix.running.call import Forward
-    from bnfix.types import Facts
 
 Progress = Callable[[str], None]
 
@@ -168,22 +167,11 @@ def read_calls(
     return [call], (f"no example was given: traced on a random {call.signature}, as its first layers take it",)
 
 
-def traced(model: nn.Module, calls: Sequence[Call]) -> tuple[Facts, list[Call], tuple[str, ...]]:
-    """The facts of ``model``, the calls that they and all proof rest on, and what the reader should know of that.
+def other_calls(model: nn.Module, calls: Sequence[Call]) -> list[Call]:
+    """What joins a single call where facts hold for the way that was taken: variations, as ``model`` accepts them.
 
-    Facts from runs hold for the ways that these took: one example is joined by variations of it then.
+    Other values, of another size, one sample or image more.
     """
-    from bnfix.graph import gather
-
-    facts = gather(model, calls, more=lambda: _others(model, calls))
-    notes = facts.notes
-    if facts.source == "observed" and len(facts.binding.calls) == 1:
-        notes = (*notes, "the model accepts no variation of the example: give a list of several examples")
-    return facts, list(facts.binding.calls), notes
-
-
-def _others(model: nn.Module, calls: Sequence[Call]) -> list[Call]:
-    """Where there is one call only: with other values, of another size, one sample or image more, as it is accepted."""
     from bnfix.graph import copy_model
     from bnfix.running import variations
     from bnfix.running.guess import accepts

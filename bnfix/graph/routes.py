@@ -176,7 +176,9 @@ class _KeyOf:
 def _notes(refused: TraceError, taken: Sequence[Run], turned: int, left: int) -> Iterator[str]:
     times = f"{len(taken)} runs" if len(taken) > 1 else "one run"
     yield f"recorded from {times}, which hold for the ways taken: {refused.message[:160]}"
+    if len({run.call for run in taken}) == 1:
+        yield "all of this comes from one example: give several in a list that go different ways"
     if turned:
-        yield f"{turned} decisions that its code takes on data were also taken the other way, to see what happens then"
+        yield f"{turned} decision{'s' * (turned > 1)} that its code takes on data: the other way was walked as well"
     if left > 0:
         yield f"{left} more were not: if a norm is skipped on the other side of one, that is not known"

@@ -19,14 +19,14 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 import bnfix
 from bnfix import folding
-from bnfix.api.asked import traced
+from bnfix.api.asked import other_calls
 from bnfix.errors import TraceError
 from bnfix.graph import copy_model, gather
 from bnfix.graph.routes import TURNS, hold
 from bnfix.graph.sources import exported, observed
 from bnfix.graph.sources.decisions import held, watching
 from bnfix.running import Call, as_call
-from bnfix.types import Op, Result
+from bnfix.types import Facts, Op, Result
 
 IMAGE = (2, 3, 8, 8)
 
@@ -173,20 +173,24 @@ def test_facts_say_what_they_rest_on() -> None:
     assert facts.source == "observed"
     assert "recorded from one run" in facts.notes[0]
     assert "torch.export can't trace" in facts.notes[0]
-    assert "also taken the other way" in facts.notes[1]
+    assert "one example" in facts.notes[1]
+    assert "the other way was walked as well" in facts.notes[2]
     assert len(facts.routes) == 2
 
 
+def with_more(model: nn.Module, call: Call) -> Facts:
+    return gather(model, [call], more=lambda: other_calls(model, [call]))
+
+
 def test_one_example_is_joined_by_variations_of_it() -> None:
-    model = lived_in(nets.DataDependent())
-    facts, calls, notes = traced(model, [as_call(torch.randn(IMAGE))])
-    assert facts.source == "observed"
-    assert {c.signature for c in calls} == {"2x3x8x8", "3x3x8x8", "2x3x16x16"}
-    assert any("3 runs" in n for n in notes)
-    images = Call(([torch.rand(3, 64, 64)],))
-    _, calls, _ = traced(lived_in(detector()), [images])
-    assert [c.signature for c in calls] == ["[3x64x64]", "[3x64x96, 3x64x96]"]
-    assert traced(lived_in(nets.conv_bn()), [as_call(torch.randn(IMAGE))])[2] == ()  # export can: nothing is added
+    facts = with_more(lived_in(nets.DataDependent()), as_call(torch.randn(IMAGE)))
+    assert {c.signature for c in facts.binding.calls} == {"2x3x8x8", "3x3x8x8", "2x3x16x16"}
+    assert "3 runs" in facts.notes[0]
+    assert not any("one example" in n for n in facts.notes)
+    facts = with_more(lived_in(detector()), Call(([torch.rand(3, 64, 64)],)))
+    assert [c.signature for c in facts.binding.calls] == ["[3x64x64]", "[3x64x96, 3x64x96]"]
+    facts = with_more(lived_in(nets.conv_bn()), as_call(torch.randn(IMAGE)))  # export can: nothing is added
+    assert (len(facts.binding.calls), facts.notes) == (1, ())
 
 
 def test_where_nothing_can_watch_either_both_reasons_are_given() -> None:
@@ -322,13 +326,13 @@ class Many(nn.Module):
 def test_each_decision_is_turned_once_for_what_ran_before_it() -> None:
     facts = gather(lived_in(Many(3)), [as_call(torch.randn(IMAGE))])
     assert 1 + 3 <= len(facts.routes) <= 1 + 2 * 3  # behind each norm: above zero, or not, or both
-    assert len(facts.notes) == 2
+    assert len(facts.notes) == 3
 
 
 def test_many_decisions_are_bounded_and_said() -> None:
     facts = gather(lived_in(Many(TURNS + 4)), [as_call(torch.randn(IMAGE))])
     assert len(facts.routes) == 1 + TURNS
-    assert "more were not" in facts.notes[2]
+    assert "more were not" in facts.notes[3]
 
 
 def test_same_module_called_twice() -> None:
