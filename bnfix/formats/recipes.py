@@ -43,7 +43,7 @@ def from_text(text: str, where: str) -> dict[str, Any]:
             f"{where} was folded by a newer bnfix ({recipe.get('bnfix', '')}): its recipe version {version} is unknown",
             hint="pip install -U bnfix",
         )
-    if version != VERSION or not _well_formed(recipe.get("edits")):
+    if version != VERSION or not _well_formed(recipe.get("edits")) or not _baked(recipe.get("baked", [])):
         raise LoadError(f"{where}: the recipe of the fold in it is damaged")
     return dict(recipe)
 
@@ -54,6 +54,7 @@ def _well_formed(edits: Any) -> bool:
         and _strings(e.get("norm"))
         and e["norm"]
         and _strings(e.get("keep", []))
+        and _count(e.get("affine", 1))
         and isinstance(e.get("into"), list)
         and all(_well_formed_target(t) for t in e["into"])
         for e in edits
@@ -64,8 +65,19 @@ def _well_formed_target(target: Any) -> bool:
     if not isinstance(target, dict) or not isinstance(target.get("module"), str):
         return False
     channels, weight = target.get("channels", 1), target.get("weight", "weight")
-    sized = type(channels) is int and 0 < channels <= MAX_CHANNELS
-    return isinstance(target.get("bias"), bool) and sized and isinstance(weight, str)
+    return isinstance(target.get("bias"), bool) and _count(channels) and isinstance(weight, str)
+
+
+def _baked(entries: Any) -> bool:
+    """Layers that computed their weight; what their settings are worth is seen when they are built."""
+    return isinstance(entries, list) and all(
+        isinstance(e, dict) and _strings(e.get("module")) and e["module"] and isinstance(e.get("settings"), dict)
+        for e in entries
+    )
+
+
+def _count(channels: Any) -> bool:
+    return type(channels) is int and 0 < channels <= MAX_CHANNELS
 
 
 def _strings(value: Any) -> bool:
@@ -82,7 +94,7 @@ def replay(model: nn.Module, recipe: Mapping[str, Any], where: str) -> None:
 
     try:
         replay_in_graph(model, recipe)
-    except (KeyError, AttributeError) as error:
+    except (KeyError, AttributeError, ValueError, TypeError) as error:
         name = error.args[0] if error.args else ""
         raise LoadError(
             f"{where} was folded from another model: --arch does not fit ({name})",
