@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from functools import cache
+from types import GenericAlias
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -28,6 +29,7 @@ def plugins(package: str, base: type[T]) -> Iterator[T]:
         for value in list(vars(module).values()):
             if (
                 isinstance(value, type)
+                and not isinstance(value, GenericAlias)  # in Python 3.10 list[int] passes for a class
                 and issubclass(value, base)
                 and value.__module__ == module.__name__
                 and not getattr(value, "__abstractmethods__", None)

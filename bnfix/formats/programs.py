@@ -18,7 +18,7 @@ from bnfix.errors import LoadError
 from bnfix.formats.archive import Archive, DamagedError
 from bnfix.formats.base import MAX_PICKLE
 from bnfix.formats.names import printable
-from bnfix.formats.pickles.contents import TensorSpec, itemsize, storages
+from bnfix.formats.pickles.contents import TensorSpec, contents, itemsize, storages
 from bnfix.formats.pickles.danger import judge
 from bnfix.formats.pickles.machine import examine, words
 
@@ -306,6 +306,8 @@ def _pickled(archive: Archive, name: str, found: Program) -> None:
         found.needs_trust(f"pickle protocol {pickle.protocol}")
     if inner.has("constants.pkl") or inner.has_below("code"):
         found.needs_trust(f"{name}, a TorchScript program")
+    if name.startswith(("serialized_state_dict", _WEIGHTS)):  # of before torch 2.8
+        found.tensors.update(contents(pickle.value).tensors)
     try:
         declared = storages(pickle.value)
     except ValueError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import importlib.util
 import io
 import json
 import os
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from nets import Functional, InAutocast, NormOnTwoConvs, TiedWeights, TwoConsumers, conv_bn, lived_in, relative_error
 from torch import Tensor, nn
-from torch.export import Dim, export
+from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import bnfix
@@ -27,6 +29,11 @@ from bnfix.errors import BnfixError, ExportError, LoadError, TraceError, Untrust
 from bnfix.formats import sniff
 from bnfix.graph import exported, from_exported, to_exported
 
+export = functools.partial(torch.export.export, strict=False)
+of_now = pytest.mark.skipif(
+    importlib.util.find_spec("torch.export.pt2_archive") is None,
+    reason="torch 2.7 writes another layout: one pickle for all weights",
+)
 IMAGE = torch.linspace(-2, 2, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 BATCH = {0: Dim.AUTO}
 CLOSE = 1e-6  # a fold is exact up to one rounding of each weight; float32 has 1.2e-7, and a few layers add up
@@ -168,7 +175,9 @@ def test_a_program_as_a_module_does_the_same_to_the_bit_and_holds_the_same_tenso
     own = {id(t) for t in module.state_dict(keep_vars=True).values()}
     assert {id(p) for p in program.parameters()} <= own
     if "functional" not in name:
-        assert set(module.state_dict()) == set(program.state_dict)
+        assert set(module.state_dict()) <= set(program.state_dict)
+        for gone in set(program.state_dict) - set(module.state_dict()):  # the other name of a tied weight, in torch 2.7
+            assert id(program.state_dict[gone]) in own
     assert all(torch.equal(v, program.state_dict[k]) for k, v in before.items())
 
 
@@ -442,6 +451,7 @@ def _defaultdict(program: Any, code: str) -> None:
     signature["in_spec"] = json.dumps([1, {"type": "collections.defaultdict", "context": context, "children_spec": []}])
 
 
+@of_now
 @pytest.mark.parametrize("evil", [_target, _expression, _guard, _argument, _parameter, _node, _defaultdict])
 def test_a_program_that_would_run_code_while_it_is_read_is_refused(tmp_path: Path, evil: Any) -> None:
     canary = tmp_path / "canary"
@@ -461,6 +471,7 @@ def test_a_program_that_would_run_code_while_it_is_read_is_refused(tmp_path: Pat
     assert not canary.exists()
 
 
+@of_now
 @pytest.mark.parametrize(
     "place", ["data/sample_inputs/model.pt", "data/constants/opaque_obj_0", "data/weights/weight_0"]
 )
@@ -528,6 +539,7 @@ def _deep(members: dict[str, bytes]) -> None:
     members["models/model.json"] = b"[" * 200_000
 
 
+@of_now
 @pytest.mark.parametrize("lie", [_bigger, _outside, _empty_and_huge, _nested, _deep])
 def test_lies_in_a_program_are_one_error_in_little_time(tmp_path: Path, lie: Any) -> None:
     path = rewritten(saved(program_of("plain"), tmp_path / "m.pt2"), lie)
