@@ -79,6 +79,8 @@ def gather(
         try:
             found = source.exported()
         except TraceError as refused:
+            if like is not None:  # what it was made from could be exported
+                raise
             source.calls += more() if more is not None else ()
             found, runs, notes = source.observed(refused)
     routes = [name_frozen_norms(route, roles, tensors.__getitem__) for route in found]

@@ -20,6 +20,9 @@ from bnfix.types import Route
 TURNS = 16
 """At most so many decisions that Python code reads are taken the other way, one a run."""
 
+FEWEST, WORK = 4, 40_000
+"""Fewer of a long forward: so many operations in all runs together, but this many turns anyway."""
+
 _LONGER = 10  # times the operations of the run itself, and it is given up
 
 
@@ -73,18 +76,19 @@ class Source:
             routes.append(route)
             runs.append(Run(number, warm, tape))
         taken = list(runs)
+        turns = max(FEWEST, min(TURNS, WORK // max(len(r.ops) for r in routes)))
         seen: set[Any] = set()
         for r, i, which in [(r, i, d.where) for r, run in enumerate(taken) for i, d in reads(run.tape)]:
             if which in seen:
                 continue
             seen.add(which)
-            if len(seen) > TURNS:
+            if len(seen) > turns:
                 continue
             turned = self._turned(taken[r], i, len(routes[r].ops))
             if turned is not None:
                 routes.append(turned[0])
                 runs.append(turned[1])
-        return routes, tuple(runs), tuple(_notes(refused, taken, len(runs) - len(taken), len(seen) - TURNS))
+        return routes, tuple(runs), tuple(_notes(refused, taken, len(runs) - len(taken), len(seen) - turns))
 
     def _turned(self, run: Run, turn: int, length: int) -> tuple[Route, Run] | None:
         """``run`` with one decision taken the other way; None if that doesn't end well: nothing wrong comes of it."""

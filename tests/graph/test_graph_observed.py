@@ -625,3 +625,20 @@ def test_detector(norm: type[nn.Module]) -> None:
     assert len(expected["boxes"]) == len(found["boxes"]) > 0
     assert relative_error(found["boxes"], expected["boxes"]) < 1e-4  # boxes are exponentials of what is predicted
     assert torch.equal(found["labels"], expected["labels"])
+
+
+def test_in_place_and_dry_run() -> None:
+    model = lived_in(detector())
+    before = bits(model)
+    call = Call(([torch.rand(3, 64, 80)],))
+    dry = bnfix.fold(model, call, dry_run=True)
+    assert dry.model is None
+    assert same_bits(model, before)
+    with torch.no_grad():
+        expected = model.backbone(torch.stack(call.args[0]))
+    result = bnfix.fold(model, call, inplace=True)
+    assert result.model is model
+    assert sites(result) == sites(dry)
+    assert nets.norms_left(model) == 0
+    with torch.no_grad():
+        assert relative_error(model.backbone(torch.stack(call.args[0])), expected) < 1e-5
