@@ -25,6 +25,8 @@ from torch.utils import _pytree as pytree
 
 import bnfix
 from bnfix import api
+from bnfix.api.programs import fold_program
+from bnfix.cli import run
 from bnfix.errors import BnfixError, ExportError, LoadError, TraceError, UntrustedModelError
 from bnfix.formats import sniff
 from bnfix.graph import exported, from_exported, to_exported
@@ -272,10 +274,37 @@ def test_sizes_that_the_program_was_not_exported_for_are_refused_as_it_refuses_t
             module(torch.zeros(shape))
 
 
+@pytest.mark.skipif(not callable(Dim.AUTO), reason="torch 2.7 knows no bounds for sizes that it finds by itself")
 def test_bounds_of_a_size_stay() -> None:
     program = export(lived_in(conv_bn()), (IMAGE,), dynamic_shapes=({0: Dim("b", min=2, max=16)},))
     folded = to_exported(bnfix.fold(from_exported(program), IMAGE).model)
     assert [v.upper for v in folded.range_constraints.values()] == [v.upper for v in program.range_constraints.values()]
+
+
+def test_a_program_goes_in_and_a_program_comes_out() -> None:
+    program = program_of("dicts")
+    before = {k: v.clone() for k, v in program.state_dict.items()}
+    result = fold_program(bnfix.fold, program, None)
+    assert isinstance(result.model, torch.export.ExportedProgram)
+    assert len(result.edits) == 1
+    assert result.parity is not None
+    assert result.parity.verdict == "passed"
+    _, args, kwargs, _, _ = CASES["dicts"]
+    for a, b in zip(outputs(program, args, kwargs), outputs(result.model, args, kwargs), strict=True):
+        assert relative_error(b, a) < CLOSE
+    assert all(torch.equal(v, program.state_dict[k]) for k, v in before.items())
+    with pytest.raises(ValueError, match="in place"):
+        fold_program(bnfix.fold, program, None, inplace=True)
+    assert fold_program(bnfix.fold, program, None, dry_run=True).model is None
+
+
+def test_statistics_of_a_program_are_estimated_as_those_of_its_model() -> None:
+    model = lived_in(Head())
+    module = from_exported(export(model, (IMAGE,), dynamic_shapes=(BATCH,)))
+    data = [torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(i)) + 1 for i in range(4)]
+    bnfix.recalibrate(model, data)
+    bnfix.recalibrate(module, data)
+    assert relative_error(to_exported(module).module()(IMAGE), model(IMAGE)) < CLOSE
 
 
 # ---------------------------------------------------------------------------------------- any model as a program
@@ -326,6 +355,30 @@ def test_what_a_program_is_shows_without_torch(tmp_path: Path) -> None:
     assert (info.kind, info.loadable, info.names_code, info.dangerous) == ("exported_program", True, (), ())
     assert [(n.path, n.channels) for n in info.norms] == [("c.1", 4), ("n", 5)]
     assert (info.tensors, info.parameters) == (14, 4 * 27 + 4 + 8 + 25 + 10)
+
+
+def test_the_command_line_folds_programs_and_writes_them_from_any_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = lived_in(Head())
+    saved(export(model, (IMAGE,), dynamic_shapes=(BATCH,)), tmp_path / "m.pt2")
+    before = Path("m.pt2").read_bytes()
+    assert run(["fold", "m.pt2", "-o", "f.pt2"]) == 0
+    out = capsys.readouterr().out
+    assert "folded 2 of 2 norms" in out
+    assert "as the program was exported with" in out
+    assert 'bnfix.load("f.pt2")' in out
+    assert Path("m.pt2").read_bytes() == before
+    x = torch.cat([IMAGE, -IMAGE, IMAGE])
+    assert relative_error(bnfix.load("f.pt2").module()(x), model(x)) < CLOSE
+    assert run(["verify", "m.pt2", "f.pt2"]) == 0
+    assert run(["fold", "m.pt2", "-o", "f.pt"]) == 2
+    assert "-o f.pt2" in capsys.readouterr().err
+    torch.save(model, "p.pt")
+    assert run(["fold", "p.pt", "--trust", "--input", "1x3x8x8", "-o", "g.pt2"]) == 0
+    assert relative_error(bnfix.load("g.pt2").module()(x), model(x)) < CLOSE
+    assert sorted(os.listdir()) == ["f.pt2", "g.pt2", "m.pt2", "p.pt"]
 
 
 # ---------------------------------------------------------------------------------------- TorchScript
