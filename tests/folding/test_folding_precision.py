@@ -1,4 +1,4 @@
-"""Dtypes, layouts and devices: what is folded is stored as it was, and as near to the exact number as its dtype allows."""
+"""Dtypes, layouts and devices: what is folded is stored as it was, as near to the exact number as its dtype allows."""
 
 from __future__ import annotations
 
