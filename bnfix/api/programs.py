@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def fold_program(fold: Callable[..., Result], program: ExportedProgram, example: Any, **options: Any) -> Result:
-    """``fold`` of ``program``: ``Result.model`` is a program too, with the same inputs, outputs and sizes that may vary.
+    """``fold`` of ``program``: ``Result.model`` is a program too, with the same inputs, outputs and varying sizes.
 
     Without ``example`` or ``data`` it is proven on the inputs that the program was exported with.
 
