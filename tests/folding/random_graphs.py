@@ -149,8 +149,8 @@ def worn(model: nn.Module, seed: int) -> None:
             if isinstance(getattr(module, "weight", None), Tensor):
                 gamma = 1 + draw(mean) * 0.4
                 kind = draw(mean)
-                module.weight.copy_(torch.where(kind > 1, -gamma, torch.where(kind < -1.6, gamma * 0, gamma)))  # type: ignore[operator, union-attr]
-                module.bias.copy_(draw(mean) * 0.5)  # type: ignore[operator, union-attr]
+                module.weight.copy_(torch.where(kind > 1, -gamma, torch.where(kind < -1.6, gamma * 0, gamma)))  # type: ignore[operator]
+                module.bias.copy_(draw(mean) * 0.5)  # type: ignore[operator]
 
 
 @dataclass

@@ -157,9 +157,9 @@ def _same(one: Program, models: tuple[nn.Module, nn.Module, nn.Module], x: Tenso
         for (name, a), (_, b), (_, c) in zip(found, expected, exact, strict=True):
             assert a.shape == b.shape, f"{name} has the shape {a.shape}, not {b.shape}"
             assert a.dtype == b.dtype, f"{name} is {a.dtype}, not {b.dtype}"
-            error, own = (a - c).abs().max().item(), (b - c).abs().max().item()
+            off, own = (a - c).abs().max().item(), (b - c).abs().max().item()
             allowed = FACTOR * own + least * c.abs().max().item()
-            assert error <= allowed, f"{name} is {error:.3g} off, {allowed:.3g} is allowed (grad {grad})"
+            assert off <= allowed, f"{name} is {off:.3g} off, {allowed:.3g} is allowed (grad {grad})"
 
 
 def _seen(one: Program, model: nn.Module, x: Tensor, grad: bool) -> list[tuple[str, Tensor]]:
