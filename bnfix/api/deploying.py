@@ -11,13 +11,14 @@ from bnfix.api.asked import Progress, check_k, check_model, read_calls, silent
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.export import ExportedProgram
 
     from bnfix.running.call import Forward
     from bnfix.types import Export, Facts, Parity, Refusal, Result
 
 
 def fold(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example: Any = None,
     *,
     data: Iterable[Any] | None = None,
@@ -38,7 +39,8 @@ def fold(
     without gradients, so a forward that goes another way with gradients on is proven for the way without.
 
     Args:
-        model: in evaluation mode (a norm in training mode is refused, not folded).
+        model: in evaluation mode (a norm in training mode is refused, not folded). An exported program gives another
+            one, with the sizes that may vary as they were; its own example is the default.
         example: what the model is called with: a tensor, a tuple of positional arguments, a dict of keyword
             arguments or a ``bnfix.Call``; a list of these for several signatures. Facts and proof
             hold for these signatures. None: the first batch of ``data``, else deduced from the layers (see ``notes``).
@@ -56,6 +58,8 @@ def fold(
         PassError: the forward fails on the example.
         TraceError: the model can't be copied or traced faithfully; the message says why.
     """
+    import torch
+
     from bnfix import folding
     from bnfix.graph import all_or_nothing, no_footprints, unwrap
     from bnfix.preparing import prepare
@@ -63,6 +67,22 @@ def fold(
     from bnfix.running import preserved
     from bnfix.types import Result
 
+    if isinstance(model, torch.export.ExportedProgram):
+        from bnfix.api.programs import fold_program
+
+        return fold_program(
+            fold,
+            model,
+            example,
+            data=data,
+            forward=forward,
+            leave=leave,
+            verify=verify,
+            k=k,
+            inplace=inplace,
+            dry_run=dry_run,
+            progress=progress,
+        )
     say = progress or silent
     check_model(model)
     check_k(k)

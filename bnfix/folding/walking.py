@@ -17,6 +17,9 @@ from bnfix.types import Op, Route
 Place = tuple[int, int]
 """An operation: (route, index)."""
 
+_VALUELESS = frozenset({"_assert_tensor_metadata", "dim", "sym_size", "sym_numel", "sym_stride", "sym_storage_offset"})
+"""Operations that ask for shape or dtype alone."""
+
 
 class Refused(Exception):  # noqa: N818  # not an error: the reason that a plan hands on
     """Carries the reason."""
@@ -130,7 +133,8 @@ class Walker:
     def _spares(self, route: int, user: int, index: int, labels: Tensor) -> bool:
         """Whether this reader takes only elements that no channel of the norm belongs to."""
         op = self.op((route, user))
-        if short(op) in ("reshape_as", "view_as", "expand_as") and op.reads.get("self") != index:
+        lent = short(op) in ("reshape_as", "view_as", "expand_as") and op.reads.get("self") != index
+        if lent or short(op) in _VALUELESS:
             return True  # it asks for the shape
         carrier = self._carriers.get(short(op))
         if not isinstance(carrier, Moving) or op.inputs != (index,):
@@ -174,6 +178,8 @@ class Walker:
         route = way.route
         for user in dict.fromkeys(u.index for u in self.routes[route].users(index)):
             op = self.op((route, user))
+            if short(op) in _VALUELESS:
+                continue
             if op.within:
                 raise Refused(f"its output goes to {op.site}, which is called inside {op.within[0]}")
             if (route, user) in self.through:

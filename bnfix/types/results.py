@@ -95,7 +95,8 @@ class Parity(Value):
 class Result(Value):
     """What a repair did: the new model, what was changed, what was left and why, and the proof.
 
-    ``model`` is None after a dry run. ``signatures`` are the inputs the facts and the proof hold for.
+    ``model`` is None after a dry run, and an exported program where one was given. ``signatures`` are the inputs the
+    facts and the proof hold for.
     ``recipe`` is what a saved state_dict carries so that it can be loaded again.
     """
 
