@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,15 +43,17 @@ class Prepared:
         return surgeon
 
 
-def prepare(model: nn.Module, calls: Sequence[Call]) -> Prepared:
+def prepare(model: nn.Module, calls: Sequence[Call], more: Callable[[], Sequence[Call]] | None = None) -> Prepared:
     """Facts and plan of ``model``; where a norm could go into a layer but for its computed weight, that is baked.
 
-    Only layers that take a norm up in the end are baked.
+    Only layers that take a norm up in the end are baked. ``more`` is asked for further calls where facts come from
+    runs; all of them are in ``facts.binding.calls``.
 
     Raises:
         PassError, TraceError: as for ``gather``.
     """
-    facts = gather(model, calls)
+    facts = gather(model, calls, more=more)
+    calls = facts.binding.calls
     plan = folding.plan(facts)
     if not plan.computed:
         return Prepared(model, facts, plan)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from bnfix.api.asked import Progress, check_k, check_model, read_calls, silent
+from bnfix.api.asked import Progress, check_k, check_model, other_calls, read_calls, silent
 
 if TYPE_CHECKING:
     from torch import nn
@@ -94,8 +94,11 @@ def fold(
     signatures = tuple(c.signature for c in calls)
     say(f"tracing {', '.join(signatures)}")
     with preserved(model), no_footprints(model, *(c.forward for c in calls)):
-        prepared = prepare(model, calls)
+        prepared = prepare(model, calls, more=lambda: other_calls(model, calls))
         facts, plan = prepared.facts, prepared.plan
+        calls = list(facts.binding.calls)
+        signatures = tuple(c.signature for c in calls)
+        notes = (*notes, *facts.notes)
         if facts.written:
             named = ", ".join(facts.written[:3]) + (" …" if len(facts.written) > 3 else "")
             notes = (*notes, f"the forward writes {named}: planned for a first and a second run")

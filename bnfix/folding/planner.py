@@ -248,6 +248,10 @@ class _Planner:
         for name in self.facts.tensors[weight].owners:
             if name.rpartition(".")[0] in inside and name.rpartition(".")[0]:
                 owner = name
+        holder = owner.rpartition(".")[0]
+        # A module in a plain list is in no stack though it is called.
+        if "bias" not in layer.tensors and holder and holder not in inside and not set("[(") & set(holder):
+            raise Refused(f"{site} uses the weight of {holder} without calling it: a new bias there would not be read")
         target = Target(
             weight, layer.tensors.get("bias"), layer, owner.rpartition(".")[0], fold, channels, reached.shift
         )

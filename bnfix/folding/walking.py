@@ -11,6 +11,7 @@ from torch import Tensor
 from bnfix.folding.carrier import Carrier, short
 from bnfix.folding.carriers.moving import SPLITS, Moving
 from bnfix.folding.fold import Fold
+from bnfix.folding.sharing import changed, may_share
 from bnfix.registry import plugins
 from bnfix.types import Op, Route
 
@@ -19,6 +20,8 @@ Place = tuple[int, int]
 
 _VALUELESS = frozenset({"_assert_tensor_metadata", "dim", "sym_size", "sym_numel", "sym_stride", "sym_storage_offset"})
 """Operations that ask for shape or dtype alone."""
+_NOT_IN_PLACE = SPLITS | {"expand", "expand_as", "unfold"}
+"""Views that PyTorch does not let anyone change in place."""
 
 
 class Refused(Exception):  # noqa: N818  # not an error: the reason that a plan hands on
@@ -72,8 +75,8 @@ class Walker:
         found: dict[int, Reached] = {}
         way = _Way(place[0], found)
         self._pull(way, source, place[1], _channels(norm), True, frozenset(), frozenset())
-        if way.split and self._changed_in_place(place):
-            raise Refused("its output is changed in place, which PyTorch does not allow for the part of a split")
+        if way.split and self._changed(*place, place[1], back=False):
+            raise Refused("its output is changed in place, which PyTorch does not allow for a part of a split")
         return list(found.values())
 
     def _pull(
@@ -105,7 +108,7 @@ class Walker:
             reader = op.inputs[0]
             path |= {reader}
             self._own_part(route, op)
-        way.split |= short(self.op((route, reader))) in SPLITS
+        way.split |= short(self.op((route, reader))) in _NOT_IN_PLACE
         for pull in pulls:
             self._pull(way, pull.index, reader, pull.labels, shift and pull.shift, path, norms)
 
@@ -116,19 +119,19 @@ class Walker:
 
     def _alone(self, route: int, index: int, user: int, labels: Tensor) -> None:
         """What is to be changed of a value goes to ``user`` and to nobody else."""
-        others = [u for u in self._consumers(route, index) if u != user]
-        strangers = [u for u in others if not self._spares(route, u, index, labels)]
+        others = [(u, read) for u, read in self._consumers(route, index) if u != user]
+        strangers = [u for u, read in others if not self._spares(route, u, read, labels)]
         if strangers:
             who = ", ".join(dict.fromkeys(named(self.op((route, u))) for u in strangers))
             raise Refused(f"the output of {_where(self.op((route, index)))} is also used by {who}")
 
-    def _consumers(self, route: int, index: int) -> Iterator[int]:
-        """Who reads a value, directly or through norms that are planned to pass it on."""
+    def _consumers(self, route: int, index: int) -> Iterator[tuple[int, int]]:
+        """Who reads a value, directly or through norms that are planned to pass it on; and what of these they read."""
         for user in self.routes[route].users(index):
             if (route, user.index) in self.through:
                 yield from self._consumers(route, user.index)
             else:
-                yield user.index
+                yield user.index, index
 
     def _spares(self, route: int, user: int, index: int, labels: Tensor) -> bool:
         """Whether this reader takes only elements that no channel of the norm belongs to."""
@@ -150,9 +153,11 @@ class Walker:
         ahead = self._carriers["getitem"].ahead(part, index, labels, self.routes[route].ops.__getitem__)
         return isinstance(ahead, Tensor) and not bool((ahead >= 0).any())
 
-    def _changed_in_place(self, place: Place) -> bool:
-        users = [self.op((place[0], u)) for u in self._consumers(*place)]
-        return any(_in_place(u) for u in users)
+    def _changed(self, route: int, start: int, after: int, *, back: bool) -> bool:
+        def shares(op: Op) -> bool:  # a planned norm will give what it gets
+            return may_share(op) or (route, op.index) in self.through
+
+        return changed(self.routes[route], start, after, shares, back=back)
 
     # -------------------------------------------------------------------------------- forward
 
@@ -166,7 +171,7 @@ class Walker:
         source = norm.reads.get("input")
         if source is None:
             raise Refused("its input is a tensor of the model itself, or several values")
-        if self._changed_later(place[0], source, place[1]):
+        if self._changed(place[0], source, place[1], back=True):
             raise Refused("its input is changed in place afterwards")
         found: dict[int, Reached] = {}
         self._push(_Way(place[0], found), place[1], _channels(norm), frozenset(), frozenset())
@@ -212,23 +217,6 @@ class Walker:
             raise Refused(f"its output goes to {named(op)}: {ahead}")
         if bool((ahead >= 0).any()):
             self._push(way, op.index, ahead, path | {op.index}, norms)
-
-    def _changed_later(self, route: int, index: int, after: int) -> bool:
-        """Whether a value, or one that may share its memory, is changed in place behind operation ``after``."""
-        ops = self.routes[route].ops
-        same, pending = {index}, [index]
-        while pending:
-            here = pending.pop()
-            near = [u.index for u in self.routes[route].users(here) if self._may_share(u)]
-            near += [i for i in ops[here].inputs if self._may_share(ops[here])]
-            pending += [n for n in near if n not in same]
-            same.update(near)
-        return any(
-            _in_place(op) and op.index > after and any(i in same for i in op.inputs[:1]) for op in ops[after + 1 :]
-        )
-
-    def _may_share(self, op: Op) -> bool:
-        return _in_place(op) or isinstance(self._carriers.get(short(op)), Moving)
 
 
 @dataclass
@@ -287,8 +275,3 @@ def named(op: Op) -> str:
 
 def _where(op: Op) -> str:
     return str(op.site) if str(op.site) != "(root)" else named(op)
-
-
-def _in_place(op: Op) -> bool:
-    name = short(op)
-    return name.endswith("_") and not name.endswith("__") and name not in ("detach_", "dropout_")

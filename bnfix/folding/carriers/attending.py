@@ -53,6 +53,8 @@ class Attending(Carrier):
         value = _value(op, ops)
         if isinstance(value, str):
             return value
+        if op.inputs.count(value) != 1:
+            return f"{short(op)} takes it for queries or keys as well"
         shape, rows = ops(value).shape, labels.narrow(-2, 0, 1)
         if shape is None or labels.dim() != len(shape) or labels.shape[:-2] != shape[:-2]:
             return f"{short(op)} broadcasts"
@@ -78,6 +80,8 @@ def _value(op: Op, ops: Ops) -> int | str:
     if short(op) == "scaled_dot_product_attention":
         if op.attrs.get("dropout_p", 1.0) != 0.0 or "value" not in op.reads or op.attrs.get("enable_gqa"):
             return "scaled_dot_product_attention drops weights, or shares values between heads"
+        if "attn_mask" in op.reads or "attn_mask" in op.tensors:
+            return "scaled_dot_product_attention has a mask: where a whole row is masked the weights add up to 0"
         return op.reads["value"]
     left, right = op.reads.get("self"), op.reads.get("other", op.reads.get("mat2"))
     if left is None or right is None:

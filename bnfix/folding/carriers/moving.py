@@ -21,7 +21,7 @@ _VIEWS = (
     "view reshape _unsafe_view view_as reshape_as flatten ravel unflatten contiguous clone alias detach detach_ "
     "lift_fresh"
 )
-_AXES = "transpose permute t numpy_T movedim moveaxis swapaxes swapdims squeeze unsqueeze"
+_AXES = "transpose permute t mT numpy_T movedim moveaxis swapaxes swapdims squeeze unsqueeze"
 _PARTS = "slice select narrow chunk split split_with_sizes unsafe_split unsafe_chunk tensor_split unbind getitem"
 _ORDER = "cat concat concatenate stack hstack vstack flip roll rot90 expand expand_as repeat repeat_interleave unfold"
 _IMAGES = (
