@@ -55,7 +55,7 @@ def prepare(model: nn.Module, calls: Sequence[Call], more: Callable[[], Sequence
     facts = gather(model, calls, more=more)
     calls = facts.binding.calls
     plan = folding.plan(facts)
-    if not plan.computed:
+    if not plan.computed or not calls:  # what a weight is computed to be shows in runs
         return Prepared(model, facts, plan)
     baked = bake(model, facts, calls, only=set(plan.computed.values()))
     paths = {path for layer in baked.layers for path in layer.paths}

@@ -43,7 +43,8 @@ def fold(
             one, with the sizes that may vary as they were; its own example is the default.
         example: what the model is called with: a tensor, a tuple of positional arguments, a dict of keyword
             arguments or a ``bnfix.Call``; a list of these for several signatures. Facts and proof
-            hold for these signatures. None: the first batch of ``data``, else deduced from the layers (see ``notes``).
+            hold for these signatures. None: the first batch of ``data``, else deduced from the layers (see ``notes``);
+            where that fails too, what the code alone shows is folded, and ``parity`` is None.
         data: what a training loop would iterate over.
         forward: ``forward(model, batch)`` where the model isn't simply called with the batch.
         leave: what becomes of norms that can't be folded: ``"norm"`` leaves them, ``"affine"`` puts a multiply-add per
@@ -61,6 +62,7 @@ def fold(
     import torch
 
     from bnfix import folding
+    from bnfix.errors import PassError, TraceError
     from bnfix.graph import all_or_nothing, no_footprints, unwrap
     from bnfix.preparing import prepare
     from bnfix.proving import FoldProof
@@ -89,12 +91,23 @@ def fold(
     if leave not in ("norm", "affine"):
         raise ValueError(f'leave={leave!r}: norms that can\'t be folded are left as "norm" or as "affine"')
     model, notes = unwrap(model)
-    calls, assumed = read_calls(model, example, data, forward)
+    unknown: PassError | None = None
+    try:
+        calls, assumed = read_calls(model, example, data, forward)
+    except PassError as error:  # none was given, and none could be deduced
+        if example is not None or data is not None or forward is not None:
+            raise
+        unknown, calls = error, []
+        assumed = (
+            "no example was given, and none could be deduced: outputs were not compared. Give one to have proof",
+        )
     notes = (*notes, *assumed)
-    signatures = tuple(c.signature for c in calls)
-    say(f"tracing {', '.join(signatures)}")
+    say(f"tracing {', '.join(c.signature for c in calls) or 'without an input'}")
     with preserved(model), no_footprints(model, *(c.forward for c in calls)):
-        prepared = prepare(model, calls, more=lambda: other_calls(model, calls))
+        try:
+            prepared = prepare(model, calls, more=lambda: other_calls(model, calls))
+        except TraceError as error:
+            raise (unknown or error) from error
         facts, plan = prepared.facts, prepared.plan
         calls = list(facts.binding.calls)
         signatures = tuple(c.signature for c in calls)

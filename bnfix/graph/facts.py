@@ -54,7 +54,8 @@ def gather(
 
     Only private copies are run and traced; ``model`` is not touched. Each runs once before it is traced: to
     see whose output something keeps beyond the forward, and because many fill caches in their first one.
-    What ``torch.export`` refuses is recorded from runs instead, on all calls.
+    What ``torch.export`` refuses is recorded from runs instead, on all calls. Without any call it is traced
+    symbolically: nothing is known of shapes then.
 
     Args:
         more: asked for further calls where facts come from runs: those hold for the way that was taken.
@@ -73,7 +74,9 @@ def gather(
     source = Source(model, owners, keys, list(calls))
     runs: tuple[Run, ...] = ()
     notes: tuple[str, ...] = ()
-    if like is not None and like.source == "observed":
+    if not calls:
+        found = source.symbolic()
+    elif like is not None and like.source == "observed":
         found, runs = source.observed_again(like.binding.runs), like.binding.runs
     else:
         try:
@@ -87,7 +90,7 @@ def gather(
     taken = [r for r, run in enumerate(runs) if run.turn is None]
     facts_of_norms, modules = _norm_facts(owners, norms, keys, routes, taken)
     return Facts(
-        source="observed" if runs else "exported",
+        source="observed" if runs else "exported" if calls else "symbolic",
         routes=tuple(routes),
         tensors={
             keys[i]: TensorFact(keys[i], owners.paths(t), tuple(t.shape), str(t.dtype).removeprefix("torch."))

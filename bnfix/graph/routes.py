@@ -13,7 +13,7 @@ from bnfix.errors import BnfixError, TraceError
 from bnfix.graph.copies import Memo, copy_model
 from bnfix.graph.first_run import first_run
 from bnfix.graph.owners import Owners, storage_key
-from bnfix.graph.sources import exported, observed
+from bnfix.graph.sources import exported, observed, symbolic
 from bnfix.graph.sources.decisions import Tape, held, reads
 from bnfix.types import Route
 
@@ -59,6 +59,15 @@ class Source:
             TraceError: it can't be copied, or torch.export refuses.
         """
         return [exported.trace(copy, call, key_of) for _, _, call, copy, key_of in self._copies()]
+
+    def symbolic(self) -> list[Route]:
+        """One route, of which no shapes are known.
+
+        Raises:
+            TraceError: the forward looks at its input.
+        """
+        copy, memo = copy_model(self.model)
+        return [symbolic.trace(copy, _KeyOf(self.owners, self.keys, memo))]
 
     def observed(self, refused: TraceError) -> tuple[list[Route], tuple[Run, ...], tuple[str, ...]]:
         """The same from runs; then one decision after another is turned, to see the other side of each ``if``.
