@@ -125,7 +125,7 @@ def _stored(before: Facts, after: Facts, target: Target, key: int | None) -> Ten
 
 
 def _same_settings(left: Op, right: Op, *, near: bool) -> bool:
-    """The same constants; ``near``: numbers that came from the data of a run (``tolist``) may move in their last bits."""
+    """The same constants; ``near``: those that came from the data (``tolist``) may move in their last bits."""
     one, two = sorted(left.attrs.items()), sorted(right.attrs.items())
     if repr(one) == repr(two):  # as text: NaN is NaN
         return True
