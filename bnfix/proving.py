@@ -119,8 +119,16 @@ class FoldProof:
                 return Attempt(copy, best.folded, edits, None, "")
             return self._compare(copy, best.folded, edits)
 
-        good = folding.isolate(left, lambda part: not attempt(part).failure)
-        return attempt(good) if good else best
+        made: dict[int, Attempt] = {}
+
+        def holds(part: Sequence[Refusal]) -> bool:
+            found = attempt(part)
+            if not found.failure:
+                made[len(part)] = found  # parts that hold only grow
+            return not found.failure
+
+        good = folding.isolate(left, holds)
+        return made[len(good)] if good else best
 
     def _attempt(self, folds: Sequence[PlannedFold]) -> Attempt:
         self.say(f"folding {len(folds)} norms" if folds else "nothing to fold: holding the model against itself")

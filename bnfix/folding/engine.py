@@ -218,7 +218,7 @@ def _edit(planned: PlannedFold, gains: tuple[str, ...]) -> Edit:
     kept = f", then {', '.join(planned.norm.after)}" if planned.norm.after else ""
     gained = " (gains a bias)" if gains else ""
     return Edit(
-        action="fold",
+        action="fold forward" if planned.forward else "fold",
         site=planned.norm.path,
         before=planned.norm.summary,
         after=f"folded {'forward ' if planned.forward else ''}into {', '.join(into)}{gained}{kept}",

@@ -75,7 +75,7 @@ def test_a_norm_that_became_a_multiply_add_is_not_called_folded() -> None:
     row = next(line for line in text.splitlines() if "mix0, mix1, mix2, mix3" in line)
     assert "4 × BatchNorm2d" in row
     assert row.split()[-1] == "3.0"  # the worst of the four
-    assert "bake: Conv2d with the weight as computed" in text
+    assert "baked: Conv2d with the weight as computed" in text
     together = written("full", [value, value], [about("a.pt"), about("b.pt")])
     assert "folded 6 of 20 norms in 2 files, 8 became multiply-adds, kept 6" in together
     assert "mix0, mix1, mix2, mix3: affine: one multiply-add per channel (not folded: why)" in together

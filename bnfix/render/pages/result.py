@@ -120,13 +120,14 @@ def _row(run: list[Edit], dry_run: bool, parts: Counter[str]) -> Row:
 
 def _folds(value: Result) -> list[Edit]:
     """The edits by which a norm went into other layers."""
-    return [e for e in value.edits if e.into or e.action == "fold"]
+    return [e for e in value.edits if e.into or e.action.startswith("fold")]
 
 
 def _others(value: Result) -> list[Refusal]:
     """Every other edit, with what was done as its reason, to be told together where alike."""
-    rest = [e for e in value.edits if not (e.into or e.action == "fold")]
-    return [Refusal(e.site, f"{e.action}: {e.after}", e.calls, before=e.before) for e in rest]
+    folds = _folds(value)
+    rest = [e for e in value.edits if e not in folds]
+    return [Refusal(e.site, _otherwise_done(e), e.calls, before=e.before) for e in rest]
 
 
 def _affines(value: Result) -> int:
@@ -182,8 +183,15 @@ def _into(edit: Edit, dry_run: bool) -> str:
     gained = sorted({key.rpartition(".")[2] for key in edit.gains})
     gains = f", gains {' and '.join(gained)}" if gained else ""
     if not edit.into:
-        return f"{edit.action}: {edit.after}{gains}"
-    return f"{_verb(dry_run)} {', '.join(edit.into)}{gains}"
+        return f"{_otherwise_done(edit)}{gains}"
+    verb = _verb(dry_run)
+    if edit.action.endswith("forward"):
+        verb = verb.replace(" into", " forward into")
+    return f"{verb} {', '.join(edit.into)}{gains}"
+
+
+def _otherwise_done(edit: Edit) -> str:
+    return f"{'baked' if edit.action == 'bake' else edit.action}: {edit.after}"
 
 
 def _span(run: list[Edit], parts: Counter[str]) -> str:
