@@ -73,8 +73,9 @@ def timm_reparameterize(model: nn.Module, args: tuple[Any, ...]) -> Callable[...
 def aimet(model: nn.Module, args: tuple[Any, ...]) -> Callable[..., Any]:
     """AIMET's, before it quantizes."""
     folding = importlib.import_module("aimet_torch.batch_norm_fold")
+    first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        folding.fold_all_batch_norms(model, tuple(args[0].shape), dummy_input=args[0])
+        folding.fold_all_batch_norms(model, tuple(first.shape), dummy_input=args[0])
     return model
 
 
@@ -110,7 +111,7 @@ def present(names: list[str]) -> dict[str, Run]:
     return found
 
 
-def versions(names: list[str]) -> str:
+def versions(names: list[str]) -> list[str]:
     """The versions of the packages behind ``names`` that do not come with torch."""
     packages = {"torchao pt2e": "torchao", "timm reparameterize": "timm", "AIMET": "aimet-torch", "mmcv": "mmcv-lite"}
-    return ", ".join(f"{p} {importlib.metadata.version(p)}" for n, p in packages.items() if n in names)
+    return [f"{p} {importlib.metadata.version(p)}" for n, p in packages.items() if n in names]
