@@ -1,6 +1,6 @@
-"""Where facts come from. Each source turns one model and one call into one :class:`~bnfix.types.Route`.
+"""Where facts come from. Each source turns one model into a :class:`~bnfix.types.Route` of the same form.
 
-``exported``: the graph of ``torch.export``, the source there is today. ``symbolic`` (no example) and
-``observed`` (a recorded run, for what export refuses) each become one more file with a ``trace`` of the
-same form; ``graph.facts`` needs to know no more of them.
+``exported``: the graph of ``torch.export`` on one call. ``observed``: a recorded run, for what export refuses;
+``decisions`` notes what it decided on data. ``symbolic``: names instead of numbers, where no call is known.
+``layout`` is what they share.
 """
