@@ -22,6 +22,16 @@ IN_CI = (
 """Small ones that between them show every kind of norm and every reason to leave one."""
 
 
+def judged(name: str, model: nn.Module) -> nn.Module:
+    """The part of ``model`` whose numbers are compared: of a detector what comes before boxes are chosen.
+
+    Rounding swaps two boxes that score alike, in any two computations of the same.
+    """
+    part = model.backbone if name in UNTRACEABLE else model
+    assert isinstance(part, nn.Module)
+    return part
+
+
 def build(name: str) -> tuple[nn.Module, Tensor]:
     """The architecture ``name`` (``tv:`` marks torchvision's, the others are timm's) and an input of two samples."""
     torch.manual_seed(0)

@@ -47,7 +47,7 @@ def main() -> None:
         assert result.model is not None
         assert result.parity is not None
         with torch.no_grad():
-            error_ = relative_error(_first(result.model(x)), _first(model(x)))
+            error_ = relative_error(*(_first(zoo.judged(name, m)(x)) for m in (result.model, model)))
         own = max(o.noise or 0.0 for o in result.parity.outputs)
         if result.parity.verdict not in ("passed", "warned"):
             unjudged += 1
@@ -55,10 +55,10 @@ def main() -> None:
             right += 1
         else:
             wrong += 1
-        folded, norms = folded + len(result.edits), norms + result.norms
+        folded, norms = folded + result.done, norms + result.norms
         worst = max((o.noise_ratio or 0.0 for o in result.parity.outputs), default=0.0)
         print(
-            f"{name:45} {len(result.edits):4} of {result.norms:4}  error {error_:.1e}  {worst:4.1f} × noise  "
+            f"{name:45} {result.done:4} of {result.norms:4}  error {error_:.1e}  {worst:4.1f} × noise  "
             f"{result.parity.verdict}  {seconds:.1f} s",
             flush=True,
         )
