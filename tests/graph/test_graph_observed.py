@@ -382,7 +382,13 @@ def test_hook_between(where: str) -> None:
     [
         torch.no_grad,
         torch.inference_mode,
-        functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=False),
+        pytest.param(
+            functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=False),
+            marks=pytest.mark.skipif(
+                tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8),
+                reason="torch 2.7 exports the side taken of an `if` inside autocast, without a word",
+            ),
+        ),
     ],
 )
 def test_norms_in_blocks(guard: Callable[[], Any]) -> None:
