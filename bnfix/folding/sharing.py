@@ -12,6 +12,7 @@ from bnfix.types import Op, Route
 
 _MAYBE = frozenset(["dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "getitem", "pad"])
 """Those that may return their argument itself, without a word of it in the schema."""
+_VIEW_OR_COPY = frozenset(["reshape", "reshape_as", "flatten", "ravel", "contiguous", "to"])
 _NO_CHANGE = frozenset({"detach_", "dropout_", "lift_fresh"})
 
 
@@ -54,6 +55,18 @@ def changed(route: Route, start: int, after: int, shares: Callable[[Op], bool] =
 
     ``back``: the values that it was made from count as well, not only those made from it.
     """
+    same = _sharing(route, start, shares, back=back)
+    return any(written(op) & same for op in route.ops[after + 1 :])
+
+
+def changed_by_layout(route: Route, start: int, shares: Callable[[Op], bool] = may_share) -> bool:
+    """Whether a change in place reaches a value or not by how it lies in memory: ``flatten`` is a view or a copy."""
+    certain = _sharing(route, start, lambda op: shares(op) and short(op) not in _VIEW_OR_COPY, back=False)
+    maybe = _sharing(route, start, shares, back=False) - certain
+    return any(written(op) & maybe for op in route.ops[start + 1 :])
+
+
+def _sharing(route: Route, start: int, shares: Callable[[Op], bool], *, back: bool) -> set[int]:
     same, pending = {start}, [start]
     while pending:
         here = pending.pop()
@@ -62,4 +75,4 @@ def changed(route: Route, start: int, after: int, shares: Callable[[Op], bool] =
             near += route.ops[here].inputs
         pending += [n for n in dict.fromkeys(near) if n not in same]
         same.update(near)
-    return any(written(op) & same for op in route.ops[after + 1 :])
+    return same

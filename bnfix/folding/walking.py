@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from bnfix.folding.carrier import Carrier, short
 from bnfix.folding.carriers.moving import SPLITS, Moving
 from bnfix.folding.fold import Fold
-from bnfix.folding.sharing import changed, may_share
+from bnfix.folding.sharing import changed, changed_by_layout, may_share
 from bnfix.registry import plugins
 from bnfix.types import Op, Route
 
@@ -77,6 +77,8 @@ class Walker:
         self._pull(way, source, place[1], _channels(norm), True, frozenset(), frozenset())
         if way.split and self._changed(*place, place[1], back=False):
             raise Refused("its output is changed in place, which PyTorch does not allow for a part of a split")
+        if way.moved and changed_by_layout(self.routes[place[0]], place[1], self._passing(place[0])):
+            raise Refused("its output is changed in place or copied first, by how it lies in memory")
         return list(found.values())
 
     def _pull(
@@ -103,6 +105,7 @@ class Walker:
         if isinstance(pulls, str):
             raise Refused(f"its input comes from {named(op)}: {pulls}")
         path |= {index}
+        way.moved |= isinstance(carrier, Moving)
         reader = index
         if op.target == "getitem":  # one part of a split: those who read the others are somebody else
             reader = op.inputs[0]
@@ -154,10 +157,11 @@ class Walker:
         return isinstance(ahead, Tensor) and not bool((ahead >= 0).any())
 
     def _changed(self, route: int, start: int, after: int, *, back: bool) -> bool:
-        def shares(op: Op) -> bool:  # a planned norm will give what it gets
-            return may_share(op) or (route, op.index) in self.through
+        return changed(self.routes[route], start, after, self._passing(route), back=back)
 
-        return changed(self.routes[route], start, after, shares, back=back)
+    def _passing(self, route: int) -> Callable[[Op], bool]:
+        """Which operations may give the memory that they get; a planned norm will."""
+        return lambda op: may_share(op) or (route, op.index) in self.through
 
     # -------------------------------------------------------------------------------- forward
 
@@ -224,6 +228,7 @@ class _Way:
     route: int
     found: dict[int, Reached]
     split: bool = False
+    moved: bool = False
 
 
 def _channels(norm: Op) -> Tensor:

@@ -337,3 +337,22 @@ def test_dict_outputs() -> None:
     assert len(result.edits) == 1
     assert result.parity is not None
     assert len(result.parity.outputs) == 2
+
+
+class ViewOrCopy(nn.Module):
+    """``flatten`` of a permuted norm's output is a copy; of the permuted linear layer's it would be a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.bn = nn.Linear(3, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.bn(self.lin(x).transpose(1, 2)).permute(0, 2, 1)
+        y.flatten(1)[:, ::2].neg_()
+        return y
+
+
+def test_change_in_place_that_hangs_on_the_layout() -> None:
+    _, result = fold(ViewOrCopy(), (2, 5, 3))
+    assert not result.edits
+    assert "by how it lies in memory" in reasons(result)
