@@ -11,30 +11,53 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from bnfix.api import export, fold, info, load, recalibrate, save, verify
+    from bnfix.api import check, export, fold, info, load, recalibrate, save, verify
     from bnfix.running import Call
-    from bnfix.types import Edit, Export, FileInfo, LayerStats, Parity, Recalibration, Refusal, Residual, Result
+    from bnfix.types import (
+        Diagnosis,
+        Edit,
+        Export,
+        FileInfo,
+        Finding,
+        Fix,
+        LayerStats,
+        Parity,
+        Recalibration,
+        Refusal,
+        Residual,
+        Result,
+        Safety,
+        Skipped,
+    )
 
+_VERBS = ("check", "export", "fold", "info", "load", "recalibrate", "save", "verify")
+_TYPES = (
+    *("Diagnosis", "Edit", "Export", "FileInfo", "Finding", "Fix", "LayerStats", "Parity", "Recalibration", "Refusal"),
+    *("Residual", "Result", "Safety", "Skipped"),
+)
 _HOMES = {
-    **dict.fromkeys(("export", "fold", "info", "load", "recalibrate", "save", "verify"), "bnfix.api"),
-    **dict.fromkeys(("Call",), "bnfix.running"),
-    **dict.fromkeys(
-        ("Edit", "Export", "FileInfo", "LayerStats", "Parity", "Recalibration", "Refusal", "Residual", "Result"),
-        "bnfix.types",
-    ),
+    **dict.fromkeys(_VERBS, "bnfix.api"),
+    "Call": "bnfix.running",
+    **dict.fromkeys(_TYPES, "bnfix.types"),
 }
 
 __all__ = [
     "Call",
+    "Diagnosis",
     "Edit",
     "Export",
     "FileInfo",
+    "Finding",
+    "Fix",
     "LayerStats",
     "Parity",
     "Recalibration",
     "Refusal",
     "Residual",
     "Result",
+    "Safety",
+    "Skipped",
+    "check",
     "export",
     "fold",
     "info",

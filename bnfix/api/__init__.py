@@ -2,11 +2,13 @@
 
 from bnfix.api.asked import batches, examples, read_forward
 from bnfix.api.calibrating import recalibrate
+from bnfix.api.checking import check
 from bnfix.api.deploying import export, fold, verify
 from bnfix.api.storing import converted, info, load, open_model, save, update_file
 
 __all__ = [
     "batches",
+    "check",
     "converted",
     "examples",
     "export",

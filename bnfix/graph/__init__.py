@@ -12,6 +12,7 @@ from bnfix.graph.remodule import example_of, from_exported
 from bnfix.graph.replicas import Replicator, replicator
 from bnfix.graph.scripted import from_script
 from bnfix.graph.sources.exported import quiet_export
+from bnfix.graph.states import norm_states
 from bnfix.graph.surgery import Surgeon, all_or_nothing, as_parameter, placeholder
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "from_script",
     "gather",
     "no_footprints",
+    "norm_states",
     "placeholder",
     "quiet_export",
     "replay",
