@@ -32,6 +32,9 @@ _NAMES: Mapping[Any, tuple[str, ...]] = {
 }
 """Functions that normalise with running statistics, and the names of their arguments by position."""
 
+_PLAIN = frozenset({F.batch_norm, torch.batch_norm, torch.native_batch_norm})
+"""Those that are called from Python without an operator object in between."""
+
 _READS = frozenset(
     {
         Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__bool__, Tensor.__int__, Tensor.__float__,
@@ -47,10 +50,11 @@ Stats = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Seen:
-    """One call of a norm in a forward: its input (R, C, *positions)."""
+    """One call of a norm in a forward: its input (R, C, *positions). ``bound``: by an operator that C++ runs."""
 
     norm: Norm
     x: Tensor
+    bound: bool = False
 
 
 Normaliser = Callable[[Seen], "Stats | None"]
@@ -79,7 +83,8 @@ class Listener(TorchFunctionMode):
         if failed is not None and failed is not error:
             raise failed
 
-    def _asked(self, seen: Seen) -> Stats | None:
+    def heard(self, seen: Seen) -> Stats | None:
+        """What to normalise with."""
         if self._failed is not None:  # swallowed: let the forward come to its end
             return None
         try:
@@ -119,7 +124,7 @@ class Listener(TorchFunctionMode):
         if norm is None:
             self.norms.odd.add(f"{tuple(given['input'].shape)}")
         elif not norm.why:
-            found = self._asked(Seen(norm, physical(given["input"])))
+            found = self.heard(Seen(norm, physical(given["input"]), func not in _PLAIN))
             if found is not None:
                 given |= {"running_mean": found[0], "running_var": found[1]}
         if func is F.batch_norm:

@@ -43,7 +43,7 @@ from ranks_common import (
 from ranks_failing import dies
 
 import bnfix
-from bnfix.calibration import ranks, strands
+from bnfix.calibration import patience, ranks
 
 
 @scenario
@@ -176,7 +176,7 @@ def spread(world: int) -> tuple[int, ...]:
 @scenario
 def stuck_on_one(team: Team) -> Met:
     """One rank's chunks wait for one another: a lock held across a norm."""
-    strands.PATIENCE = 0.3
+    patience.PATIENCE = 0.3
     lock = threading.Lock()
     model = net(torch.float64)
 
@@ -225,14 +225,14 @@ def main(rank: int, folder: Path) -> None:
     groups = {world: dist.new_group(list(range(world))) if world < max(WORLDS) else None for world in WORLDS}
     results: dict[tuple[str, int], Met | None] = {}
     log = (folder / f"{rank}.log").open("w")
-    patience = ranks.PATIENCE, strands.PATIENCE
+    usual = ranks.PATIENCE, patience.PATIENCE
     try:
         for name, work in SCENARIOS.items():
             for world in WORLDS:
                 if rank >= world:
                     continue
                 began = time.monotonic()
-                ranks.PATIENCE, strands.PATIENCE = patience
+                ranks.PATIENCE, patience.PATIENCE = usual
                 torch.manual_seed(rank)  # no rank may rely on the others having the same
                 results[name, world] = work(Team(rank, world, groups[world]))
                 working = torch.ones(1)
