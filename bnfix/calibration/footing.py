@@ -9,6 +9,7 @@ instructions of the same functions, with no such call around them, and nothing o
 from __future__ import annotations
 
 import sys
+from functools import cache
 from types import CodeType, FrameType, TracebackType
 from typing import Any
 
@@ -77,13 +78,11 @@ class Footing:
             self.ways.add(way)
 
     def _note(self, _frame: FrameType, event: str, function: Any) -> None:
-        if event == "c_call":
-            self._bound += _is_bound(function)
-        elif event in ("c_return", "c_exception"):
-            self._bound -= _is_bound(function)
+        if event[0] == "c" and event[1] == "_" and _is_record(type(getattr(function, "__self__", None))):
+            self._bound += 1 if event == "c_call" else -1
 
 
-def _is_bound(function: Any) -> bool:
-    """Whether pybind11 made a function: what it is a method of is its record."""
-    name = type(getattr(function, "__self__", None)).__name__
-    return name == "PyCapsule" or name.startswith("pybind11")
+@cache
+def _is_record(kind: type) -> bool:
+    """Whether it is of functions that pybind11 made: what they are methods of is a record of its own."""
+    return kind.__name__ == "PyCapsule" or kind.__name__.startswith("pybind11")

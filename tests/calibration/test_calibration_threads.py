@@ -99,7 +99,7 @@ SWITCHES: dict[str, Context] = {
 def test_a_switch_around_norms(switch: str, parked: str) -> None:
     before = flags()
     report = exact(Inside(SWITCHES[switch]), images(), as_is)
-    of_a_thread = switch in ("autocast", "gradients", "inference", "device")
+    of_a_thread = switch in ("autocast", "gradients", "inference")
     assert report.engine == ("threads" if of_a_thread else parked)
     assert report.replay == 0
     assert {k: v for k, v in flags().items() if v != before[k]} == {}

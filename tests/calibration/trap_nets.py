@@ -113,7 +113,9 @@ def flags() -> dict[str, Any]:
     }
 
 
-def fails(model: nn.Module, data: Iterable[Any], error: type[BaseException] | tuple[type[BaseException], ...], **options: Any) -> str:
+def fails(
+    model: nn.Module, data: Iterable[Any], error: type[BaseException] | tuple[type[BaseException], ...], **options: Any
+) -> str:
     """The message of a recalibration that fails, and leaves everything as it was."""
     before, rest = bits(model), everything(model)
     try:
