@@ -78,11 +78,11 @@ class Footing:
             self.ways.add(way)
 
     def _note(self, _frame: FrameType, event: str, function: Any) -> None:
-        if event[0] == "c" and event[1] == "_" and _is_record(type(getattr(function, "__self__", None))):
+        if event[0] == "c" and event[1] == "_" and _is_record(type(getattr(function, "__self__", None)).__name__):
             self._bound += 1 if event == "c_call" else -1
 
 
 @cache
-def _is_record(kind: type) -> bool:
+def _is_record(kind: str) -> bool:
     """Whether it is of functions that pybind11 made: what they are methods of is a record of its own."""
-    return kind.__name__ == "PyCapsule" or kind.__name__.startswith("pybind11")
+    return kind == "PyCapsule" or kind.startswith("pybind11")
