@@ -52,7 +52,8 @@ class Footing:
     def __init__(self, device: torch.device, listener: Listener) -> None:
         self.ways: set[Way] = set()
         self.sound = sys.getprofile() is None  # somebody else's would be lost
-        self._device, self._bound, self._active = device, 0, False
+        self._device, self._active = device, False
+        self._bound: list[Any] = []
         modes, *others = surroundings(device)
         self._around = (tuple(m for m in modes if m != id(listener)), *others)
 
@@ -78,8 +79,12 @@ class Footing:
             self.ways.add(way)
 
     def _note(self, _frame: FrameType, event: str, function: Any) -> None:
-        if event[0] == "c" and event[1] == "_" and _is_record(type(getattr(function, "__self__", None)).__name__):
-            self._bound += 1 if event == "c_call" else -1
+        if event[:2] != "c_" or not _is_record(type(getattr(function, "__self__", None)).__name__):
+            return
+        if event == "c_call":
+            self._bound.append(function)
+        elif self._bound and self._bound[-1] is function:  # Python 3.12 tells of some returns twice
+            self._bound.pop()
 
 
 @cache

@@ -180,6 +180,7 @@ def _difference(whole: _Trip, parts: Sequence[_Trip], norms: Norms) -> str:
     """Where the samples behave differently together and alone; empty where they nowhere do."""
     if any(tuple(p.sums) != tuple(whole.sums) for p in parts):
         return "samples go other ways together than alone"
+    coarse = norms.half or norms_device(norms).type != "cpu"  # TF32, and a choice of kernels by the batch size
     for place, together in whole.sums.items():
         apart = [p.sums[place] for p in parts]
         n = [_count(s) for s in (together, *apart)]
@@ -193,7 +194,7 @@ def _difference(whole: _Trip, parts: Sequence[_Trip], norms: Norms) -> str:
         if not bool(torch.isfinite(scale).all()):
             continue  # the run itself names the batch
         worst = torch.maximum(ds.abs() / n[0] / scale.sqrt(), dq.abs() / n[0] / scale).max().item() if n[0] else 0.0
-        if worst > SEPARABLE.get(together.s.dtype, 1e-3) * (30 if norms.half else 1):
+        if worst > SEPARABLE.get(together.s.dtype, 1e-3) * (30 if coarse else 1):
             return f"samples are mixed within a batch before {path}"
     return ""
 
