@@ -4,7 +4,7 @@ from bnfix.api.asked import batches, examples, read_forward
 from bnfix.api.calibrating import recalibrate
 from bnfix.api.checking import check
 from bnfix.api.deploying import export, fold, verify
-from bnfix.api.sharing_verbs import joint
+from bnfix.api.sharing_verbs import joint, unshare
 from bnfix.api.storing import converted, info, load, open_model, save, update_file
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "read_forward",
     "recalibrate",
     "save",
+    "unshare",
     "update_file",
     "verify",
 ]

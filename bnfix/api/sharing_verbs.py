@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from bnfix.api.asked import Progress, check_model, read_calls, silent
+
 if TYPE_CHECKING:
+    from torch import nn
+
+    from bnfix.running.call import Forward
     from bnfix.sharing import Joint, Split
+    from bnfix.types import Result
 
 
 def joint(net: Callable[..., Any], *, split: Split | None = None) -> Joint:
@@ -41,3 +47,94 @@ def joint(net: Callable[..., Any], *, split: Split | None = None) -> Joint:
     if not callable(net):
         raise TypeError(f"joint(net) takes a module or another callable, not {type(net).__name__}")
     return Joint(net, split)
+
+
+def unshare(
+    model: nn.Module,
+    example: Any = None,
+    sites: str | Iterable[str] | None = None,
+    share_affine: bool = False,
+    *,
+    data: Iterable[Any] | None = None,
+    forward: Forward | None = None,
+    inplace: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Give each call site of a shared norm a norm of its own: returns a changed copy, ``model`` stays as it is.
+
+    A norm under several names becomes one module under each. One that is called k times in a forward becomes k norms
+    in its place (``bn.0``, ``bn.1`` …), of which each call gets its own by its number; so do buffers that a forward
+    hands to ``F.batch_norm`` several times. Everything else stays shared: only norms are taken apart. All get the
+    statistics and weights that the shared one had, and the outputs in evaluation mode are the same to the bit; that is
+    seen to before this returns, and what changes them stays as it is, with the reason. Afterwards
+    ``bnfix.recalibrate`` gives each the statistics of its own inputs.
+
+    Calls are told apart by their number within one forward of the model. A forward with another number of them raises
+    ``RuntimeError``, as does a call of such a norm outside of one: nothing is reused in silence.
+
+    Args:
+        model: in any mode. The calls have to be made by its own forward: of a network that training code calls three
+            times a step, pass a module whose forward makes the three calls.
+        example: what the model is called with, as for :func:`bnfix.fold`; a list of these for several signatures. None:
+            the first batch of ``data``, else deduced from the layers.
+        sites: which norms: module paths, of norms or of modules around them. Default: all that are shared.
+        share_affine: all norms in place of one use its ``weight`` and ``bias``; else each gets a copy, the first keeps
+            the parameters themselves.
+        data: what a training loop would iterate over.
+        forward: ``forward(model, batch)`` where the model isn't simply called with the batch; it has to call it once.
+        inplace: change ``model`` itself, all or nothing, after everything was proven on a copy. An optimizer does not
+            know the new weights then.
+        dry_run: plan and proof only; ``Result.model`` is None.
+        progress: called with a line before each step.
+
+    Returns:
+        ``edits`` name the norms and, as ``gains``, the entries of the ``state_dict`` that are new; ``refusals`` the
+        shared norms that stay. ``recipe`` goes with a saved ``state_dict``, so that ``bnfix.load`` can read it again.
+
+    Raises:
+        PassError: the forward fails on the example.
+        TraceError: the model can't be copied, or does not do the same twice.
+        ValueError: ``sites`` names what is no norm.
+    """
+    from bnfix import sharing
+    from bnfix.graph import no_footprints, take_apart, unwrap
+    from bnfix.running import preserved
+    from bnfix.types import Result
+
+    say = progress or silent
+    check_model(model)
+    model, notes = unwrap(model)
+    calls, assumed = read_calls(model, example, data, forward)
+    with preserved(model), no_footprints(model, *(c.forward for c in calls)):
+        found = sharing.unshare(model, calls, sites, share_affine=share_affine, say=say)
+    if inplace and not dry_run:
+        take_apart(model, found.steps, share_affine=share_affine)
+    signatures = tuple(dict.fromkeys(c.signature for c in calls))
+    return Result(
+        model=None if dry_run else model if inplace else found.model,
+        edits=found.edits,
+        refusals=found.refusals,
+        source="observed",
+        signatures=signatures,
+        notes=(*notes, *assumed, *found.notes, *_said(found, signatures, inplace=inplace, share_affine=share_affine)),
+        recipe={"version": 2, "edits": [], "unshared": [found.recipe(share_affine)]} if found.steps else {},
+        dry_run=dry_run,
+        verb="unshare",
+    )
+
+
+def _said(found: Any, signatures: tuple[str, ...], *, inplace: bool, share_affine: bool) -> tuple[str, ...]:
+    """What a reader has to know of the result besides."""
+    if not found.edits and not found.refusals:
+        return (
+            "no norm is called more than once in one forward, or has several names. Where training code calls the "
+            "model several times a step, put these calls into the forward of one module, and un-share that",
+        )
+    if not found.edits:
+        return ()
+    notes = [f"calls counted and outputs compared on {', '.join(signatures)}: another number of calls is an error"]
+    if inplace and not share_affine:
+        notes.append("an optimizer made before knows the weights of the first call alone: give it the others as well")
+    notes.append("each norm has the statistics of all: recalibrate them on data now, for each to get its own")
+    return tuple(notes)

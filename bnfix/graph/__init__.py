@@ -6,6 +6,7 @@ from bnfix.graph.copies import copy_model, unwrap
 from bnfix.graph.facts import Binding, gather
 from bnfix.graph.footprints import no_footprints
 from bnfix.graph.owners import Slot, find_owners
+from bnfix.graph.per_call import FunctionalNorm, NormPerCall
 from bnfix.graph.recipe import replay
 from bnfix.graph.reexport import drawn_example, exported, to_exported
 from bnfix.graph.remodule import example_of, from_exported
@@ -14,11 +15,14 @@ from bnfix.graph.scripted import from_script
 from bnfix.graph.sources.exported import quiet_export
 from bnfix.graph.states import norm_states
 from bnfix.graph.surgery import Surgeon, all_or_nothing, as_parameter, placeholder
+from bnfix.graph.unsharing import take_apart
 
 __all__ = [
     "Baked",
     "Binding",
     "ChannelAffine",
+    "FunctionalNorm",
+    "NormPerCall",
     "Replicator",
     "Slot",
     "Surgeon",
@@ -40,6 +44,7 @@ __all__ = [
     "quiet_export",
     "replay",
     "replicator",
+    "take_apart",
     "to_exported",
     "transfer",
     "unwrap",

@@ -97,7 +97,7 @@ class Result(Value):
 
     ``model`` is None after a dry run, and an exported program where one was given. ``signatures`` are the inputs the
     facts and the proof hold for.
-    ``recipe`` is what a saved state_dict carries so that it can be loaded again.
+    ``recipe`` is what a saved state_dict carries so that it can be loaded again. ``verb`` is the name of the repair.
     """
 
     model: torch.nn.Module | None = field(metadata=NOT_IN_JSON, repr=False)
@@ -109,6 +109,7 @@ class Result(Value):
     notes: tuple[str, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     dry_run: bool = False
+    verb: str = "fold"
 
     @property
     def norms(self) -> int:
