@@ -5,6 +5,15 @@ from bnfix.graph.channel_affine import ChannelAffine, affine_in_place_of
 from bnfix.graph.copies import copy_model, unwrap
 from bnfix.graph.facts import Binding, gather
 from bnfix.graph.footprints import no_footprints
+from bnfix.graph.norm_layers import (
+    FrozenBatchNorm,
+    build_norm,
+    describe_norm,
+    inner_name,
+    norm_modules,
+    stand_in,
+    type_of,
+)
 from bnfix.graph.owners import Slot, find_owners
 from bnfix.graph.per_call import FunctionalNorm, NormPerCall
 from bnfix.graph.recipe import replay
@@ -21,6 +30,7 @@ __all__ = [
     "Baked",
     "Binding",
     "ChannelAffine",
+    "FrozenBatchNorm",
     "FunctionalNorm",
     "NormPerCall",
     "Replicator",
@@ -30,7 +40,9 @@ __all__ = [
     "all_or_nothing",
     "as_parameter",
     "bake",
+    "build_norm",
     "copy_model",
+    "describe_norm",
     "drawn_example",
     "example_of",
     "exported",
@@ -38,14 +50,21 @@ __all__ = [
     "from_exported",
     "from_script",
     "gather",
+    "inner_name",
     "no_footprints",
+    "norm_modules",
     "norm_states",
     "placeholder",
     "quiet_export",
     "replay",
     "replicator",
+<<<<<<< HEAD
     "take_apart",
+=======
+    "stand_in",
+>>>>>>> 85018b2 (Recipes hold norms that stand where others stood, and repairs one after the other: a swapped state_dict can be loaded again)
     "to_exported",
     "transfer",
+    "type_of",
     "unwrap",
 ]
