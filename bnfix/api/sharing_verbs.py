@@ -109,7 +109,7 @@ def unshare(
     with preserved(model), no_footprints(model, *(c.forward for c in calls)):
         found = sharing.unshare(model, calls, sites, share_affine=share_affine, say=say)
     if inplace and not dry_run:
-        take_apart(model, found.steps, share_affine=share_affine)
+        take_apart(model, found.steps)
     signatures = tuple(dict.fromkeys(c.signature for c in calls))
     return Result(
         model=None if dry_run else model if inplace else found.model,
@@ -117,14 +117,14 @@ def unshare(
         refusals=found.refusals,
         source="observed",
         signatures=signatures,
-        notes=(*notes, *assumed, *found.notes, *_said(found, signatures, inplace=inplace, share_affine=share_affine)),
-        recipe={"version": 2, "edits": [], "unshared": [found.recipe(share_affine)]} if found.steps else {},
+        notes=(*notes, *assumed, *found.notes, *_said(found, inplace=inplace, share_affine=share_affine)),
+        recipe=found.recipe,
         dry_run=dry_run,
         verb="unshare",
     )
 
 
-def _said(found: Any, signatures: tuple[str, ...], *, inplace: bool, share_affine: bool) -> tuple[str, ...]:
+def _said(found: Any, *, inplace: bool, share_affine: bool) -> tuple[str, ...]:
     """What a reader has to know of the result besides."""
     if not found.edits and not found.refusals:
         return (
@@ -133,7 +133,9 @@ def _said(found: Any, signatures: tuple[str, ...], *, inplace: bool, share_affin
         )
     if not found.edits:
         return ()
-    notes = [f"calls counted and outputs compared on {', '.join(signatures)}: another number of calls is an error"]
+    by_call = any(step["how"] in ("calls", "function") for step in found.steps)
+    notes = ["which call is which is told by its number in one forward: another number of calls is an error"]
+    notes = notes if by_call else []
     if inplace and not share_affine:
         notes.append("an optimizer made before knows the weights of the first call alone: give it the others as well")
     notes.append("each norm has the statistics of all: recalibrate them on data now, for each to get its own")

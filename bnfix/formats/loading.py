@@ -111,10 +111,12 @@ def _needs_arch(info: FileInfo) -> LoadError:
 
 def _recipe_notes(recipe: Mapping[str, Any]) -> list[str]:
     edits = [e for stage in recipes.stages(recipe) for e in stage["edits"]]
-    gone = sum("to" not in e for e in edits)
+    gone = sum("to" not in e and "unshare" not in e for e in edits)
+    apart = sum("unshare" in e for e in edits)
     others = Counter(str(e["to"].get("class")) for e in edits if "to" in e)
     are = "is a placeholder" if gone == 1 else "are placeholders"
-    notes = [f"folded by bnfix: {_count(gone, 'norm')} {are}, as its recipe says"] if gone else []
+    notes = [f"un-shared by bnfix: {_count(apart, 'norm')}, as its recipe says"] if apart else []
+    notes += [f"folded by bnfix: {_count(gone, 'norm')} {are}, as its recipe says"] if gone else []
     for name, n in others.items():
         notes.append(f"swapped by bnfix: {_count(n, 'norm')} {'is' if n == 1 else 'are'} {name}, as its recipe says")
     return notes

@@ -50,10 +50,10 @@ def stages(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def told(recipe: Mapping[str, Any]) -> str:
-    """What was done to the norms, for a reader: ``5 norms folded, 2 norms swapped by bnfix``."""
+    """What was done to the norms, for a reader: ``1 norm un-shared, 5 norms folded by bnfix``."""
     edits = [e for stage in stages(recipe) for e in stage["edits"]]
-    swapped = sum("to" in e for e in edits)
-    done = ((len(edits) - swapped, "folded"), (swapped, "swapped"))
+    swapped, apart = sum("to" in e for e in edits), sum("unshare" in e for e in edits)
+    done = ((apart, "un-shared"), (len(edits) - swapped - apart, "folded"), (swapped, "swapped"))
     return ", ".join(f"{n} norm{'s' if n != 1 else ''} {what}" for n, what in done if n) + " by bnfix"
 
 
@@ -97,9 +97,21 @@ def _well_formed(edits: Any) -> bool:
         and _strings(e.get("keep", []))
         and _count(e.get("affine", 1))
         and ("to" not in e or (isinstance(e["to"], dict) and isinstance(e["to"].get("args"), dict)))
+        and ("unshare" not in e or _step(e["unshare"]))
         and isinstance(e.get("into"), list)
         and all(_well_formed_target(t) for t in e["into"])
         for e in edits
+    )
+
+
+def _step(step: Any) -> bool:
+    """How a shared norm was taken apart; what is at its sites is seen when it is done again."""
+    return (
+        isinstance(step, dict)
+        and isinstance(step.get("how"), str)
+        and (_strings(step.get("sites")) if step["how"] in ("names", "buffers") else isinstance(step.get("site"), str))
+        and all(isinstance(step.get(k), (str, type(None))) for k in ("mean", "var", "weight", "bias"))
+        and isinstance(step.get("share_affine", False), bool)
     )
 
 
@@ -142,7 +154,8 @@ def replay(model: nn.Module, recipe: Mapping[str, Any], where: str) -> nn.Module
         return replay_in_graph(model, recipe)
     except (KeyError, AttributeError, ValueError, TypeError, TraceError) as error:
         name = error.args[0] if error.args else ""
-        done = "swapped in" if any("to" in e for e in recipe["edits"]) else "folded from"
+        kinds = {k for e in recipe["edits"] for k in ("to", "unshare") if k in e}
+        done = "swapped in" if "to" in kinds else "un-shared in" if kinds else "folded from"
         raise LoadError(
             f"{where} was {done} another model: --arch does not fit ({name})",
             hint=f"give the architecture that the weights were {done}, with the same --arch-kw",

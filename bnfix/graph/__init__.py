@@ -58,11 +58,8 @@ __all__ = [
     "quiet_export",
     "replay",
     "replicator",
-<<<<<<< HEAD
-    "take_apart",
-=======
     "stand_in",
->>>>>>> 85018b2 (Recipes hold norms that stand where others stood, and repairs one after the other: a swapped state_dict can be loaded again)
+    "take_apart",
     "to_exported",
     "transfer",
     "type_of",

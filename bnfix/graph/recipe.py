@@ -13,14 +13,15 @@ from bnfix.graph.norm_layers import build_norm, stand_in, type_of
 from bnfix.graph.owners import Slot, find_owners
 from bnfix.graph.plain_layers import rebuild
 from bnfix.graph.surgery import Surgeon, all_or_nothing, placeholder
+from bnfix.graph.unsharing import take_apart
 
 
 def replay(model: nn.Module, recipe: Mapping[str, Any]) -> nn.Module:
     """Bring ``model``, freshly built, into the form that a repaired state_dict fits. In place, all or nothing.
 
-    Layers that computed their weight become plain ones, norms become placeholders, affines or other norms, layers that
-    gained a bias get one of zeros; the numbers come from the state_dict that is loaded afterwards. What a recipe was
-    made ``before``, on a model that had been repaired already, is replayed first.
+    Shared norms become several, layers that computed their weight plain ones, norms become placeholders, affines or
+    other norms, layers that gained a bias get one of zeros; the numbers come from the state_dict that is loaded
+    afterwards. What a recipe was made ``before``, on a model that had been repaired already, is replayed first.
 
     Returns:
         ``model``, or what stands for it where it was itself a norm.
@@ -32,10 +33,12 @@ def replay(model: nn.Module, recipe: Mapping[str, Any]) -> nn.Module:
     before = recipe.get("before")
     if before is not None:
         model = replay(model, before)
+    edits = recipe.get("edits", ())
+    take_apart(model, [edit["unshare"] for edit in edits if "unshare" in edit])
     rebuild(model, recipe.get("baked", ()))
     owners = find_owners(model)
     with all_or_nothing(Surgeon()) as surgeon:
-        for edit in recipe.get("edits", ()):
+        for edit in (e for e in edits if "unshare" not in e):
             norm = owners.module_at(edit["norm"][0])
             if norm is None:
                 raise KeyError(edit["norm"][0])

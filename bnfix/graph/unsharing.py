@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from bnfix.graph.facts import _is_norm
+from bnfix.graph.norm_layers import norm_modules
 from bnfix.graph.owners import Owners, Slot, find_owners
 from bnfix.graph.per_call import BeginForward, EndForward, FunctionalNorm, NormPerCall, StatisticsOfCall
 from bnfix.graph.surgery import Surgeon, all_or_nothing
@@ -20,17 +19,12 @@ STATE = ("running_mean", "running_var", "num_batches_tracked")
 AFFINE = ("weight", "bias")
 
 
-def norm_modules(owners: Owners) -> list[nn.Module]:
-    """The modules of a model that own running statistics, or are of a class that would."""
-    return [m for m in owners.modules.values() if isinstance(m, _NormBase) or _is_norm(m)]
-
-
 def own_slots(owners: Owners, module: nn.Module) -> list[Slot]:
     """The places of a module, each once: one that is inside a module with two names is one place with two names."""
     return list({(id(s.container), s.key): s for s in owners.module_slots[id(module)]}.values())
 
 
-def take_apart(model: nn.Module, steps: Sequence[Mapping[str, Any]], *, share_affine: bool) -> None:
+def take_apart(model: nn.Module, steps: Sequence[Mapping[str, Any]]) -> None:
     """Take norms of ``model`` apart as ``steps`` say: in place, all or nothing.
 
     A step is one of::
@@ -41,6 +35,8 @@ def take_apart(model: nn.Module, steps: Sequence[Mapping[str, Any]], *, share_af
         {"how": "function", "site": path, "mean": attribute, "var": attribute, "weight": attribute or None,
          "bias": attribute or None, "calls": k}                 buffers handed to F.batch_norm k times in a forward
 
+    and with ``"share_affine": True`` all norms in place of one have the same weight and bias, else copies of them.
+
     Raises:
         KeyError: ``model`` has nothing of such a name.
         ValueError: what is there is no norm; numbers that make no sense.
@@ -50,6 +46,7 @@ def take_apart(model: nn.Module, steps: Sequence[Mapping[str, Any]], *, share_af
     with all_or_nothing(Surgeon()) as surgeon, _withdrawn_on_failure() as handles:
         for step in steps:
             owners = find_owners(model)  # anew: a step changes what the next one finds
+            share_affine = bool(step.get("share_affine"))
             if step["how"] == "names":
                 _by_name(owners, surgeon, step["sites"], share_affine)
             elif step["how"] == "buffers":
@@ -83,7 +80,7 @@ def _module(owners: Owners, path: str) -> nn.Module:
 
 def _norm(owners: Owners, path: str) -> nn.Module:
     found = _module(owners, path)
-    if not (isinstance(found, _NormBase) or _is_norm(found)):
+    if not any(found is norm for norm in norm_modules(owners)):
         raise ValueError(f"{path} is a {type(found).__name__}, no norm")
     return found
 

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
-from bnfix.graph import find_owners
+from bnfix.graph import describe_norm, find_owners, norm_modules
 from bnfix.graph.owners import Owners
-from bnfix.graph.unsharing import AFFINE, STATE, norm_modules, own_slots, per_call_name
+from bnfix.graph.unsharing import AFFINE, STATE, own_slots, per_call_name
 from bnfix.sharing.sites import Forward, Function
 from bnfix.types import CallSite, Refusal
 
@@ -46,9 +46,13 @@ class Plan:
 
 
 class Wanted:
-    """The norms that were asked for: by their paths, or those of modules around them; all where nothing was said."""
+    """The norms that were asked for: by their paths, or those of modules around them; all where nothing was said.
 
-    def __init__(self, sites: str | Iterable[str] | None) -> None:
+    ``share_affine``: whether those in place of one are to have the same weights.
+    """
+
+    def __init__(self, sites: str | Iterable[str] | None, *, share_affine: bool = False) -> None:
+        self.share_affine = share_affine
         given = [sites] if isinstance(sites, str) else list(sites) if sites is not None else None
         if given is not None and not all(isinstance(s, str) for s in given):
             raise TypeError("sites are module paths, such as 'encoder.bn1'")
@@ -85,9 +89,9 @@ def by_name(model: nn.Module, wanted: Wanted) -> list[Planned]:
     for group in by_mean.values():
         sites = [owners.paths(n)[0] for n in group]
         if len(group) > 1 and wanted.has(p for n in group for p in owners.paths(n)):
-            step = {"how": "buffers", "sites": sites}
+            step = {"how": "buffers", "sites": sites, "share_affine": wanted.share_affine}
             after = f"statistics of its own for each of {', '.join(sites)}"
-            planned.append(Planned(step, sites[0], summary(group[0]), after, tuple(sites)))
+            planned.append(Planned(step, sites[0], describe_norm(group[0]), after, tuple(sites)))
     for norm in norm_modules(owners):
         slots = own_slots(owners, norm)
         if len(slots) < 2 or not all(s.registered for s in slots) or not wanted.has(owners.paths(norm)):
@@ -96,7 +100,8 @@ def by_name(model: nn.Module, wanted: Wanted) -> list[Planned]:
             continue  # by_call says why
         sites = [s.path for s in slots]
         after = f"a norm of its own under each name: {', '.join(sites)}"
-        planned.append(Planned({"how": "names", "sites": sites}, sites[0], summary(norm), after, tuple(sites)))
+        step = {"how": "names", "sites": sites, "share_affine": wanted.share_affine}
+        planned.append(Planned(step, sites[0], describe_norm(norm), after, tuple(sites)))
     return planned
 
 
@@ -118,17 +123,16 @@ def by_call(model: nn.Module, seen: Sequence[Forward], wanted: Wanted, done: Ite
         if reason is None:
             single += 1
             if wanted.sites is not None and path not in done:
-                refusals.append(Refusal(path, "it is called once in a forward, not shared", before=summary(norm)))
+                refusals.append(Refusal(path, "it is called once in a forward, not shared", before=describe_norm(norm)))
             continue
         reason = reason or _unfit(owners, norm, path, functions)
         calls = max(counts.values())
         if reason:
-            refusals.append(Refusal(path, reason, _sites(path, calls), before=summary(norm)))
+            refusals.append(Refusal(path, reason, _sites(path, calls), before=describe_norm(norm)))
             continue
         after = f"{calls} norms, one for each call: {path}.0 … {path}.{calls - 1}"
-        planned.append(
-            Planned({"how": "calls", "site": path, "calls": calls}, path, summary(norm), after, _sites(path, calls))
-        )
+        step = {"how": "calls", "site": path, "calls": calls, "share_affine": wanted.share_affine}
+        planned.append(Planned(step, path, describe_norm(norm), after, _sites(path, calls)))
     for mean, uses in functions.items():
         if uses[0].inside in whole or not wanted.has([mean, mean.rpartition(".")[0]]):
             continue
@@ -138,11 +142,12 @@ def by_call(model: nn.Module, seen: Sequence[Forward], wanted: Wanted, done: Ite
             single += 1
             continue
         calls = max(counts.values())
-        step = reason or _function_step(owners, uses, calls)
-        if isinstance(step, str):
-            refusals.append(Refusal(mean, step, _sites(mean, calls), before="F.batch_norm"))
+        found = reason or _function_step(owners, uses, calls)
+        if isinstance(found, str):
+            refusals.append(Refusal(mean, found, _sites(mean, calls), before="F.batch_norm"))
             continue
-        place = ".".join(filter(None, (step["site"], per_call_name(step["mean"]))))
+        step = {**found, "share_affine": wanted.share_affine}
+        place = f"{found['site']}.{per_call_name(found['mean'])}".lstrip(".")
         after = f"statistics for each of {calls} calls: {place}.0 … {place}.{calls - 1}"
         planned.append(Planned(step, mean, "F.batch_norm", after, _sites(mean, calls)))
     return Plan(tuple(planned), tuple(refusals), single)
@@ -153,16 +158,6 @@ def names_of_norms(model: nn.Module, seen: Sequence[Forward]) -> list[tuple[str,
     owners = find_owners(model)
     found = [owners.paths(n) for n in norm_modules(owners)]
     return [*found, *((mean, mean.rpartition(".")[0]) for mean in _grouped(seen))]
-
-
-def summary(norm: nn.Module) -> str:
-    """A norm for a reader: ``BatchNorm2d(64, eps=1e-05)``."""
-    channels = getattr(norm, "num_features", None)
-    mean = norm._buffers.get("running_mean")
-    channels = mean.numel() if channels is None and mean is not None else channels
-    eps = getattr(norm, "eps", None)
-    said = [str(channels)] + ([f"eps={eps:g}"] if isinstance(eps, float) else [])
-    return f"{type(norm).__name__}({', '.join(said)})"
 
 
 def _counted(counts: Mapping[str, int], outside: bool, seen: Sequence[Forward]) -> str | None:

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bnfix.errors import PassError, one_line
-from bnfix.graph import copy_model, find_owners
+from bnfix.graph import copy_model, find_owners, norm_modules
 from bnfix.graph.owners import Owners
 from bnfix.graph.per_call import arguments_of
-from bnfix.graph.unsharing import norm_modules
 from bnfix.running import FAILURES, Call
 
 

@@ -13,7 +13,7 @@ from bnfix.errors import BnfixError, PassError, TraceError, one_line
 from bnfix.graph import copy_model
 from bnfix.graph.unsharing import take_apart
 from bnfix.running import FAILURES, Call
-from bnfix.sharing.planning import Plan, Planned, Wanted, by_call, by_name, names_of_norms
+from bnfix.sharing.planning import Plan, Planned, Step, Wanted, by_call, by_name, names_of_norms
 from bnfix.sharing.sites import forwards
 from bnfix.types import Edit, Refusal
 
@@ -27,13 +27,18 @@ class Unshared:
     model: nn.Module
     edits: tuple[Edit, ...] = ()
     refusals: tuple[Refusal, ...] = ()
-    steps: tuple[Any, ...] = ()
+    steps: tuple[Step, ...] = ()
     single: int = 0
     notes: tuple[str, ...] = field(default=())
 
-    def recipe(self, share_affine: bool) -> dict[str, Any]:
+    @property
+    def recipe(self) -> dict[str, Any]:
         """What brings a freshly built model into the same form."""
-        return {"share_affine": share_affine, "steps": [dict(step) for step in self.steps]}
+        edits = [
+            {"norm": list(step.get("sites") or [step["site"]]), "into": [], "unshare": dict(step)}
+            for step in self.steps
+        ]
+        return {"version": 2, "edits": edits} if edits else {}
 
 
 def unshare(
@@ -48,12 +53,12 @@ def unshare(
         TraceError: the model can't be copied, or does not do the same twice.
         ValueError: ``sites`` names what is no norm.
     """
-    wanted = Wanted(sites)
+    wanted = Wanted(sites, share_affine=share_affine)
     say("counting the calls of each norm")
     seen, notes = forwards(model, calls)
     wanted.check(names_of_norms(model, seen))
     named = by_name(model, wanted)
-    proof = _Proof(model, calls, share_affine, say)
+    proof = _Proof(model, calls, say)
     kept, refusals = proof.largest(named)
     if kept:
         separate = proof.carried_out(kept)
@@ -66,7 +71,7 @@ def unshare(
     copy = proof.carried_out(kept)
     return Unshared(
         model=copy,
-        edits=_edits(model, kept, share_affine),
+        edits=_edits(model, kept),
         refusals=_in_order(plan, (*refusals, *plan.refusals, *thrown_out)),
         steps=tuple(p.step for p in kept),
         single=plan.single,
@@ -77,14 +82,14 @@ def unshare(
 class _Proof:
     """Carries steps out on copies and holds their outputs against those of the model, bit by bit."""
 
-    def __init__(self, model: nn.Module, calls: Sequence[Call], share_affine: bool, say: Say) -> None:
-        self.model, self.calls, self.share_affine, self.say = model, calls, share_affine, say
+    def __init__(self, model: nn.Module, calls: Sequence[Call], say: Say) -> None:
+        self.model, self.calls, self.say = model, calls, say
         self._expected: list[list[Tensor]] | None = None
 
     def carried_out(self, planned: Sequence[Planned]) -> nn.Module:
         """A copy of the model in which this is done."""
         copy, _ = copy_model(self.model)
-        take_apart(copy, [p.step for p in planned], share_affine=self.share_affine)
+        take_apart(copy, [p.step for p in planned])
         return copy
 
     def largest(
@@ -155,17 +160,17 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return bool(torch.equal(flat[0], flat[1]))
 
 
-def _edits(model: nn.Module, planned: Sequence[Planned], share_affine: bool) -> tuple[Edit, ...]:
-    """What was done, each with the entries of the state_dict that are new by it."""
+def _edits(model: nn.Module, planned: Sequence[Planned]) -> tuple[Edit, ...]:
+    """What was done, each with the entries of the state_dict that came and went with it."""
     copy, _ = copy_model(model)
     edits = []
-    known = set(copy.state_dict())
+    known = list(copy.state_dict())
     for one in planned:
-        take_apart(copy, [one.step], share_affine=share_affine)
+        take_apart(copy, [one.step])
         now = list(copy.state_dict())
-        gains = tuple(key for key in now if key not in known)
-        known = set(now)
-        edits.append(Edit("unshare", one.site, one.before, one.after, one.calls, gains=gains))
+        gains, loses = (tuple(k for k in a if k not in set(b)) for a, b in ((now, known), (known, now)))
+        known = now
+        edits.append(Edit("unshare", one.site, one.before, one.after, one.calls, gains=gains, loses=loses))
     return tuple(edits)
 
 
