@@ -49,6 +49,13 @@ def stages(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [*(stages(before) if before is not None else ()), recipe]
 
 
+def has_folds(recipe: Mapping[str, Any] | None) -> bool:
+    """Whether norms are gone by it, into other layers or affines."""
+    return any(
+        "to" not in e and "unshare" not in e for stage in stages(recipe or {"edits": ()}) for e in stage["edits"]
+    )
+
+
 def told(recipe: Mapping[str, Any]) -> str:
     """What was done to the norms, for a reader: ``1 norm un-shared, 5 norms folded by bnfix``."""
     edits = [e for stage in stages(recipe) for e in stage["edits"]]

@@ -74,7 +74,7 @@ class Wanted:
         for site in self.sites or ():
             if not any(Wanted(site).has(paths) for paths in known):
                 some = ", ".join(paths[0] for paths in known[:5])
-                raise ValueError(f"sites: there is no norm at {site!r}; there is {some or 'none in this model'}")
+                raise ValueError(f"there is no norm at {site!r} to un-share; there is {some or 'none in this model'}")
 
 
 def by_name(model: nn.Module, wanted: Wanted) -> list[Planned]:
@@ -156,8 +156,10 @@ def by_call(model: nn.Module, seen: Sequence[Forward], wanted: Wanted, done: Ite
 def names_of_norms(model: nn.Module, seen: Sequence[Forward]) -> list[tuple[str, ...]]:
     """Every name that a norm of ``model`` can be asked for by."""
     owners = find_owners(model)
-    found = [owners.paths(n) for n in norm_modules(owners)]
-    return [*found, *((mean, mean.rpartition(".")[0]) for mean in _grouped(seen))]
+    modules = norm_modules(owners)
+    known = {p for n in modules for t in [n._buffers.get("running_mean")] if t is not None for p in owners.paths(t)}
+    loose = [(mean, mean.rpartition(".")[0]) for mean in _grouped(seen) if mean not in known]
+    return [*(owners.paths(n) for n in modules), *loose]
 
 
 def _counted(counts: Mapping[str, int], outside: bool, seen: Sequence[Forward]) -> str | None:

@@ -114,7 +114,9 @@ class _Proof:
 
     def _failure(self, planned: Sequence[Planned]) -> str | None:
         """None where the outputs of all calls are what they were, to the bit."""
-        self.say(f"comparing outputs to the bit, {len(planned)} norms taken apart")
+        self.say(
+            f"comparing outputs to the bit, {'one norm' if len(planned) == 1 else f'{len(planned)} norms'} taken apart"
+        )
         try:
             copy = self.carried_out(planned)
             found = [_outputs(copy, call) for call in self.calls]
