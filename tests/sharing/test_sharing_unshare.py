@@ -1,0 +1,435 @@
+"""unshare: each call has its own norm, and nothing else is another."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import InAutocast, NormOnTwoConvs, bits, lived_in, same_bits
+from shared_nets import (
+    IMAGE,
+    IMAGES,
+    Encoder,
+    Frozen,
+    Functional,
+    NameAndList,
+    OwnNorm,
+    PyramidHead,
+    TiedBuffers,
+    Triplet,
+    Twice,
+    TwoNames,
+    WithPReLU,
+    tensors,
+    triplet,
+)
+from torch import Tensor, nn
+
+import bnfix
+from bnfix.graph import NormPerCall
+
+MODELS: dict[str, Any] = {
+    "siamese": (Triplet, IMAGES, 6),
+    "pyramid": (PyramidHead, IMAGE, 4),
+    "two names": (TwoNames, IMAGE, 2),
+    "name and list": (NameAndList, IMAGE, 2),
+    "tied buffers": (TiedBuffers, IMAGE, 2),
+    "function": (Functional, IMAGE, 2),
+    "native function": (lambda: Functional(3, native=True), IMAGE, 3),
+    "own norm": (lambda: Twice(OwnNorm()), IMAGE, 2),
+    "frozen": (lambda: Twice(Frozen()), IMAGE, 2),
+    "with activation": (lambda: Twice(WithPReLU(3)), IMAGE, 2),
+    "instance norm": (lambda: Twice(nn.InstanceNorm2d(3, track_running_stats=True)), IMAGE, 2),
+    "sequential": (lambda: nn.Sequential(*[nn.BatchNorm2d(3), nn.ReLU()] * 2), IMAGE, 2),
+    "momentum none": (lambda: Twice(nn.BatchNorm2d(3, momentum=None)), IMAGE, 2),
+    "not affine": (lambda: Twice(nn.BatchNorm2d(3, affine=False)), IMAGE, 2),
+    "double": (lambda: Twice(nn.BatchNorm2d(3)).double(), IMAGE.double(), 2),
+}
+
+
+def statistics(model: nn.Module) -> list[tuple[nn.Module, Tensor]]:
+    """Norms with running statistics, each buffer once."""
+    found = {id(m.running_mean): (m, m.running_mean) for m in model.modules()
+             if isinstance(getattr(m, "running_mean", None), Tensor)}  # fmt: skip
+    return list(found.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("share_affine", [False, True])
+def test_same_outputs_to_the_bit_and_a_norm_for_each_call(name: str, share_affine: bool) -> None:
+    build, example, norms = MODELS[name]
+    model = lived_in(build())
+    before = bits(model)
+    result = bnfix.unshare(model, example, share_affine=share_affine)
+    assert same_bits(model, before)
+    assert result.verb == "unshare"
+    assert not result.refusals
+    assert len(statistics(result.model)) == norms
+    call = example if isinstance(example, tuple) else (example,)
+    for x in (call, tuple(t * 0.5 - 1 for t in call)):
+        found, expected = tensors(result.model(*x)), tensors(model(*x))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    shared = dict(model.named_parameters())
+    affine = [n for n, p in result.model.named_parameters() if not any(torch.equal(p, s) for s in shared.values())]
+    assert not affine  # every number is one that was there
+    if share_affine:
+        assert len(list(result.model.parameters())) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if n not in ("frozen", "instance norm", "momentum none")])
+def test_in_training_mode_each_call_moves_its_own_statistics(name: str) -> None:
+    """What a norm that is called once on that input would come to, in place of an average over all calls."""
+    build, example, norms = MODELS[name]
+    model = lived_in(build())
+    call = example if isinstance(example, tuple) else (example,)
+    apart = bnfix.unshare(model, example).model.train()
+    together = copy.deepcopy(model).train()
+    found, expected = tensors(apart(*call)), tensors(together(*call))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    moved = {tuple(mean.tolist()) for _, mean in statistics(apart)}
+    assert len(moved) == norms
+    start = {tuple(mean.tolist()) for _, mean in statistics(model)}
+    assert not moved & start
+    for norm, _ in statistics(apart):
+        if isinstance(getattr(norm, "num_batches_tracked", None), Tensor):
+            assert int(norm.num_batches_tracked) == 1
+
+
+def test_gradients_of_the_shared_weight_are_the_sum_of_those_of_the_copies() -> None:
+    model = triplet().train()
+    apart = bnfix.unshare(model, IMAGES).model
+    for one in (model, apart):
+        sum((o * (i + 1)).square().sum() for i, o in enumerate(one(*IMAGES))).backward()
+    copies = apart.net.bn
+    total = sum(n.weight.grad for n in copies)
+    # three float32 sums in another order
+    torch.testing.assert_close(total, model.net.bn.weight.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(apart.net.conv.weight.grad, model.net.conv.weight.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_only_norms_are_taken_apart() -> None:
+    model = triplet()
+    result = bnfix.unshare(model, IMAGES)
+    assert {n for n, _ in result.model.named_parameters() if "bn" not in n} == {
+        n for n, _ in model.named_parameters() if "bn" not in n
+    }
+    assert [e.site for e in result.edits] == ["net.bn", "net.bn2"]
+    assert all(type(m) is type(result.model.get_submodule(n)) for n, m in model.named_modules() if "bn" not in n)
+
+
+def test_edits_name_calls_and_the_entries_that_come_and_go() -> None:
+    model = triplet()
+    result = bnfix.unshare(model, IMAGES, sites="net.bn2")
+    (edit,) = result.edits
+    assert edit.site == "net.bn2"
+    assert edit.calls == ("net.bn2", "net.bn2@1", "net.bn2@2")
+    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    assert edit.gains == tuple(f"net.bn2.{i}.{n}" for i in range(3) for n in names)
+    assert edit.loses == tuple(f"net.bn2.{n}" for n in names)
+    before, after = set(model.state_dict()), set(result.model.state_dict())
+    assert (after - before, before - after) == (set(edit.gains), set(edit.loses))
+    assert "3 norms, one for each call: net.bn2.0 … net.bn2.2" in str(result)
+
+
+def test_several_names_change_no_entry_of_the_state_dict() -> None:
+    model = lived_in(TwoNames())
+    result = bnfix.unshare(model, IMAGE)
+    assert list(result.model.state_dict()) == list(model.state_dict())
+    assert result.edits[0].gains == result.edits[0].loses == ()
+    assert result.model.bn1 is not result.model.bn2
+    assert result.model.load_state_dict(model.state_dict())
+
+
+def test_sites_are_norms_or_modules_around_them() -> None:
+    model = triplet()
+    assert [e.site for e in bnfix.unshare(model, IMAGES, ["net.bn"]).edits] == ["net.bn"]
+    assert [e.site for e in bnfix.unshare(model, IMAGES, "net").edits] == ["net.bn", "net.bn2"]
+    assert [e.site for e in bnfix.unshare(model, IMAGES, ["net.bn@2"]).edits] == ["net.bn"]
+    with pytest.raises(ValueError, match=r"there is no norm at 'net.b' to un-share; there is net.bn, net.bn2"):
+        bnfix.unshare(model, IMAGES, "net.b")
+    alone = bnfix.unshare(lived_in(Encoder()), IMAGE, "bn")
+    assert not alone.edits
+    assert alone.refusals[0].reason == "it is called once in a forward, not shared"
+
+
+def test_one_name_of_two_is_enough() -> None:
+    for site in ("bn1", "bn2", ["bn1", "bn2"]):
+        assert len(bnfix.unshare(lived_in(TwoNames()), IMAGE, site).edits) == 1
+
+
+def test_a_name_called_several_times_beside_another() -> None:
+    class Both(TwoNames):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn1(super().forward(x))
+
+    model = lived_in(Both())
+    result = bnfix.unshare(model, IMAGE)
+    assert len(statistics(result.model)) == 3
+    assert isinstance(result.model.bn1, NormPerCall)
+    assert isinstance(result.model.bn2, nn.BatchNorm2d)
+    assert [e.site for e in result.edits] == ["bn1", "bn1"]
+
+
+def test_the_activation_of_a_norm_stays_one() -> None:
+    result = bnfix.unshare(lived_in(Twice(WithPReLU(3))), IMAGE)
+    first, second = result.model.norm
+    assert first.act is second.act
+    assert first.weight is not second.weight
+
+
+def test_hooks_modes_and_frozen_weights_are_those_of_the_norm() -> None:
+    model = lived_in(Twice(nn.BatchNorm2d(3))).train()
+    model.norm.eval()
+    model.norm.weight.requires_grad_(False)
+    seen: list[Any] = []
+    model.norm.register_forward_hook(lambda m, _i, _o: seen.append(m))
+    apart = bnfix.unshare(model, IMAGE).model
+    assert not seen or seen.clear() is None
+    apart(IMAGE)
+    assert seen == list(apart.norm)
+    assert [m.training for m in apart.norm] == [False, False]
+    assert not apart.norm.training
+    assert [m.weight.requires_grad for m in apart.norm] == [False, False]
+    assert [m.bias.requires_grad for m in apart.norm] == [True, True]
+    assert apart.training
+    assert apart.norm.num_features == 3
+
+
+# --------------------------------------------------------------------------------------------- refusals
+
+
+class Changing(nn.Module):
+    """Calls its norm as often as its input or its mode says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.bn = how, nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        times = {"size": x.shape[-1], "mode": 3 if self.training else 2, "aux": 2 if self.training else 0}[self.how]
+        for _ in range(times):
+            x = self.bn(x)
+        return x
+
+
+class Reads(Twice):
+    """Its forward uses the norm's own weight besides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.norm.weight.sum()
+
+
+class Mixed(Twice):
+    """The norm is called, and its statistics are handed to F.batch_norm too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + F.batch_norm(x, self.norm.running_mean, self.norm.running_var)
+
+
+class Impure(nn.Module):
+    """A module that is a norm and a convolution, called twice; it writes its normalisation out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.register_buffer("running_mean", torch.zeros(3))
+        self.register_buffer("running_var", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.conv(x) - self.running_mean[:, None, None]) / self.running_var[:, None, None].sqrt()
+
+
+def refusal(model: nn.Module, example: Any, **options: Any) -> str:
+    before = bits(model)
+    result = bnfix.unshare(model, example, **options)
+    assert same_bits(model, before)
+    assert not result.edits
+    assert result.recipe == {}
+    return " | ".join(r.reason for r in result.refusals)
+
+
+def test_a_number_of_calls_that_changes_is_refused() -> None:
+    small, large = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 3, 3)
+    said = refusal(lived_in(Changing("size")), [small, large])
+    assert "2 on 2x3x2x2, 3 on 2x3x3x3" in said
+    assert "2 on 2x3x2x2, 3 on 2x3x2x2 in training mode" in refusal(lived_in(Changing("mode")), small)
+
+
+def test_a_norm_that_only_training_calls_is_taken_apart() -> None:
+    """The head of an auxiliary loss: no calls in evaluation mode are no reuse."""
+    model = lived_in(Changing("aux"))
+    apart = bnfix.unshare(model, IMAGE).model
+    assert len(apart.bn) == 2
+    apart(IMAGE)
+    apart.train()(IMAGE)
+    assert [int(n.num_batches_tracked) for n in apart.bn] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: Reads(nn.BatchNorm2d(3)), "the model needs it as it is: the forward fails"),
+        (lambda: Mixed(nn.BatchNorm2d(3)), "handed to F.batch_norm elsewhere as well"),
+        (lambda: Twice(nn.BatchNorm2d(3, track_running_stats=False)), "keeps no running statistics"),
+        (lambda: Twice(_parametrized()), "parametrization"),
+        (lambda: Twice(Impure()), "more than a norm: it holds conv"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_taken_apart_says_why(build: Any, said: str) -> None:
+    assert said in refusal(lived_in(build()), IMAGE)
+
+
+def _parametrized() -> nn.Module:
+    class Double(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight * 2
+
+    norm = nn.BatchNorm2d(3)
+    nn.utils.parametrize.register_parametrization(norm, "weight", Double())
+    return norm
+
+
+def test_a_refusal_of_one_keeps_no_other() -> None:
+    class Some(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.good, self.bad = Twice(nn.BatchNorm2d(3)), Reads(nn.BatchNorm2d(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bad(self.good(x))
+
+    model = lived_in(Some())
+    result = bnfix.unshare(model, IMAGE)
+    assert [e.site for e in result.edits] == ["good.norm"]
+    assert [r.site for r in result.refusals] == ["bad.norm"]
+    assert torch.equal(result.model(IMAGE), model(IMAGE))
+
+
+def test_calls_outside_of_the_model_are_refused_with_what_to_do() -> None:
+    """Siamese training code calls the network three times: it is no model whose forward could count."""
+    net = lived_in(Encoder())
+    said = refusal(net, IMAGES, forward=lambda m, b: [m(x) for x in b])
+    assert "what is called several times is the model itself" in said
+    assert "def forward(self, a, p, n): return self.net(a), self.net(p), self.net(n)" in said
+    parts = refusal(net, IMAGES, forward=lambda m, b: [m.bn(m.conv(x)) for x in b])
+    assert "Put these calls into the forward" in parts
+    alone = bnfix.unshare(net, IMAGE)
+    assert not alone.edits
+    assert "put these calls into the forward of one module" in alone.notes[-1]
+
+
+def test_forward_may_call_the_model_once() -> None:
+    model = triplet()
+    result = bnfix.unshare(model, IMAGES, forward=lambda m, b: m(*b)[1])
+    assert len(result.edits) == 2
+    assert torch.equal(result.model(*IMAGES)[2], model(*IMAGES)[2])
+
+
+def test_a_model_that_does_not_do_the_same_twice() -> None:
+    class Noisy(Twice):
+        count = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Noisy.count += 1
+            return super().forward(x) + Noisy.count
+
+    with pytest.raises(bnfix.errors.TraceError, match="same twice"):
+        bnfix.unshare(lived_in(Noisy(nn.BatchNorm2d(3))), IMAGE)
+
+
+def test_a_forward_that_fails() -> None:
+    model = triplet()
+    before = bits(model)
+    with pytest.raises(bnfix.errors.PassError, match="forward failed on 4x5x9x9"):
+        bnfix.unshare(model, torch.randn(4, 5, 9, 9))
+    assert same_bits(model, before)
+    with pytest.raises(TypeError, match=r"nn.Module"):
+        bnfix.unshare("model.pt", IMAGE)  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------------------------- the model is sacred
+
+
+def test_the_model_stays_as_it_was() -> None:
+    model = triplet().train()
+    model.net.bn.eval()
+    model.note = ["kept"]
+    before, modes, state = bits(model), [m.training for m in model.modules()], torch.get_rng_state()
+    attributes = {n: set(vars(m)) for n, m in model.named_modules()}
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    for options in ({}, {"dry_run": True}):
+        result = bnfix.unshare(model, IMAGES, **options)
+        assert (result.model is None) == bool(options)
+        assert len(result.edits) == 2
+        assert same_bits(model, before)
+        assert [m.training for m in model.modules()] == modes
+        assert torch.equal(torch.get_rng_state(), state)
+        assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
+        assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+
+
+def test_in_place_the_first_call_keeps_the_norm_itself() -> None:
+    model = triplet()
+    expected = model(*IMAGES)
+    norm, weight = model.net.bn, model.net.bn.weight
+    result = bnfix.unshare(model, IMAGES, inplace=True)
+    assert result.model is model
+    assert model.net.bn[0] is norm
+    assert model.net.bn[0].weight is weight
+    assert all(torch.equal(a, b) for a, b in zip(model(*IMAGES), expected, strict=True))
+    assert any("optimizer" in n for n in result.notes)
+
+
+@pytest.mark.parametrize("how", [{"how": "calls", "site": "nowhere", "calls": 2}, {"how": "calls", "site": "net.bn2",
+                                 "calls": 1}, {"how": "names", "sites": ["net.bn2", "x"]}, {"how": "magic"},
+                                 {"how": "function", "site": "net", "mean": "m", "var": "v", "weight": None,
+                                  "bias": None, "calls": 2}])  # fmt: skip
+def test_steps_are_all_or_nothing(how: dict[str, Any]) -> None:
+    from bnfix.graph import take_apart
+
+    model = triplet()
+    before, names = bits(model), [n for n, _ in model.named_modules()]
+    with pytest.raises((KeyError, ValueError)):
+        take_apart(model, [{"how": "calls", "site": "net.bn", "calls": 3}, how])
+    assert same_bits(model, before)
+    assert [n for n, _ in model.named_modules()] == names
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_a_norm_inside_autocast_and_no_grad_is_counted() -> None:
+    class Two(InAutocast):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + super().forward(x * 2)
+
+    assert len(bnfix.unshare(lived_in(Two()), IMAGE).model.bn) == 2
+
+
+def test_wrappers_are_looked_through() -> None:
+    model = triplet()
+    result = bnfix.unshare(nn.DataParallel(model), IMAGES)
+    assert isinstance(result.model, Triplet)
+    assert "unwrapped DataParallel" in result.notes[0]
+
+
+def test_norms_taken_apart_fold_where_shared_ones_did_not() -> None:
+    class TwoLayers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.bn = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.a(x)) * self.bn(F.relu(self.b(x)))  # one of them behind an activation
+
+    model = lived_in(TwoLayers())
+    assert not bnfix.fold(model, IMAGE).edits
+    apart = bnfix.unshare(model, IMAGE).model
+    folded = bnfix.fold(apart, IMAGE)
+    assert [e.site for e in folded.edits] == ["bn.0"]
+    # one rounding of each weight of one convolution
+    torch.testing.assert_close(folded.model(IMAGE), model(IMAGE), rtol=1e-4, atol=1e-5)
+    both = bnfix.fold(bnfix.unshare(lived_in(NormOnTwoConvs()), IMAGE).model, IMAGE)
+    assert [e.site for e in both.edits] == ["bn.0", "bn.1"]
