@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from bnfix.api.asked import Progress, check_model, read_calls, silent
+from bnfix.api.asked import Progress, check_k, check_model, read_calls, silent
 
 if TYPE_CHECKING:
     from torch import nn
@@ -121,6 +121,96 @@ def unshare(
         recipe=found.recipe,
         dry_run=dry_run,
         verb="unshare",
+    )
+
+
+def merge_calls(
+    model: nn.Module,
+    example: Any = None,
+    sites: str | Iterable[str] | None = None,
+    *,
+    data: Iterable[Any] | None = None,
+    forward: Forward | None = None,
+    verify: bool = True,
+    k: float = 8.0,
+    inplace: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Make several calls of one network in the model's own forward one call: returns a changed copy.
+
+    ``self.net(a), self.net(p), self.net(n)`` becomes one forward of ``net`` over all samples, as :func:`joint` does it:
+    in training mode its norms then see all of them together. **This changes training**; outputs and gradients in
+    evaluation mode stay as they are, which is compared before this returns. Where calls are separate on purpose (real
+    and fake batches of a GAN, SimSiam), leave them so: nothing in bnfix merges them by itself.
+
+    The forward that holds the calls is traced by torch.fx with every submodule left whole and written anew. It runs
+    what it was proven for (the structure of the inputs, settings that are no tensors, both modes), and raises
+    ``RuntimeError`` on anything else. Class, methods, submodules and ``state_dict`` keys stay. One update in place of k
+    has the momentum m' = 1 − (1 − m)^k.
+
+    A network keeps its calls, with the reason, where one needs the output of another (also by way of a merge before);
+    where they differ in trailing shape, dtype, grad mode or autocast, or the forward works under ``no_grad`` or
+    autocast anywhere; where an output has its batch elsewhere than on its first axis; where the network mixes samples,
+    keeps something from call to call, has a hook, or changes its input in place; where the forward writes attributes,
+    works in place, or can't be traced. Random draws (dropout) are allowed, and noted: they come out otherwise.
+
+    Args:
+        model: in any mode.
+        example: what the model is called with, as for :func:`bnfix.fold`; a list of these for several signatures.
+        sites: which networks, by module path. Default: all with norms in them that a forward calls several times.
+        data: what a training loop would iterate over.
+        forward: ``forward(model, batch)`` where the model isn't simply called with the batch.
+        verify: False leaves out the comparison of outputs against the float64 model (not that of gradients).
+        k: outputs may be ``k`` times the model's own rounding noise away from the float64 model.
+        inplace: change ``model`` itself, all or nothing, after everything was proven on a copy.
+        dry_run: plan and proof only; ``Result.model`` is None.
+        progress: called with a line before each step.
+
+    Returns:
+        ``edits`` name the networks, their calls, and the norms whose momentum changed (``into``); ``refusals`` those
+        that keep their calls. A ``state_dict`` of the result fits the original model, and needs no recipe.
+
+    Raises:
+        PassError: the forward fails on the example.
+        TraceError: the model can't be copied.
+        ValueError: ``sites`` names what is not called several times.
+    """
+    from bnfix import parity, sharing
+    from bnfix.graph import copy_model, no_footprints, unwrap
+    from bnfix.running import preserved
+    from bnfix.types import Parity, Result
+
+    say = progress or silent
+    check_model(model)
+    check_k(k)
+    model, notes = unwrap(model)
+    calls, assumed = read_calls(model, example, data, forward)
+    compared: list[Parity] = []
+
+    def prove(copy: nn.Module) -> str:
+        if not verify:
+            return ""
+        say("comparing outputs in evaluation mode")
+        compared.append(parity.verify(copy_model(model)[0].eval(), copy.eval(), calls, k=k))
+        bad = [o for o in compared[-1].outputs if o.verdict == "failed"]
+        return f"with one call output {bad[0].name} is another: {bad[0].reason}" if bad else ""
+
+    with preserved(model), no_footprints(model, *(c.forward for c in calls)):
+        found = sharing.merge_calls(model, calls, sites, prove=prove, say=say)
+    if inplace and not dry_run:
+        sharing.carry_out(model, found.steps)
+    passed = [p for p in compared if p.verdict != "failed"]
+    return Result(
+        model=None if dry_run else model if inplace else found.model,
+        edits=found.edits,
+        refusals=found.refusals,
+        parity=passed[-1] if passed and found.edits else None,
+        source="observed",
+        signatures=tuple(dict.fromkeys(c.signature for c in calls)),
+        notes=(*notes, *assumed, *found.notes),
+        dry_run=dry_run,
+        verb="merge_calls",
     )
 
 

@@ -56,7 +56,7 @@ class Joint:
         Raises:
             ValueError: it is not, or it can't be told.
         """
-        _check_first(where, tensor, count)
+        check_first(where, tensor, count)
         if torch.compiler.is_compiling():  # sizes may be symbols there, and looking closer would fix them
             return
         axes = self._axes.setdefault((where, tensor.dim()), _Axes(frozenset(range(tensor.dim())), count))
@@ -132,7 +132,12 @@ class _Axes:
         self.proven = self.proven or (count != self.count and self.candidates == {0})
 
 
-def _check_first(where: str, tensor: Tensor, count: int) -> None:
+def check_first(where: str, tensor: Tensor, count: int) -> None:
+    """Whether an output has ``count`` samples along its first axis.
+
+    Raises:
+        ValueError: it has not, or is nothing that can be cut.
+    """
     if tensor.layout != torch.strided or tensor.is_nested:
         raise ValueError(f"{where} is a sparse or nested tensor, which has no batch to cut: {SAY_HOW}")
     if not tensor.dim():
