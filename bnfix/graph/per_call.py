@@ -121,6 +121,8 @@ class StatisticsOfCall:
     Any other use of it fails: which call's statistics are meant can't be told.
     """
 
+    __slots__ = ("norms",)  # no second way to modules that are registered elsewhere
+
     def __init__(self, norms: NormPerCall) -> None:
         self.norms = norms
 
@@ -158,6 +160,8 @@ _NATIVE = ("input", "weight", "bias", "running_mean", "running_var", "training",
 class _Around:
     """A hook of a model that has norms for each call: at ``paths`` in it, or ``loose`` where no path is registered."""
 
+    __slots__ = ("loose", "paths")
+
     def __init__(self, paths: tuple[str, ...], loose: tuple[NormPerCall, ...]) -> None:
         self.paths, self.loose = paths, loose
 
@@ -169,6 +173,8 @@ class _Around:
 class BeginForward(_Around):
     """Before a forward: the next call of each norm is its first."""
 
+    __slots__ = ()
+
     def __call__(self, model: nn.Module, args: Any) -> None:
         """Begin."""
         for norm in self.norms(model):
@@ -177,6 +183,8 @@ class BeginForward(_Around):
 
 class EndForward(_Around):
     """Behind a forward, also one that failed: each norm has had all its calls, or none."""
+
+    __slots__ = ()
 
     def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
         """End all, then complain of the first that did not come out even."""

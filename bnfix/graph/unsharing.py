@@ -44,9 +44,13 @@ def take_apart(model: nn.Module, steps: Sequence[Mapping[str, Any]]) -> None:
     """
     per_call: list[NormPerCall] = []
     with all_or_nothing(Surgeon()) as surgeon, _withdrawn_on_failure() as handles:
+        owners = find_owners(model)
+        named = False
         for step in steps:
-            owners = find_owners(model)  # anew: a step changes what the next one finds
+            if named:  # names and buffers are other ones since then; what is called by its number stays where it was
+                owners, named = find_owners(model), False
             share_affine = bool(step.get("share_affine"))
+            named = step["how"] in ("names", "buffers")
             if step["how"] == "names":
                 _by_name(owners, surgeon, step["sites"], share_affine)
             elif step["how"] == "buffers":
@@ -109,8 +113,19 @@ def _by_call(owners: Owners, surgeon: Surgeon, site: str, calls: int, share_affi
     clones = [clone_norm(owners, norm, share_affine=share_affine) for _ in range(calls - 1)]
     made = NormPerCall([norm, *clones], site)
     for slot in own_slots(owners, norm):
+        if not _holds(slot, norm):
+            raise ValueError(f"{site} is taken apart twice")
         surgeon.put(slot, made)
     return made
+
+
+def _holds(slot: Slot, norm: nn.Module) -> bool:
+    holder = slot.container
+    if isinstance(holder, nn.Module) and slot.key in holder._modules:
+        return holder._modules[slot.key] is norm
+    if isinstance(holder, (list, tuple, Mapping)):
+        return holder[slot.key] is norm
+    return getattr(holder, str(slot.key), None) is norm
 
 
 def _by_function(

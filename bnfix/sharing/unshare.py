@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.errors import BnfixError, PassError, TraceError, one_line
-from bnfix.graph import copy_model
-from bnfix.graph.unsharing import take_apart
+from bnfix.graph import copy_model, find_owners
+from bnfix.graph.unsharing import per_call_name, take_apart
 from bnfix.running import FAILURES, Call
 from bnfix.sharing.planning import Plan, Planned, Step, Wanted, by_call, by_name, names_of_norms
 from bnfix.sharing.sites import forwards
@@ -71,7 +71,7 @@ def unshare(
     copy = proof.carried_out(kept)
     return Unshared(
         model=copy,
-        edits=_edits(model, kept),
+        edits=_edits(model, copy, kept),
         refusals=_in_order(plan, (*refusals, *plan.refusals, *thrown_out)),
         steps=tuple(p.step for p in kept),
         single=plan.single,
@@ -162,16 +162,24 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return bool(torch.equal(flat[0], flat[1]))
 
 
-def _edits(model: nn.Module, planned: Sequence[Planned]) -> tuple[Edit, ...]:
+def _edits(model: nn.Module, apart: nn.Module, planned: Sequence[Planned]) -> tuple[Edit, ...]:
     """What was done, each with the entries of the state_dict that came and went with it."""
-    copy, _ = copy_model(model)
+    before, after = list(model.state_dict()), list(apart.state_dict())
+    known, left = set(before), set(after)
+    new, gone = [k for k in after if k not in known], [k for k in before if k not in left]
+    owners = find_owners(apart)
     edits = []
-    known = list(copy.state_dict())
     for one in planned:
-        take_apart(copy, [one.step])
-        now = list(copy.state_dict())
-        gains, loses = (tuple(k for k in a if k not in set(b)) for a, b in ((now, known), (known, now)))
-        known = now
+        gains: tuple[str, ...] = ()
+        loses: tuple[str, ...] = ()
+        if one.step["how"] == "calls":
+            places = tuple(f"{p}." for p in owners.paths(owners.module_at(one.step["site"])))
+            gains, loses = (tuple(k for k in keys if k.startswith(places)) for keys in (new, gone))
+        elif one.step["how"] == "function":
+            holders = owners.paths(owners.module_at(one.step["site"]))
+            dots = [f"{h}." if h else "" for h in holders]
+            gains = tuple(k for k in new if k.startswith(tuple(d + per_call_name(one.step["mean"]) for d in dots)))
+            loses = tuple(k for k in gone if k in {d + one.step[role] for d in dots for role in ("mean", "var")})
         edits.append(Edit("unshare", one.site, one.before, one.after, one.calls, gains=gains, loses=loses))
     return tuple(edits)
 
