@@ -14,10 +14,13 @@ from torch import fx, nn
 from torch.package.importer import sys_importer
 
 from bnfix.errors import TraceError, one_line
+from bnfix.graph.owners import closure_values
 from bnfix.running import Call
 from bnfix.sharing.rewritten import Body, bound, call_together, filled, flat, is_rewritten, settings
 
 _ROOT = "model"
+_BARE = nn.Module()
+_LIBRARIES = ("torch", "builtins", "numpy", "collections", "functools", "typing", "math", "operator")
 _WRITES = frozenset({
     operator.setitem, operator.delitem, operator.iadd, operator.isub, operator.imul, operator.imatmul,
     operator.itruediv, operator.ifloordiv, operator.ipow, operator.imod, operator.iand, operator.ior, operator.ixor,
@@ -70,7 +73,7 @@ def trace(module: nn.Module, call: Call) -> Traced:
         inputs = flat(given, tensors)
     except TypeError as error:
         raise TraceError(f"its forward takes {error}, in which tensors can't be told from settings") from error
-    names = _names(type(module))
+    names = _names(module)
     holder = _holder(module, inputs, len(tensors))
     tracer = _Tracer()
     try:
@@ -196,20 +199,32 @@ def _refuse_unfaithful(graph: fx.Graph) -> None:
             raise TraceError(f"its forward changes a tensor in place ({name}): calls can't change places with that")
 
 
-def _names(cls: type[nn.Module]) -> tuple[str, ...]:
-    """What the code of a forward names, and that of the methods of the class that it names, and so on."""
-    names: dict[str, None] = {}
-    pending: list[types.CodeType] = [cls.forward.__code__] if hasattr(cls.forward, "__code__") else []
+def _names(module: nn.Module) -> tuple[str, ...]:
+    """Attributes of a module that the code of its forward names, or that of methods and functions which that names.
+
+    All of them where it looks attributes up by strings.
+    """
+    cls = type(module)
+    names: set[str] = set()
+    seen: set[int] = set()
+    pending: list[Any] = [cls.forward]
     while pending:
-        code = pending.pop()
-        pending += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-        for name in code.co_names:
-            if name in names:
-                continue
-            names[name] = None
-            member = getattr(cls, name, None)
-            member = member.fget if isinstance(member, property) else member
-            inner = getattr(member, "__code__", None)
-            if isinstance(inner, types.CodeType) and not hasattr(nn.Module, name):
-                pending.append(inner)
-    return tuple(n for n in names if n != "training" and not hasattr(nn.Module, n))
+        function = inspect.unwrap(pending.pop())
+        if not isinstance(function, types.FunctionType) or id(function) in seen:
+            continue
+        seen.add(id(function))
+        if str(function.__module__).partition(".")[0] in _LIBRARIES:
+            continue
+        pending += [value for _, value in closure_values(function)]
+        for name in _named_in(function.__code__):
+            names.add(name)
+            member = inspect.getattr_static(cls, name, None)
+            member = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+            pending.append(member)
+    own = [n for n in vars(module) if not hasattr(_BARE, n)]
+    return tuple(n for n in own if n in names or names & {"getattr", "vars", "__dict__", "hasattr"})
+
+
+def _named_in(code: types.CodeType) -> set[str]:
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return set(code.co_names).union(*map(_named_in, inner))

@@ -169,6 +169,42 @@ def test_a_setting_that_was_read_must_not_change() -> None:
     other(*XS)
 
 
+def scaled(model: Any, x: Tensor) -> Tensor:
+    """Reads a setting of the model outside of its class."""
+    y: Tensor = x * model.outside
+    return y
+
+
+class Settings(Siamese):
+    """Reads its settings by strings, by a property, in a function, through a decorator."""
+
+    outside, by_string, nested = 2.0, 3.0, None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside, self.by_property, self.config = 2.0, 4.0, {"gain": [1.0, 2.0]}
+
+    @property
+    def gain(self) -> float:
+        return self.by_property * self.config["gain"][1]
+
+    def forward(self, a: Tensor, p: Tensor) -> Any:  # type: ignore[override]
+        return scaled(self, self.net(a)), self.net(p) * self.gain
+
+
+@pytest.mark.parametrize("change", ["outside", "by_property", "config"])
+def test_settings_are_found_where_the_code_reads_them(change: str) -> None:
+    model = Settings()
+    other = merged(model, XS[:2]).model
+    assert close(other(*XS[:2]), model(*XS[:2]))
+    if change == "config":
+        other.config["gain"][1] = 5.0
+    else:
+        setattr(other, change, 7.0)
+    with pytest.raises(RuntimeError, match="has changed since"):
+        other(*XS[:2])
+
+
 def test_an_inner_module_that_the_model_calls_twice() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
