@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from bnfix.api import check, export, fold, info, joint, load, merge_calls, recalibrate, save, unshare, verify
+    from bnfix.graph import NormPerCall
     from bnfix.running import Call
     from bnfix.types import (
         Diagnosis,
@@ -38,6 +39,7 @@ _TYPES = (
 _HOMES = {
     **dict.fromkeys(_VERBS, "bnfix.api"),
     "Call": "bnfix.running",
+    "NormPerCall": "bnfix.graph",
     **dict.fromkeys(_TYPES, "bnfix.types"),
 }
 
@@ -50,6 +52,7 @@ __all__ = [
     "Finding",
     "Fix",
     "LayerStats",
+    "NormPerCall",
     "Parity",
     "Recalibration",
     "Refusal",
