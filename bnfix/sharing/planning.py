@@ -99,10 +99,32 @@ def by_name(model: nn.Module, wanted: Wanted) -> list[Planned]:
         if norm._buffers.get("running_mean") is None or parametrize.is_parametrized(norm):
             continue  # by_call says why
         sites = [s.path for s in slots]
-        after = f"a norm of its own under each name: {', '.join(sites)}"
         step = {"how": "names", "sites": sites, "share_affine": wanted.share_affine}
-        planned.append(Planned(step, sites[0], describe_norm(norm), after, tuple(sites)))
+        planned.append(_named(Planned(step, sites[0], describe_norm(norm), "", ()), sites))
     return planned
+
+
+def only_called(planned: Sequence[Planned], separate: nn.Module, seen: Sequence[Forward]) -> list[Planned]:
+    """``planned`` without the names by which no norm is called, as the forwards of ``separate`` show, where all are apart.
+
+    Such a name (in a list that only registers modules) goes on to lead to the norm of the first call.
+    """
+    owners = find_owners(separate)
+    kept: list[Planned] = []
+    for one in planned:
+        if one.step["how"] != "names":
+            kept.append(one)
+            continue
+        names = {s: owners.paths(owners.module_at(s))[0] for s in one.step["sites"]}
+        sites = [s for s, path in names.items() if any(run.calls[path] for run in seen)]
+        if len(sites) > 1:
+            kept.append(_named(one, sites))
+    return kept
+
+
+def _named(one: Planned, sites: list[str]) -> Planned:
+    after = f"a norm of its own under each name: {', '.join(sites)}"
+    return Planned({**one.step, "sites": sites}, sites[0], one.before, after, tuple(sites))
 
 
 def by_call(model: nn.Module, seen: Sequence[Forward], wanted: Wanted, done: Iterable[str] = ()) -> Plan:
@@ -123,7 +145,7 @@ def by_call(model: nn.Module, seen: Sequence[Forward], wanted: Wanted, done: Ite
         if reason is None:
             single += 1
             if wanted.sites is not None and path not in done:
-                refusals.append(Refusal(path, "it is called once in a forward, not shared", before=describe_norm(norm)))
+                refusals.append(Refusal(path, _single(owners, norm), before=describe_norm(norm)))
             continue
         reason = reason or _unfit(owners, norm, path, functions)
         calls = max(counts.values())
@@ -151,6 +173,11 @@ def by_call(model: nn.Module, seen: Sequence[Forward], wanted: Wanted, done: Ite
         after = f"statistics for each of {calls} calls: {place}.0 … {place}.{calls - 1}"
         planned.append(Planned(step, mean, "F.batch_norm", after, _sites(mean, calls)))
     return Plan(tuple(planned), tuple(refusals), single)
+
+
+def _single(owners: Owners, norm: nn.Module) -> str:
+    more = len(own_slots(owners, norm)) > 1
+    return f"it is called once in a forward{': its other names only refer to it' if more else ', not shared'}"
 
 
 def names_of_norms(model: nn.Module, seen: Sequence[Forward]) -> list[tuple[str, ...]]:

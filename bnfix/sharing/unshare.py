@@ -13,7 +13,7 @@ from bnfix.errors import BnfixError, PassError, TraceError, one_line
 from bnfix.graph import copy_model, find_owners
 from bnfix.graph.unsharing import per_call_name, take_apart
 from bnfix.running import FAILURES, Call
-from bnfix.sharing.planning import Plan, Planned, Step, Wanted, by_call, by_name, names_of_norms
+from bnfix.sharing.planning import Plan, Planned, Step, Wanted, by_call, by_name, names_of_norms, only_called
 from bnfix.sharing.sites import forwards
 from bnfix.types import Edit, Refusal
 
@@ -60,12 +60,17 @@ def unshare(
     named = by_name(model, wanted)
     proof = _Proof(model, calls, say)
     kept, refusals = proof.largest(named)
+    separate = model
     if kept:
         separate = proof.carried_out(kept)
         seen, notes = forwards(separate, calls)
-        plan = by_call(separate, seen, wanted, done=(s for p in kept for s in p.calls))
-    else:
-        plan = by_call(model, seen, wanted)
+        called = only_called(kept, separate, seen)
+        if called != kept:
+            kept, more_refusals = proof.largest(called)
+            refusals += more_refusals
+            separate = proof.carried_out(kept)
+            seen, notes = forwards(separate, calls)
+    plan = by_call(separate, seen, wanted, done=(s for p in kept for s in p.calls))
     more, thrown_out = proof.largest(plan.planned, kept)
     kept = [*kept, *more]
     copy = proof.carried_out(kept)

@@ -160,6 +160,38 @@ def test_one_name_of_two_is_enough() -> None:
         assert len(bnfix.unshare(lived_in(TwoNames()), IMAGE, site).edits) == 1
 
 
+class Registry(nn.Module):
+    """Keeps its norms in a list besides, which nobody calls."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        norm = nn.BatchNorm2d(3)
+        self.norms = nn.ModuleList([norm])
+        self.heads = nn.ModuleList([nn.Sequential(nn.Conv2d(3, 3, 1), norm) for _ in range(heads)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for head in self.heads:
+            x = head(x)
+        return x
+
+
+def test_a_name_that_nobody_calls_stays_with_the_first_call() -> None:
+    """Else the weights that an optimizer knows would be those of a norm that is never called."""
+    model = lived_in(Registry(3))
+    weight = model.heads[0][1].weight
+    expected = model(IMAGE)
+    result = bnfix.unshare(model, IMAGE, inplace=True)
+    (edit,) = result.edits
+    assert edit.calls == ("heads.0.1", "heads.1.1", "heads.2.1")
+    assert model.norms[0] is model.heads[0][1]
+    assert model.heads[0][1].weight is weight
+    assert torch.equal(model(IMAGE), expected)
+    alone = lived_in(Registry(1))
+    assert not bnfix.unshare(alone, IMAGE).edits
+    said = bnfix.unshare(alone, IMAGE, "norms.0").refusals[0].reason
+    assert said == "it is called once in a forward: its other names only refer to it"
+
+
 def test_a_name_called_several_times_beside_another() -> None:
     class Both(TwoNames):
         def forward(self, x: Tensor) -> Tensor:
