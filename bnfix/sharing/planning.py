@@ -105,7 +105,7 @@ def by_name(model: nn.Module, wanted: Wanted) -> list[Planned]:
 
 
 def only_called(planned: Sequence[Planned], separate: nn.Module, seen: Sequence[Forward]) -> list[Planned]:
-    """``planned`` without the names by which no norm is called, as the forwards of ``separate`` show, where all are apart.
+    """``planned`` without the names by which no norm is called, as forwards of ``separate``, with all apart, show.
 
     Such a name (in a list that only registers modules) goes on to lead to the norm of the first call.
     """
