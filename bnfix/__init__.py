@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from bnfix.api import check, export, fold, info, load, recalibrate, save, verify
+    from bnfix.api import check, export, fold, info, joint, load, merge_calls, recalibrate, save, unshare, verify
+    from bnfix.graph import NormPerCall
     from bnfix.running import Call
     from bnfix.types import (
         Diagnosis,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
         Skipped,
     )
 
-_VERBS = ("check", "export", "fold", "info", "load", "recalibrate", "save", "verify")
+_VERBS = ("check", "export", "fold", "info", "joint", "load", "merge_calls", "recalibrate", "save", "unshare", "verify")
 _TYPES = (
     *("Diagnosis", "Edit", "Export", "FileInfo", "Finding", "Fix", "LayerStats", "Parity", "Recalibration", "Refusal"),
     *("Residual", "Result", "Safety", "Skipped"),
@@ -38,6 +39,7 @@ _TYPES = (
 _HOMES = {
     **dict.fromkeys(_VERBS, "bnfix.api"),
     "Call": "bnfix.running",
+    "NormPerCall": "bnfix.graph",
     **dict.fromkeys(_TYPES, "bnfix.types"),
 }
 
@@ -50,6 +52,7 @@ __all__ = [
     "Finding",
     "Fix",
     "LayerStats",
+    "NormPerCall",
     "Parity",
     "Recalibration",
     "Refusal",
@@ -61,9 +64,12 @@ __all__ = [
     "export",
     "fold",
     "info",
+    "joint",
     "load",
+    "merge_calls",
     "recalibrate",
     "save",
+    "unshare",
     "verify",
 ]
 

@@ -4,6 +4,7 @@ from bnfix.api.asked import batches, examples, read_forward
 from bnfix.api.calibrating import recalibrate
 from bnfix.api.checking import check
 from bnfix.api.deploying import export, fold, verify
+from bnfix.api.sharing_verbs import joint, merge_calls, unshare
 from bnfix.api.storing import converted, info, load, open_model, save, update_file
 
 __all__ = [
@@ -14,11 +15,14 @@ __all__ = [
     "export",
     "fold",
     "info",
+    "joint",
     "load",
+    "merge_calls",
     "open_model",
     "read_forward",
     "recalibrate",
     "save",
+    "unshare",
     "update_file",
     "verify",
 ]

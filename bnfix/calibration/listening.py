@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bnfix.calibration.norms import Norm, Norms
+from bnfix.graph.per_call import StatisticsOfCall, arguments_of
 
 _aten, functorch = torch.ops.aten, torch._C._functorch
 _LEGACY = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
@@ -97,6 +98,13 @@ class Listener(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Let everything through but batch norms."""
+        if (shared := _per_call(func, args, kwargs)) is not None:
+            # Statistics of an un-shared function: its norm of this call asks F.batch_norm again, with real ones.
+            super().__enter__()  # type: ignore[no-untyped-call]
+            try:
+                return shared.__torch_function__(func, types, args, kwargs)
+            finally:
+                super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if torch.compiler.is_dynamo_compiling():  # the body of a torch.cond is traced here: nothing can be heard
             return func(*args, **(kwargs or {}))
         try:
@@ -131,6 +139,11 @@ class Listener(TorchFunctionMode):
             return func(**given)
         positional = [given.pop(n) for n in names[: len(args)]]
         return func(*positional, **given)
+
+
+def _per_call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> type[StatisticsOfCall] | None:
+    given = arguments_of(func, args, kwargs) if func is F.batch_norm or func is torch.batch_norm else None
+    return StatisticsOfCall if given and isinstance(given.get("running_mean"), StatisticsOfCall) else None
 
 
 def physical(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from bnfix.cli.screen import Steps, report, working
 from bnfix.cli.team import Team, team
 from bnfix.cli.wording import as_options
 from bnfix.errors import BnfixError
+from bnfix.formats.recipes import has_folds
 from bnfix.formats.specs import parse_spec
 from bnfix.render import About
 
@@ -204,7 +205,7 @@ def _opened(asked: o.Asked, batch_size: int, crew: Team, steps: Steps) -> tuple[
     batches, share = shard(found, crew.rank, crew.world)
     if opened.model.training:
         notes += ("the module was saved in training mode, and is written so; norms that were frozen in it stay",)
-    if loaded.info is not None and loaded.info.recipe:
+    if loaded.info is not None and has_folds(loaded.info.recipe):
         notes += ("folded norms have no statistics any more: theirs went into the weights, and stay there",)
     return opened, batches, (*notes, *([share] if share else []))
 

@@ -23,6 +23,8 @@ COLUMNS = (
 )
 PLAN_ONLY = "nothing changed, this is the plan"
 NOT_COMPARED = "outputs NOT compared"
+OTHER_VERBS = ("unshare", "merge_calls")
+"""Whose results have a page of their own."""
 SOURCES = {
     "symbolic": "read without an example input: with one (--input, example=) more can be folded, and outputs compared",
     "observed": "the graph was recorded from one concrete run: it holds for the route that the run took",
@@ -34,6 +36,10 @@ class ResultPage(PageOf):
 
     kind = Result
     columns = (Column("result"), Column("ulp", "number"), Column("× noise", "number"))
+
+    def suits(self, value: object) -> bool:
+        """Every result that no other page is made for."""
+        return isinstance(value, Result) and value.verb not in OTHER_VERBS
 
     def page(self, value: Result) -> Page:
         state, verdict = _verdict(value)
@@ -183,7 +189,7 @@ def _into(edit: Edit, dry_run: bool) -> str:
     gained = sorted({key.rpartition(".")[2] for key in edit.gains})
     gains = f", gains {' and '.join(gained)}" if gained else ""
     if not edit.into:
-        return f"{_otherwise_done(edit)}{gains}"
+        return f"{_otherwise_done(edit)}{'' if edit.loses else gains}"
     verb = _verb(dry_run)
     if edit.action.endswith("forward"):
         verb = verb.replace(" into", " forward into")
@@ -191,7 +197,10 @@ def _into(edit: Edit, dry_run: bool) -> str:
 
 
 def _otherwise_done(edit: Edit) -> str:
-    return f"{'baked' if edit.action == 'bake' else edit.action}: {edit.after}"
+    return f"{_DONE.get(edit.action, edit.action)}: {edit.after}"
+
+
+_DONE = {"bake": "baked", "unshare": "un-shared", "merge": "merged", "momentum": "momentum"}
 
 
 def _span(run: list[Edit], parts: Counter[str]) -> str:
