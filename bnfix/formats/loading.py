@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,10 +85,8 @@ def load(
     shown = arch if isinstance(arch, str) else getattr(arch, "__name__", type(arch).__name__)
     notes = [*_wrapper_notes(info), *content.notes]
     if content.recipe is not None:
-        recipes.replay(model, content.recipe, info.path)
-        gone = len(content.recipe["edits"])
-        are = "is a placeholder" if gone == 1 else "are placeholders"
-        notes.append(f"folded by bnfix: {_count(gone, 'norm')} {are}, as its recipe says")
+        model = recipes.replay(model, content.recipe, info.path)
+        notes += _recipe_notes(content.recipe)
     notes += fitting.fit(model, content, where=info.path, arch=shown)
     return Loaded(model, info, shown, tuple(notes), hint)
 
@@ -102,12 +101,23 @@ def _refuse_dangerous(info: FileInfo) -> None:
 
 
 def _needs_arch(info: FileInfo) -> LoadError:
-    folded = f", {_count(len(info.recipe['edits']), 'norm')} folded by bnfix" if info.recipe else ""
+    folded = f", {recipes.told(info.recipe)}" if info.recipe else ""
     held = f"{_count(info.tensors, 'tensor')}, {_count(len(info.norms), 'norm')}{folded}"
     return LoadError(
         f"{info.path} holds weights ({held}): of which architecture?",
         hint=f"{info.advice}\n{ARCHES}" if advice.GAP in info.advice else ARCHES,
     )
+
+
+def _recipe_notes(recipe: Mapping[str, Any]) -> list[str]:
+    edits = [e for stage in recipes.stages(recipe) for e in stage["edits"]]
+    gone = sum("to" not in e for e in edits)
+    others = Counter(str(e["to"].get("class")) for e in edits if "to" in e)
+    are = "is a placeholder" if gone == 1 else "are placeholders"
+    notes = [f"folded by bnfix: {_count(gone, 'norm')} {are}, as its recipe says"] if gone else []
+    for name, n in others.items():
+        notes.append(f"swapped by bnfix: {_count(n, 'norm')} {'is' if n == 1 else 'are'} {name}, as its recipe says")
+    return notes
 
 
 def _count(n: int, what: str) -> str:

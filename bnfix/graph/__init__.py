@@ -5,6 +5,15 @@ from bnfix.graph.channel_affine import ChannelAffine, affine_in_place_of
 from bnfix.graph.copies import copy_model, unwrap
 from bnfix.graph.facts import Binding, gather
 from bnfix.graph.footprints import no_footprints
+from bnfix.graph.norm_layers import (
+    FrozenBatchNorm,
+    build_norm,
+    describe_norm,
+    inner_name,
+    norm_modules,
+    stand_in,
+    type_of,
+)
 from bnfix.graph.owners import Slot, find_owners
 from bnfix.graph.recipe import replay
 from bnfix.graph.reexport import drawn_example, exported, to_exported
@@ -19,6 +28,7 @@ __all__ = [
     "Baked",
     "Binding",
     "ChannelAffine",
+    "FrozenBatchNorm",
     "Replicator",
     "Slot",
     "Surgeon",
@@ -26,7 +36,9 @@ __all__ = [
     "all_or_nothing",
     "as_parameter",
     "bake",
+    "build_norm",
     "copy_model",
+    "describe_norm",
     "drawn_example",
     "example_of",
     "exported",
@@ -34,13 +46,17 @@ __all__ = [
     "from_exported",
     "from_script",
     "gather",
+    "inner_name",
     "no_footprints",
+    "norm_modules",
     "norm_states",
     "placeholder",
     "quiet_export",
     "replay",
     "replicator",
+    "stand_in",
     "to_exported",
     "transfer",
+    "type_of",
     "unwrap",
 ]
