@@ -5,6 +5,7 @@ from bnfix.api.calibrating import recalibrate
 from bnfix.api.checking import check
 from bnfix.api.deploying import export, fold, verify
 from bnfix.api.storing import converted, info, load, open_model, save, update_file
+from bnfix.api.swapping import swap
 
 __all__ = [
     "batches",
@@ -19,6 +20,7 @@ __all__ = [
     "read_forward",
     "recalibrate",
     "save",
+    "swap",
     "update_file",
     "verify",
 ]
