@@ -20,14 +20,14 @@ from bnfix.errors import CalibrationError, PassError, one_line
 from bnfix.running import FAILURES, Call
 from bnfix.swaps.batches import joined
 from bnfix.swaps.operating import Move
-from bnfix.swaps.pairing import Init, Paired
+from bnfix.swaps.pairing import Init, Paired, grouped
 from bnfix.swaps.survey import evaluating
 from bnfix.swaps.target import Target
 
 SETTLED = 1e-3
 """Relative change of the affines of norms with several call sites, at which they have settled."""
 SWEEPS = 8
-_CHUNK = 1 << 22
+_CHUNK = 1 << 18
 _ALIKE = 1e-3
 Key = tuple[int, int]
 """The id of a site, and which of its calls in one forward."""
@@ -244,11 +244,13 @@ class Calibration:
         found: list[Paired] | None = None
         step = max(1, _CHUNK // max(1, x[:1].numel()))
         with torch.autocast(x.device.type, enabled=False):
-            units = [self.target.unit(spec, x) for spec in move.specs]
+            groups = [g for spec in move.specs if (g := self.target.groups(spec)) is not None]
+            closed = len(groups) == len(move.specs)
+            units = [] if closed else [self.target.unit(spec, x) for spec in move.specs]
             for start in range(0, len(x), step):
                 part = x[start : start + step].detach().double()
                 y = y_of(old[start : start + step].double())
-                pairs = [Paired.of(y, unit(part)) for unit in units]
+                pairs = grouped(y, part, groups, move.site.eps) if closed else [Paired.of(y, u(part)) for u in units]
                 found = pairs if found is None else [a.merge(b) for a, b in zip(found, pairs, strict=True)]
         if found is None:
             raise UnfitError(site, "its input is empty")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,3 +74,31 @@ class Paired:
         total = self.var_y.sum()
         varies = total > CONSTANT * (self.y**2).sum()
         return float((explained / total).clamp(max=1.0)) if varies else 1.0
+
+
+def grouped(y: Tensor, x: Tensor, groups: Sequence[int], eps: float) -> list[Paired]:
+    """(y, z) for z the GroupNorm of ``x`` with each number of groups; one look at the values for all of them.
+
+    ``y`` and ``x`` have the shape (N, C, *positions). With the moments m_x, v_x, m_y, v_y, c_xy of each sample and
+    channel over its positions, a group has the mean μ = mean(m_x) and the variance v = mean(v_x + (m_x − μ)²) over its
+    channels, z = (x − μ)/√(v + eps), and what pairs need are means over samples.
+    """
+    y, x = (v.double().flatten(2) if v.dim() > 2 else v.double()[:, :, None] for v in (y, x))
+    n, channels, positions = x.shape
+    m_x, m_y = x.mean(2), y.mean(2)
+    x, y = x - m_x[:, :, None], y - m_y[:, :, None]
+    v_x, v_y, c_xy = (x * x).mean(2), (y * y).mean(2), (x * y).mean(2)
+    mean_y = m_y.mean(0)
+    var_y = v_y.mean(0) + ((m_y - mean_y) ** 2).mean(0)
+    found = []
+    for number in groups:
+        size = channels // number
+        mu = m_x.view(n, number, size).mean(2).repeat_interleave(size, 1)
+        var = (v_x + (m_x - mu) ** 2).view(n, number, size).mean(2).repeat_interleave(size, 1)
+        scale = torch.rsqrt(var + eps)
+        m_z = (m_x - mu) * scale
+        mean_z = m_z.mean(0)
+        var_z = (v_x * scale**2).mean(0) + ((m_z - mean_z) ** 2).mean(0)
+        cov = (c_xy * scale).mean(0) + ((m_y - mean_y) * (m_z - mean_z)).mean(0)
+        found.append(Paired(n * positions, mean_y, mean_z, var_y, var_z, cov))
+    return found

@@ -48,6 +48,8 @@ class Site:
     @property
     def before(self) -> str:
         """What it is, for a reader."""
+        if isinstance(self.module, torch.jit.ScriptModule):
+            return f"{self.module.original_name}, scripted"
         return describe_norm(self.module)
 
     @property
@@ -93,8 +95,11 @@ class Site:
         return ranks.pop() if len(ranks) == 1 else None
 
 
-def out_of_reach(site: Site, owners: Owners) -> str:
-    """Why a norm can't be swapped, whatever its forward does; empty if nothing speaks against it."""
+def out_of_reach(site: Site, owners: Owners, keeps_parameters: bool = False) -> str:
+    """Why a norm can't be swapped, whatever its forward does; empty if nothing speaks against it.
+
+    Parameters that another module holds as well would be torn apart, unless the new norm ``keeps_parameters``.
+    """
     module = site.module
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a ScriptModule: swap before scripting"
@@ -111,7 +116,7 @@ def out_of_reach(site: Site, owners: Owners) -> str:
         return "it has its own forward set on the instance: del module.forward first"
     if isinstance(module, _BatchNorm) and module.affine and not isinstance(module._parameters.get("weight"), Tensor):
         return "its weight is no parameter (pruned, or normalised by a hook): make it one first"
-    for name in ("weight", "bias"):
+    for name in () if keeps_parameters else ("weight", "bias"):
         tensor = site.tensor(name)
         for slot in owners.tensor_slots.get(id(tensor), ()) if tensor is not None else ():
             if slot.registered and slot.container is not module:

@@ -74,8 +74,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """
     with preserved(model), torch.no_grad():
         for module in model.modules():
-            if not isinstance(module, torch.jit.ScriptModule):
-                module.training = False
+            module.training = False
         yield
 
 
@@ -89,7 +88,7 @@ def look(copy: nn.Module, copies: Mapping[int, nn.Module], sites: Sequence[Site]
         PassError: the forward fails.
     """
     owners = find_owners(copy)
-    watcher = _Watcher(owners, {id(copies[id(s)]): s for s in sites})
+    watcher = _Watcher(owners, {id(copies[id(s)]): s for s in sites if id(s) in copies})
     for call in calls:
         watcher.counts.clear()
         with watcher.attached(), evaluating(copy), NormCalls(watcher.heard):
@@ -249,10 +248,13 @@ class _Watcher:
             part._forward_hooks.clear()
             part._forward_pre_hooks.clear()
         torch.manual_seed(0)
+        self._asking = True
         try:
             out = twin(x.clone())
         except FAILURES:  # one value a channel, say: nothing can be seen
             return ""
+        finally:
+            self._asking = False
         for on_batch in (True, False):
             if on_batch is False and site.affine is None:
                 break

@@ -63,7 +63,7 @@ class Planned:
         if options.dry_run:
             return self.result
         if not options.inplace:
-            copy, memo = copy_model(model)
+            copy, memo = copy_model(model, scripted=True)
             made = operate(copy, self.owners, self.moves, self.target, options.init, Surgeon(memo)).model
             return replace(self.result, model=made)
         with all_or_nothing(Surgeon()) as surgeon, kept_if_failed(options.optimizer):
@@ -97,10 +97,14 @@ def plan(
     """
     owners = find_owners(model)
     target = all_targets()[options.to]
-    old, memo = copy_model(model)
+    old, memo = copy_model(model, scripted=True)
     sites = _sites(owners)
     say(f"running it on {', '.join(c.signature for c in examples)}" if examples else "reading the norms")
-    survey = look(old, {id(s): memo[id(s.module)] for s in sites}, sites, examples) if examples else Survey()
+    survey = (
+        look(old, {id(s): memo[id(s.module)] for s in sites if id(s.module) in memo}, sites, examples)
+        if examples
+        else Survey()
+    )
     wanted = [s for s in sites if options.chosen is None or options.chosen(s.paths, s.module)]
     already = [s for s in wanted if not out_of_reach(s, owners) and target.already(s)]
     plans = {id(s): _planned(s, target, options, survey, owners) for s in wanted if s not in already}
@@ -151,7 +155,7 @@ def _sites(owners: Owners) -> list[Site]:
 
 def _planned(site: Site, target: Target, options: Options, survey: Survey, owners: Owners) -> list[Spec] | str:
     """The settings to choose from, or why the norm stays."""
-    reason = out_of_reach(site, owners) or survey.refused.get(id(site), "")
+    reason = out_of_reach(site, owners, target.keeps_parameters) or survey.refused.get(id(site), "")
     if reason:
         return reason
     if options.inplace and any(slot.container is None for slot in site.slots):
@@ -187,7 +191,7 @@ def _attempt(
     say: Callable[[str], None],
 ) -> tuple[dict[int, str], list[str]]:
     """Operate on a private copy, calibrate and try it: norms that can't be swapped after all, and what to know."""
-    new, new_memo = copy_model(model)
+    new, new_memo = copy_model(model, scripted=True)
     done = operate(new, owners, moves, target, options.init, Surgeon(new_memo))
     notes: list[str] = []
     if target.calibrated and options.fitted:

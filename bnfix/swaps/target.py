@@ -34,6 +34,8 @@ class Target(ABC):
 
     name: ClassVar[str]
     calibrated: ClassVar[bool] = True
+    keeps_parameters: ClassVar[bool] = False
+    """Whether weight and bias stay the same objects."""
 
     @abstractmethod
     def specs(self, site: Site, groups: int | None) -> list[Spec] | str:
@@ -51,6 +53,13 @@ class Target(ABC):
         """The norm of ``spec`` without its affine, in float64 on the device of ``like``."""
         bare = {**spec, "args": {**spec["args"], "affine": False}}
         return build_norm(bare, like.new_empty((), dtype=torch.float64)).eval()
+
+    def groups(self, spec: Spec) -> int | None:
+        """How many groups of channels have mean and variance of their own, where that is all the norm does.
+
+        Then calibration knows a faster way than to run :meth:`unit`.
+        """
+        return None
 
     def take_over(self, site: Site, old: nn.Module, new: nn.Module) -> None:
         """Give ``new`` the tensors of ``old``; for targets that are exact.

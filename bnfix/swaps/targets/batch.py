@@ -16,6 +16,7 @@ class Batch(Target):
 
     name = "batch"
     calibrated = False
+    keeps_parameters = True
 
     def specs(self, site: Site, groups: int | None) -> list[Spec] | str:
         """The one, if the rank is known."""

@@ -36,6 +36,10 @@ class Group(Target):
             return too_few(channels * positions, f"{channels} channels with {_at(positions)}")
         return [group_norm(site, g) for g in found]
 
+    def groups(self, spec: Spec) -> int | None:
+        """As the settings say."""
+        return int(spec["args"]["num_groups"])
+
 
 def _at(positions: int) -> str:
     return f"{positions} position{'' if positions == 1 else 's'} each"

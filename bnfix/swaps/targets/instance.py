@@ -21,3 +21,7 @@ class Instance(Target):
             return "its inputs have several ranks, and an InstanceNorm has one"
         args = {"num_features": site.channels, "eps": site.eps, "affine": True}
         return [{"class": _CLASSES[site.rank], "args": args}]
+
+    def groups(self, spec: Spec) -> int | None:
+        """Each channel is one."""
+        return int(spec["args"]["num_features"])

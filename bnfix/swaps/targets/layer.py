@@ -19,3 +19,7 @@ class Layer(Target):
         """The one, if a sample has at least 16 values."""
         values = site.channels * site.positions
         return [group_norm(site, 1)] if values >= ENOUGH else too_few(values, "all of a sample")
+
+    def groups(self, spec: Spec) -> int | None:
+        """As the settings say."""
+        return int(spec["args"]["num_groups"])

@@ -30,6 +30,7 @@ class Sync(Target):
 
     name = "sync"
     calibrated = False
+    keeps_parameters = True
 
     def specs(self, site: Site, groups: int | None) -> list[Spec] | str:
         """The one, unless the norm is frozen."""
