@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +34,8 @@ _NAMES: Mapping[Any, tuple[str, ...]] = {
 
 ROUNDINGS = 256
 """In units of the output's eps and of the largest terms: how far two ways to compute one norm may be apart."""
+
+_FEW = 8
 
 
 class NormCalls(TorchFunctionMode):
@@ -70,12 +71,18 @@ class Survey:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run a private copy inside, all of it in evaluation mode and without gradients; it is left as it was.
 
-    Flags are set one by one: ``eval()`` may be the user's own, and do more than that.
+    Flags are set one by one: ``eval()`` may be the user's own, and do more than that. It does not reach modules in
+    Python lists, and this does.
     """
+    flags = [(m, m.training) for m in find_owners(model).modules.values()]
     with preserved(model), torch.no_grad():
-        for module in model.modules():
-            module.training = False
-        yield
+        try:
+            for module, _ in flags:
+                module.training = False
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
 
 
 def look(copy: nn.Module, copies: Mapping[int, nn.Module], sites: Sequence[Site], calls: Sequence[Call]) -> Survey:
@@ -98,6 +105,8 @@ def look(copy: nn.Module, copies: Mapping[int, nn.Module], sites: Sequence[Site]
                 raise PassError(f"the forward failed on {call.signature}: {one_line(error)}") from error
         for site in sites:
             site.calls = max(site.calls, watcher.counts.get(id(site), 0))
+    with evaluating(copy):
+        watcher.train()
     return watcher.survey
 
 
@@ -121,7 +130,7 @@ class _Watcher:
         self.counts: dict[int, int] = {}
         self._stack: list[_Entered] = []
         self._asking = False
-        self._checked: set[int] = set()
+        self._inputs: dict[int, tuple[Site, nn.Module, Tensor]] = {}
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -216,7 +225,7 @@ class _Watcher:
         if not isinstance(out, Tensor) or out.shape != entered.x.shape:
             return f"{kind} returns more than a normalised input"
         after = tuple(entered.children)
-        if id(site) in self._checked and after != site.after:
+        if id(site) in self._inputs and after != site.after:
             return f"{kind} does different things in different calls"
         site.after = after
         if len(set(after)) != len(after):
@@ -225,9 +234,7 @@ class _Watcher:
         if not _close(out, self._behind(module, after, expected.to(out.dtype)), amplitude):
             then = f" and {', '.join(after)} behind that" if after else ""
             return f"{kind} does more in its forward than normalise{then}: bnfix does not know what to keep of it"
-        if id(site) not in self._checked:
-            self._checked.add(id(site))
-            return self._in_training(site, module, entered.x)
+        self._inputs.setdefault(id(site), (site, module, entered.x[:_FEW].clone()))
         return ""
 
     def _behind(self, module: nn.Module, after: Sequence[str], x: Tensor) -> Tensor:
@@ -239,30 +246,34 @@ class _Watcher:
             self._asking = False
         return x
 
+    def train(self) -> None:
+        """The same in training mode, once the hooks are off: normalised with the batch, or frozen."""
+        for key, (site, module, x) in self._inputs.items():
+            if key not in self.survey.refused and (why := self._in_training(site, module, x)):
+                self.survey.refused[key] = why
+
     def _in_training(self, site: Site, module: nn.Module, x: Tensor) -> str:
-        """The same in training mode, on a copy of the layer: normalised with the batch, or frozen."""
-        twin = deepcopy(module)
-        reference = deepcopy(module)
-        for part in (*twin.modules(), *reference.modules()):
-            part.training = True
-            part._forward_hooks.clear()
-            part._forward_pre_hooks.clear()
-        torch.manual_seed(0)
-        self._asking = True
+        buffers = [(b, b.clone()) for b in module._buffers.values() if b is not None]
+        flags = [(m, m.training) for m in module.modules()]
         try:
-            out = twin(x.clone())
-        except FAILURES:  # one value a channel, say: nothing can be seen
-            return ""
-        finally:
-            self._asking = False
-        for on_batch in (True, False):
-            if on_batch is False and site.affine is None:
-                break
-            amplitude, expected = _normalised(site, module, x, on_batch=on_batch)
-            torch.manual_seed(0)  # dropout behind it draws what it drew before
-            if _close(out, self._behind(reference, site.after, expected.to(out.dtype)), amplitude):
-                site.frozen = not on_batch
+            for part, _ in flags:
+                part.training = True
+            torch.manual_seed(0)
+            try:
+                out = module.forward(x.clone())
+            except FAILURES:  # one value a channel, say: nothing can be seen
                 return ""
+            for on_batch in (True, False) if site.affine is not None else (True,):
+                amplitude, expected = _normalised(site, module, x, on_batch=on_batch)
+                torch.manual_seed(0)  # dropout behind it draws what it drew before
+                if _close(out, self._behind(module, site.after, expected.to(out.dtype)), amplitude):
+                    site.frozen = not on_batch
+                    return ""
+        finally:
+            for part, training in flags:
+                part.training = training
+            for buffer, value in buffers:
+                buffer.copy_(value)
         return f"{type(module).__name__} does more in training mode than normalise with the batch"
 
 
