@@ -17,7 +17,7 @@ from bnfix.swaps.survey import NormCalls, evaluating
 from bnfix.swaps.target import Target
 
 _ROUNDING = 64  # of a dtype's eps: two ways to compute one output
-_SAME = 1e-2
+_SAME, _NEARLY_ALL = 1e-2, 0.9
 
 
 @dataclass
@@ -127,12 +127,12 @@ class _Watch:
 
 
 def _says_little(x: Tensor) -> str:
-    """``0`` or ``±1`` where these are all the values that there are, up to a common factor."""
-    size_ = x.abs()
-    most = float(size_.max()) if x.numel() else 0.0
+    """``0`` or ``±1`` where nearly all values are just that, up to a common factor: eps makes some a little less."""
+    sizes = x.abs()
+    most = float(sizes.max()) if x.numel() else 0.0
     if most < _SAME:
         return "0"
-    return "±1" if float((size_ - most).abs().max()) < _SAME * most else ""
+    return "±1" if float((sizes > (1 - _SAME) * most).double().mean()) > _NEARLY_ALL else ""
 
 
 # ---------------------------------------------------------------------------------------- outputs
