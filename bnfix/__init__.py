@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from bnfix.api import check, export, fold, info, joint, load, merge_calls, recalibrate, save, unshare, verify
+    from bnfix.api import check, export, fold, info, joint, load, merge_calls, recalibrate, save, swap, unshare, verify
     from bnfix.graph import NormPerCall
     from bnfix.running import Call
     from bnfix.types import (
@@ -31,7 +31,20 @@ if TYPE_CHECKING:
         Skipped,
     )
 
-_VERBS = ("check", "export", "fold", "info", "joint", "load", "merge_calls", "recalibrate", "save", "unshare", "verify")
+_VERBS = (
+    "check",
+    "export",
+    "fold",
+    "info",
+    "joint",
+    "load",
+    "merge_calls",
+    "recalibrate",
+    "save",
+    "swap",
+    "unshare",
+    "verify",
+)
 _TYPES = (
     *("Diagnosis", "Edit", "Export", "FileInfo", "Finding", "Fix", "LayerStats", "Parity", "Recalibration", "Refusal"),
     *("Residual", "Result", "Safety", "Skipped"),
@@ -69,6 +82,7 @@ __all__ = [
     "merge_calls",
     "recalibrate",
     "save",
+    "swap",
     "unshare",
     "verify",
 ]

@@ -6,6 +6,7 @@ from bnfix.api.checking import check
 from bnfix.api.deploying import export, fold, verify
 from bnfix.api.sharing_verbs import joint, merge_calls, unshare
 from bnfix.api.storing import converted, info, load, open_model, save, update_file
+from bnfix.api.swapping import swap
 
 __all__ = [
     "batches",
@@ -22,6 +23,7 @@ __all__ = [
     "read_forward",
     "recalibrate",
     "save",
+    "swap",
     "unshare",
     "update_file",
     "verify",

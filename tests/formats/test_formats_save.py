@@ -138,7 +138,7 @@ def test_folded_weights_bring_their_recipe_and_load_into_the_original_class(tmp_
     assert info.recipe["edits"] == RECIPE["edits"]
     assert info.recipe["bnfix"]
     label, _, line = info.advice.partition("   ")
-    assert label == "with the architecture that it was folded from, for example"
+    assert label == "with the architecture that it was made from, for example"
     assert line == f"bnfix export {path} --arch timm:resnet50 -o {tmp_path / 'f.onnx'}"
     assert (info.tensors, len(info.norms)) == (9, 1)  # 13 − 5 of the norm + 1 bias
     loaded = load(path, arch=Net)
