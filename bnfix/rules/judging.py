@@ -71,9 +71,12 @@ def judge(evidence: Evidence, selection: Selection | None = None) -> Diagnosis:
             needs = "; ".join(NEEDS[part] for part in missing)
             skipped.append(Skipped(rule.code, why or f"needs {needs}", needs))
             continue
+        whole = True
         for said in rule.check(evidence):
             (findings if isinstance(said, Finding) else skipped).append(said)  # type: ignore[arg-type]
-        checked.append(rule.code)
+            whole = whole and (isinstance(said, Finding) or bool(said.sites))
+        if whole:  # what was skipped without a site was skipped everywhere
+            checked.append(rule.code)
     findings.sort(key=lambda f: (SEVERITIES.index(f.severity), f.code))
     kept, ignored = _sifted(findings, chosen, evidence)
     return Diagnosis(
