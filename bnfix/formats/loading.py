@@ -99,7 +99,7 @@ def weights(path: str | os.PathLike[str], *, trust: bool = False) -> tuple[Mappi
     Read by torch's safe loader only; names come without what training wrappers put before them.
 
     Raises:
-        LoadError, UntrustedModelError, UnknownFormatError: as :func:`load`; LoadError where it holds no weights by name.
+        LoadError, UntrustedModelError: as :func:`load`; LoadError where it holds no weights by name.
     """
     info = sniff(path)
     _refuse_dangerous(info)

@@ -100,7 +100,7 @@ def _float(norm: Any, undo: Undo) -> bool:
 
 
 def _reset(norm: Any, home: Tensor | None, undo: Undo) -> bool:
-    like = {"device": home.device, "dtype": home.dtype} if home is not None else {}
+    like: dict[str, Any] = {"device": home.device, "dtype": home.dtype} if home is not None else {}
     fresh: dict[str, Callable[[], Tensor]] = {
         "running_mean": lambda: torch.zeros(norm.num_features, **like),
         "running_var": lambda: torch.ones(norm.num_features, **like),

@@ -37,8 +37,7 @@ def _is_registered(root: nn.Module, path: str) -> bool:
     """Whether ``path`` leads from module to module by registered names alone."""
     module: Any = root
     for name in path.split(".") if path else ():
-        children = module._modules  # of a ScriptModule a mapping without ``get``
-        module = children[name] if name in children else None
+        module = dict(module._modules.items()).get(name)  # of a ScriptModule it is a mapping without ``get``
         if module is None:
             return False
     return True

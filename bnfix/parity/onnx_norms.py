@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Iterable, Iterator
@@ -175,10 +176,8 @@ def _axes(onnx: Any, node: Any, graph: _Graph) -> tuple[int, ...]:
 
 
 def _ranks(onnx: Any, model: Any) -> dict[str, int]:
-    try:
+    with contextlib.suppress(Exception):  # whatever it can't infer; shapes are what the file says then
         model = onnx.shape_inference.infer_shapes(model)
-    except Exception:  # noqa: BLE001  # what it can't infer it may refuse in any way; then shapes are what the file says
-        pass
     infos = [*model.graph.value_info, *model.graph.input]
     return {i.name: len(i.type.tensor_type.shape.dim) for i in infos if i.type.tensor_type.HasField("shape")}
 
