@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from bnfix.types import Evidence, Facts, NormFact, NormState, Op, Route, Skipped
+from bnfix.types import Evidence, Facts, Fix, NormFact, NormState, Op, Route, Safety, Skipped
 
 ACTIVATIONS = frozenset({
     "relu", "relu6", "hardtanh", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish",
@@ -95,6 +95,14 @@ def is_learned(norm: NormState) -> bool:
         return bool(weight[0] not in (0.0, 1.0))
     drawn = abs(weight.mean() - 1) < 2 * _INIT_STD and weight.std() < 1.5 * _INIT_STD
     return not (drawn and abs(weight - 1).max() < 6 * _INIT_STD and not norm.tracked)
+
+
+def recalibration(norms: Sequence[NormState], title: str = "measure them on training data") -> Fix:
+    """The fix for statistics that are wrong; ``recalibrate`` leaves instance norms alone."""
+    paths = sites(n for n in norms if not n.instance)
+    if not paths:
+        return Fix("code", "reset_running_stats(), then some batches in training mode", sites(norms))
+    return Fix("recalibrate", title, paths, safety=Safety.NEEDS_DATA)
 
 
 # ------------------------------------------------------------------------------------------ graph

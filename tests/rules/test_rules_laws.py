@@ -68,7 +68,6 @@ def test_the_bad_example_is_found(rule: Rule) -> None:
     said = diagnosis(rule.bad(), select=(rule.code,)) if rule.optional else diagnosis(rule.bad())
     mine = said.by_code(rule.code)
     assert mine, said
-    assert mine[0].severity == min((f.severity for f in said.findings), key=["error", "warning", "info"].index)
     for finding in mine:
         assert finding.name == rule.name
         assert finding.message

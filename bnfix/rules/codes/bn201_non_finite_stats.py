@@ -3,9 +3,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnfix.rules.codes._examples import conv_norm, images, statistics
-from bnfix.rules.reading import count, listed, readable, site, sites, unreadable
+from bnfix.rules.reading import count, listed, readable, recalibration, site, sites, unreadable
 from bnfix.rules.rule import Case, Rule
-from bnfix.types import Evidence, Finding, Fix, NormState, Safety, Skipped
+from bnfix.types import Evidence, Finding, NormState, Skipped
 
 
 class NonFiniteStats(Rule):
@@ -58,7 +58,7 @@ class NonFiniteStats(Rule):
                 "error",
                 f"{count(len(norms), 'norm')} with statistics that are no numbers to divide by ({listed(what)})",
                 sites(norms),
-                fix=Fix("recalibrate", "measure them anew on clean data", sites(norms), safety=Safety.NEEDS_DATA),
+                fix=recalibration(norms, "measure them anew on clean data"),
                 channels=sum(b + m for _, b, m in broken),
             )
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from bnfix.rules.codes._examples import conv_norm, images, statistics
-from bnfix.rules.reading import count, is_initial, is_learned, listed, readable, sites, unreadable
+from bnfix.rules.reading import count, is_initial, is_learned, listed, readable, recalibration, sites, unreadable
 from bnfix.rules.rule import Case, Rule
-from bnfix.types import Evidence, Finding, Fix, NormState, Safety, Skipped
+from bnfix.types import Evidence, Finding, NormState, Skipped
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,7 +59,7 @@ class NeverTrainedStats(Rule):
                 f"{count(len(trained), 'norm')} of {len(known)} with mean 0 and variance 1 in all channels, though "
                 f"{why} ({listed(sites(trained))})",
                 sites(trained),
-                fix=Fix("recalibrate", "measure them on training data", sites(trained), safety=Safety.NEEDS_DATA),
+                fix=recalibration(trained),
                 norms=len(trained),
             )
         fresh = [n for n in initial if n not in trained]

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from bnfix.rules.reading import count, is_initial, listed, readable, sites, unreadable
+from bnfix.rules.reading import count, is_initial, is_learned, listed, readable, recalibration, sites, unreadable
 from bnfix.rules.rule import Case, Rule
-from bnfix.types import Evidence, Finding, Fix, NormState, Safety, Skipped
+from bnfix.types import Evidence, Finding, NormState, Skipped
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 _MOMENTUM = 0.1
 """torch's default; a state_dict does not hold it."""
@@ -20,7 +24,8 @@ class InitialValuesLeft(Rule):
     above .05, and calls it an error above .3. The first variance is 1, so no channel can lie below that share: where
     one does, in any norm that counted as many batches, the statistics came from elsewhere (a pretrained model that is
     fine-tuned, `update_bn`, `recalibrate`) and nothing is said. With data, it says nothing either where the statistics
-    fit the data better without such a share. A counter of 0 is never judged.
+    fit the data better without such a share. A counter of 0 is never judged, nor a model whose norms have learned
+    nothing yet.
 
     ## Why is this bad
 
@@ -47,6 +52,7 @@ class InitialValuesLeft(Rule):
         """One finding for each momentum and number of steps."""
         yield from unreadable(self.code, evidence)
         limit, worst = self.option(evidence, "warning", 0.05), self.option(evidence, "error", 0.3)
+        trained = any(is_learned(n) for n in readable(evidence))
         groups: dict[tuple[float, int], list[NormState]] = {}
         for norm in readable(evidence):
             rate = norm.momentum if norm.module else _MOMENTUM
@@ -56,7 +62,11 @@ class InitialValuesLeft(Rule):
             share = (1 - rate) ** steps
             if share <= limit or any(_below(n, share) for n in norms):
                 continue
-            left = [n for n in norms if not is_initial(n) and not _fits_data(n, share, evidence)]
+            left = [
+                n for n in norms
+                if (is_learned(n) or (n.weight is None and trained))
+                and not is_initial(n) and not _fits_data(n, share, evidence)
+            ]  # fmt: skip
             if not left:
                 continue
             known = f"momentum {rate:g}" if left[0].module else f"momentum {rate:g}, torch's default,"
@@ -65,7 +75,7 @@ class InitialValuesLeft(Rule):
                 f"{share:.0%} of the statistics is still their initial value, after {steps} steps with {known} "
                 f"({count(len(left), 'norm')}: {listed(sites(left))})",
                 sites(left),
-                fix=Fix("recalibrate", "measure them on training data", sites(left), safety=Safety.NEEDS_DATA),
+                fix=recalibration(left),
                 share=share,
                 limit=limit,
                 steps=steps,
@@ -101,19 +111,21 @@ def _fits_data(norm: NormState, share: float, evidence: Evidence) -> bool:
     return bool(plain < mixed)
 
 
-def _images(number: int) -> list[object]:
+def _images(number: int) -> list[Tensor]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(8, 3, 6, 6, generator=generator) * 3 for _ in range(number)]
 
 
-def _after(steps: int) -> object:
+def _after(steps: int) -> nn.Module:
     import torch
     from torch import nn
 
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
-    with torch.no_grad():
-        for batch in _images(steps):
-            model(batch)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for batch in _images(steps):
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
     return model

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.reading import count, is_initial, is_learned, listed, readable, sites
+from bnfix.rules.reading import count, is_initial, is_learned, listed, readable, recalibration, sites
 from bnfix.rules.rule import Case, Rule
-from bnfix.types import Evidence, Finding, Fix, NormState, Safety
+from bnfix.types import Evidence, Finding, Fix, NormState
 
 
 class AveragedWithoutStats(Rule):
@@ -54,7 +54,7 @@ class AveragedWithoutStats(Rule):
     def _found(self, left: list[NormState], of: int, here: bool) -> Finding:
         paths = sites(left)
         whose, other = ("this model", "the reference") if here else ("the reference", "this model")
-        fix = Fix("recalibrate", "measure them on training data", paths, safety=Safety.NEEDS_DATA) if here else Fix(
+        fix = recalibration(left) if here else Fix(
             "code", "recalibrate the reference: it is the one without statistics", paths)  # fmt: skip
         return self.found(
             "warning",
