@@ -46,6 +46,11 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
+def some(names: Sequence[str]) -> str:
+    """What a finding is about: ``layer1.bn``, or ``53 norms (bn1, layer1.0.bn1, layer1.0.bn2 and 50 more)``."""
+    return names[0] if len(names) == 1 else f"{len(names)} norms ({listed(names)})"
+
+
 def count(number: int, what: str, several: str = "") -> str:
     """``1 norm``, ``2 norms``."""
     return f"{number} {what}" if number == 1 else f"{number} {several or what + 's'}"

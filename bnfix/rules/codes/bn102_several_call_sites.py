@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.reading import calls_of, count, listed, site
+from bnfix.rules.reading import calls_of, site, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, Safety
 
@@ -51,10 +51,9 @@ class SeveralCallSites(Rule):
             paths = tuple(site(p) for p, n in most.items() if n == calls)
             if calls < 2:
                 continue
-            subject = f"{paths[0]} is" if len(paths) == 1 else f"{count(len(paths), 'norm')} ({listed(paths)}) are"
             yield self.found(
                 "info",
-                f"{subject} called {calls} times in one forward: all calls share one set of statistics",
+                f"{some(paths)}: called {calls} times in one forward, and all calls share one set of statistics",
                 paths,
                 fix=Fix("unshare", "give each call its own norm", paths, safety=Safety.EXACT),
                 calls=calls,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.reading import count, is_used, listed, site
+from bnfix.rules.reading import is_used, listed, site, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, Skipped
 
@@ -57,7 +57,7 @@ class NeverCalled(Rule):
             on = listed([r.signature for r in facts.routes], 2)
             yield self.found(
                 "info",
-                f"{count(len(paths), 'norm')} never called on {on}, in training mode neither: {listed(paths)}",
+                f"{some(paths)}: never called on {on}, in evaluation or in training mode",
                 paths,
                 fix=Fix("code", "call it, or remove it from the model", paths),
             )

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.reading import count, listed, needs_module, site, sites
+from bnfix.rules.reading import needs_module, site, sites, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, Safety, Skipped
 
@@ -48,8 +48,7 @@ class NoRunningStats(Rule):
             paths = sites(norms)
             yield self.found(
                 "warning",
-                f"{count(len(paths), 'norm')} without running statistics ({listed(paths)}): "
-                "each output depends on the other samples of its batch",
+                f"{some(paths)}: no running statistics, so each output depends on the other samples of its batch",
                 paths,
                 fix=Fix("reset", "register running statistics, then recalibrate", paths, safety=Safety.NEEDS_DATA),
             )
@@ -65,8 +64,8 @@ class NoRunningStats(Rule):
             paths = tuple(site(n.path) for n in called)
             yield self.found(
                 "warning",
-                f"batch_norm runs in training mode although the model is evaluated ({listed(paths)}): "
-                "each output depends on the other samples of its batch",
+                f"{some(paths)}: batch_norm runs in training mode although the model is evaluated, so each "
+                "output depends on the other samples of its batch",
                 paths,
                 fix=Fix("code", "F.batch_norm(..., training=self.training), then recalibrate", paths),
             )

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnfix.rules.codes._examples import conv_norm, images
-from bnfix.rules.reading import count, listed, needs_module, sites
+from bnfix.rules.reading import needs_module, sites, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, Safety, Skipped
 
@@ -47,8 +47,8 @@ class FlagBufferMismatch(Rule):
         if off:
             yield self.found(
                 "error",
-                f"{count(len(off), 'norm')} with running statistics and track_running_stats=False ({listed(off)}): "
-                "evaluation uses them, training does not update them",
+                f"{some(off)}: track_running_stats=False although there are running statistics: evaluation uses them, "
+                "training does not update them",
                 off,
                 fix=Fix("set", "track_running_stats=True", off, {"track_running_stats": True}, Safety.EXACT),
             )
@@ -56,8 +56,8 @@ class FlagBufferMismatch(Rule):
         if empty:
             yield self.found(
                 "error",
-                f"{count(len(empty), 'norm')} with track_running_stats=True and no running statistics "
-                f"({listed(empty)}): evaluation depends on the batch",
+                f"{some(empty)}: track_running_stats=True although there are no running statistics: evaluation depends "
+                "on the batch",
                 empty,
                 fix=Fix("reset", "register running statistics, then recalibrate", empty, safety=Safety.NEEDS_DATA),
             )

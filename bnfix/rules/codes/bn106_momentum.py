@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.reading import count, listed, needs_module, sites
+from bnfix.rules.reading import needs_module, sites, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, NormState, Safety, Skipped
 
@@ -66,7 +66,7 @@ class Momentum(Rule):
         paths = sites(norms)
         return self.found(
             severity,  # type: ignore[arg-type]
-            f"{said} ({count(len(paths), 'norm')}: {listed(paths)})",
+            f"{some(paths)}: {said}",
             paths,
             fix=Fix("set", f"momentum={to:g}", paths, {"momentum": to}, Safety.EXACT),
             momentum=norms[0].momentum,

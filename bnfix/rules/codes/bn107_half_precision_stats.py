@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnfix.rules.codes._examples import conv_norm, images
-from bnfix.rules.reading import count, listed, sites
+from bnfix.rules.reading import sites, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, Safety
 
@@ -55,8 +55,8 @@ class HalfPrecisionStats(Rule):
             lost = 2.0 ** -_DIGITS[dtype] / (2 * rate)
             yield self.found(
                 "warning",
-                f"{count(len(paths), 'norm')} with running statistics in {dtype} ({listed(paths)}): "
-                f"updates of less than {lost:.2g} of a value are lost in training (momentum {rate:g})",
+                f"{some(paths)}: running statistics in {dtype}; updates "
+                f"of less than {lost:.2g} of a value are lost in training (momentum {rate:g})",
                 paths,
                 fix=Fix("float", "norms in float32, all else as it is", paths, safety=Safety.EXACT),
                 dtype=dtype,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.reading import count, listed, sites
+from bnfix.rules.reading import sites, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Facts, Finding, Fix, NormFact, Safety
 
@@ -46,7 +46,7 @@ class RedundantBias(Rule):
             paths = sites(norms)
             yield self.found(
                 "info",
-                f"{count(len(paths), 'norm')} behind a layer whose bias it cancels: {listed(paths)}",
+                f"{some(paths)}: behind a layer with a bias, which has no effect there",
                 paths,
                 fix=Fix("fold", "fold the norm into the layer for inference", paths, safety=Safety.EXACT),
             )

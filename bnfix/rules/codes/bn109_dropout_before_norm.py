@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.reading import ELEMENTWISE, POOLING, SHAPING, base, before, count, listed, site
+from bnfix.rules.reading import ELEMENTWISE, POOLING, SHAPING, base, before, listed, site, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, Skipped
 
@@ -64,12 +64,12 @@ class DropoutBeforeNorm(Rule):
                     found.setdefault(p, {})[site(norm.path)] = str(op.site)
         for p in sorted(found, reverse=True):
             paths = tuple(found[p])
-            layers = listed([f"{n} behind {d}" for n, d in found[p].items()], 2)
+            layers = listed([f"behind {d}" for d in dict.fromkeys(found[p].values())], 2)
             growth = 1 + p / (1 - p) * _RELU if p < 1 else float("inf")
             yield self.found(
                 "warning",
-                f"dropout (p = {p:g}) in front of {count(len(paths), 'norm')} ({layers}): the variance that they store "
-                f"is that of training, some {growth:.2g} times that of evaluation behind a ReLU",
+                f"{some(paths)}: {layers}, dropout with p = {p:g}; the variance stored is that of training, some "
+                f"{growth:.2g} times that of evaluation behind a ReLU",
                 paths,
                 fix=Fix("code", "move the dropout behind the norm; a trained model: bnfix recalibrate", paths),
                 p=p,

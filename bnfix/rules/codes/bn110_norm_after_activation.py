@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.reading import ACTIVATIONS, POOLING, SHAPING, base, before, count, listed, sites
+from bnfix.rules.reading import ACTIVATIONS, POOLING, SHAPING, base, before, sites, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Facts, Finding, NormFact
 
@@ -45,7 +45,7 @@ class NormAfterActivation(Rule):
         norms = [n for n in facts.norms if any(_activated(facts, n, call) for call in n.calls)]
         if norms:
             paths = sites(norms)
-            yield self.found("info", f"{count(len(paths), 'norm')} behind an activation: {listed(paths)}", paths)
+            yield self.found("info", f"{some(paths)}: behind an activation", paths)
 
     def bad(self) -> Case:
         """The activation first."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.reading import SHAPING, base, count, listed, sites
+from bnfix.rules.reading import SHAPING, base, sites, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Op, Route
 
@@ -44,9 +44,7 @@ class NormIsOutput(Rule):
         norms = [n for n in facts.norms if any(_returned(facts.routes[r], facts.routes[r].ops[i]) for r, i in n.calls)]
         if norms:
             paths = sites(norms)
-            yield self.found(
-                "info", f"the model returns the output of {count(len(paths), 'norm')}: {listed(paths)}", paths
-            )
+            yield self.found("info", f"{some(paths)}: the model returns its output", paths)
 
     def bad(self) -> Case:
         """It ends with the norm."""

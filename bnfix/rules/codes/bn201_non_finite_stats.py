@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnfix.rules.codes._examples import conv_norm, images, statistics
-from bnfix.rules.reading import count, listed, readable, recalibration, site, sites, unreadable
+from bnfix.rules.reading import listed, readable, recalibration, site, sites, some, unreadable
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, NormState, Skipped
 
@@ -56,7 +56,7 @@ class NonFiniteStats(Rule):
             what = [_what(*b) for b in broken]
             yield self.found(
                 "error",
-                f"{count(len(norms), 'norm')} with statistics that are no numbers to divide by ({listed(what)})",
+                f"{some(sites(norms))}: statistics that are no numbers to divide by ({listed(what)})",
                 sites(norms),
                 fix=recalibration(norms, "measure them anew on clean data"),
                 channels=sum(b + m for _, b, m in broken),
@@ -78,4 +78,4 @@ class NonFiniteStats(Rule):
 
 def _what(norm: NormState, bad: int, negative: int) -> str:
     parts = [f"{bad} of {norm.channels} not finite"] * bool(bad) + [f"{negative} negative"] * bool(negative)
-    return f"{site(norm.path)}: {' and '.join(parts)}"
+    return f"{' and '.join(parts)} in {site(norm.path)}"

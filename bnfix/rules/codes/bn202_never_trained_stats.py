@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from bnfix.rules.codes._examples import conv_norm, images, statistics
-from bnfix.rules.reading import count, is_initial, is_learned, listed, readable, recalibration, sites, unreadable
+from bnfix.rules.reading import count, is_initial, is_learned, readable, recalibration, sites, some, unreadable
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, NormState, Skipped
 
@@ -56,20 +56,21 @@ class NeverTrainedStats(Rule):
             why = "scale and shift were learned" if all(is_learned(n) for n in trained) else _counted(trained)
             yield self.found(
                 "error",
-                f"{count(len(trained), 'norm')} of {len(known)} with mean 0 and variance 1 in all channels, though "
-                f"{why} ({listed(sites(trained))})",
+                f"{some(sites(trained))}: mean 0 and variance 1 in all channels, though {why}",
                 sites(trained),
                 fix=recalibration(trained),
                 norms=len(trained),
+                of=len(known),
             )
         fresh = [n for n in initial if n not in trained]
         if fresh:
             said = "a new model" if len(fresh) == len(known) else "new layers, or nothing ever reached them in training"
             yield self.found(
                 "info",
-                f"{count(len(fresh), 'norm')} of {len(known)} with initial statistics ({listed(sites(fresh))}): {said}",
+                f"{some(sites(fresh))}: initial statistics; {said}",
                 sites(fresh),
                 norms=len(fresh),
+                of=len(known),
             )
 
     def bad(self) -> Case:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from bnfix.rules.reading import count, is_initial, is_learned, listed, readable, recalibration, sites, unreadable
+from bnfix.rules.reading import is_initial, is_learned, readable, recalibration, sites, some, unreadable
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, NormState, Skipped
 
@@ -69,11 +69,15 @@ class InitialValuesLeft(Rule):
             ]  # fmt: skip
             if not left:
                 continue
-            known = f"momentum {rate:g}" if left[0].module else f"momentum {rate:g}, torch's default,"
+            known = (
+                f"momentum {rate:g}"
+                if left[0].module
+                else f"momentum {rate:g} (torch's default; the file does not say)"
+            )
             yield self.found(
                 "error" if share > worst else "warning",
-                f"{share:.0%} of the statistics is still their initial value, after {steps} steps with {known} "
-                f"({count(len(left), 'norm')}: {listed(sites(left))})",
+                f"{some(sites(left))}: {share:.0%} of the statistics is still their initial value, after {steps} steps "
+                f"with {known}",
                 sites(left),
                 fix=recalibration(left),
                 share=share,

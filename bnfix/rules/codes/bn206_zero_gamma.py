@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.reading import ELEMENTWISE, SHAPING, base, count, is_initial, is_learned, listed, readable, sites
+from bnfix.rules.reading import ELEMENTWISE, SHAPING, base, is_initial, is_learned, readable, sites, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Facts, Finding, NormState, Op, Route
 
@@ -43,8 +43,7 @@ class ZeroGamma(Rule):
         if dead:
             yield self.found(
                 "info",
-                f"{count(len(dead), 'trained norm')} with scale 0 in all channels ({listed(sites(dead))}): "
-                "nothing in front of it reaches the output through it",
+                f"{some(sites(dead))}: trained, with scale 0 in all channels; nothing in front of it comes through",
                 sites(dead),
             )
 

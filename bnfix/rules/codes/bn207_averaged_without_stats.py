@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.reading import count, is_initial, is_learned, listed, readable, recalibration, sites
+from bnfix.rules.reading import count, is_initial, is_learned, readable, recalibration, sites, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, NormState
 
@@ -58,8 +58,8 @@ class AveragedWithoutStats(Rule):
             "code", "recalibrate the reference: it is the one without statistics", paths)  # fmt: skip
         return self.found(
             "warning",
-            f"{whose} has initial statistics in {count(len(left), 'norm')} of {of} ({listed(paths)}), with trained "
-            f"weights; those of {other} were gathered: averaged without its buffers?",
+            f"{some(paths)}: {whose} has initial statistics beside trained weights, in {len(left)} of "
+            f"{count(of, 'norm')}; those of {other} were gathered: averaged without its buffers?",
             paths,
             fix=fix,
             norms=len(left),

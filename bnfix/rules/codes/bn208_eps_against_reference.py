@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from bnfix.rules.codes._examples import statistics
-from bnfix.rules.reading import count, listed, needs_module, sites
+from bnfix.rules.reading import needs_module, sites, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, NormState, Safety, Skipped
 
@@ -65,8 +65,8 @@ class EpsAgainstReference(Rule):
             paths = sites(norms)
             yield self.found(
                 "warning",
-                f"eps {norms[0].eps:g} here, {eps:g} in the reference: a channel of {paths[0]} is off by a factor of "
-                f"{entries[0][0]:.2g} ({count(len(paths), 'norm')}: {listed(paths)})",
+                f"{some(paths)}: eps {norms[0].eps:g} here, {eps:g} in the reference, which scales a channel of "
+                f"{paths[0]} by {entries[0][0]:.2g} or its inverse",
                 paths,
                 fix=Fix("set", f"eps={eps:g}", paths, {"eps": eps}, Safety.EXACT),
                 ratio=entries[0][0],

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnfix.rules.codes._examples import conv_norm, images, statistics
-from bnfix.rules.reading import count, listed, readable, site, sites
+from bnfix.rules.reading import readable, sites, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Skipped
 
@@ -71,8 +71,8 @@ class FoldRange(Rule):
             paths = sites(n for _, n in wide)
             yield self.found(
                 "warning",
-                f"folded, the largest channel of {site(wide[0][1].path)} has {wide[0][0]:.0f} times the weight of the "
-                f"median one ({count(len(paths), 'norm')} above {limit:g}: {listed(paths)})",
+                f"{some(paths)}: folded, its largest channel has {wide[0][0]:.0f} times the weight of its "
+                f"median one (limit {limit:g})",
                 paths,
                 ratio=wide[0][0],
                 limit=limit,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.reading import count, listed, site
+from bnfix.rules.reading import site, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Facts, Finding, Fix, Op
 
@@ -51,8 +51,7 @@ class ExportedInTraining(Rule):
             paths = tuple(found)
             yield self.found(
                 "error",
-                f"{count(len(paths), 'batch norm')} in training mode in the exported program ({listed(paths)}): "
-                "each output depends on its batch",
+                f"{some(paths)}: in training mode in the exported program, so each output depends on its batch",
                 paths,
                 fix=Fix("code", "torch.export.export(model.eval(), args)", paths),
             )

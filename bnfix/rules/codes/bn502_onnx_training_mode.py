@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnfix.rules.codes._onnx_files import norm_file
-from bnfix.rules.reading import count, listed
+from bnfix.rules.reading import some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix
 
@@ -45,8 +45,7 @@ class OnnxTrainingMode(Rule):
         if paths:
             yield self.found(
                 "error",
-                f"{count(len(paths), 'BatchNormalization')} in training mode ({listed(paths)}): each output depends on "
-                "its batch",
+                f"{some(paths)}: BatchNormalization in training mode, so each output depends on its batch",
                 paths,
                 fix=Fix("code", "export again in evaluation mode: bnfix.export(model.eval(), path, example)", paths),
                 opset=evidence.onnx.opset,

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnfix.rules.codes._onnx_files import norm_file
-from bnfix.rules.reading import count, listed
+from bnfix.rules.reading import some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix
 
@@ -48,8 +48,7 @@ class OnnxBatchStats(Rule):
         if paths:
             yield self.found(
                 "error",
-                f"{count(len(paths), 'BatchNormalization')} with a mean or variance that is no constant "
-                f"({listed(paths)}): each output depends on its batch",
+                f"{some(paths)}: its mean or variance is no constant, so each output depends on its batch",
                 paths,
                 fix=fix,
             )
@@ -57,7 +56,7 @@ class OnnxBatchStats(Rule):
         if apart:
             yield self.found(
                 "error",
-                f"mean and variance of the batch are computed in the graph ({listed(apart)}): outputs depend on it",
+                f"{some(apart)}: normalises with mean and variance of the batch, so each output depends on it",
                 apart,
                 fix=fix,
             )
