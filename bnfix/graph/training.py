@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from bnfix.errors import BnfixError
+from bnfix.errors import BnfixError, TraceError
 from bnfix.graph.copies import copy_model
 from bnfix.graph.facts import _is_norm, _norm_facts, _norm_modules, _roles
 from bnfix.graph.frozen import name_frozen_norms
-from bnfix.graph.owners import find_owners
+from bnfix.graph.owners import Owners, find_owners
 from bnfix.graph.routes import _KeyOf
-from bnfix.graph.sources import observed
+from bnfix.graph.sources import exported, observed
 from bnfix.graph.sources.exported import quiet_export
 from bnfix.types import Facts, Route, TensorFact
 
@@ -47,10 +47,16 @@ def _facts(model: nn.Module, calls: Sequence[Any], *, everything: bool) -> Facts
     roles = {path: _roles(m, keys) for m in norms for path in owners.paths(m)}
     routes: list[Route] = []
     for call in calls:
-        copy, memo = copy_model(model)
-        _set_modes(copy, everything)
-        with quiet_export():
-            route, _ = observed.trace(copy, call, _KeyOf(owners, keys, memo))
+        try:
+            copy, key_of = _copied(model, owners, keys, everything)
+            with quiet_export():
+                route, _ = observed.trace(copy, call, key_of)
+        except TraceError as refused:  # nobody can watch torch.cond
+            copy, key_of = _copied(model, owners, keys, everything)
+            try:
+                route = exported.trace(copy, call, key_of)
+            except TraceError:
+                raise refused from None
         routes.append(name_frozen_norms(route, roles, tensors.__getitem__))
     found, _ = _norm_facts(owners, norms, keys, routes, range(len(routes)))
     return Facts(
@@ -62,6 +68,14 @@ def _facts(model: nn.Module, calls: Sequence[Any], *, everything: bool) -> Facts
         },
         norms=found,
     )
+
+
+def _copied(
+    model: nn.Module, owners: Owners, keys: dict[int, int], everything: bool
+) -> tuple[nn.Module, Callable[[Tensor], int | None]]:
+    copy, memo = copy_model(model)
+    _set_modes(copy, everything)
+    return copy, _KeyOf(owners, keys, memo)
 
 
 def _set_modes(copy: nn.Module, everything: bool) -> None:

@@ -89,8 +89,11 @@ def _worst(mine: NormState, other: NormState) -> float:
     """The smallest ratio of the two deviations, whichever is the larger."""
     assert mine.var is not None
     low, high = sorted((float(mine.eps or 0), float(other.eps or 0)))
-    ratios = ((mine.var + low) / (mine.var + high)) ** 0.5 if high > 0 else mine.var * 0 + 1
-    return float(ratios[mine.var >= 0].min(initial=1.0))
+    var = mine.var[mine.var >= 0]
+    if high == 0 or not len(var):
+        return 1.0
+    ratios = ((var + low) / (var + high)) ** 0.5
+    return float(ratios.min())
 
 
 def _model(eps: float) -> nn.Sequential:
