@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from bnfix.types import Evidence, Facts, Fix, NormFact, NormState, Op, Route, Safety, Skipped
+
+if TYPE_CHECKING:
+    from bnfix.types.evidence import Array
 
 ACTIVATIONS = frozenset({
     "relu", "relu6", "hardtanh", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish",
@@ -21,10 +25,12 @@ SHAPING = frozenset({
 ELEMENTWISE = ACTIVATIONS | {"abs", "neg", "exp", "log", "sqrt", "square", "pow", "clamp", "clamp_min", "clamp_max",
                              "mul", "add", "sub", "div"}  # fmt: skip
 
-_INIT_STD = 0.02
-"""Scales drawn from N(1, .02), as in DCGAN, pix2pix and CycleGAN, are no sign of training."""
+_DRAWN = ((1.0, 0.02, 0.0), (0.1, 0.1, 0.1))
+"""Mean and deviation of scales, deviation of shifts, as some draw them at first: DCGAN, pix2pix, CycleGAN; RepVGG."""
 _INIT_BIAS = 0.01
-"""Nor is one small constant in all channels: fastai begins with .001."""
+"""One small constant in all channels is no sign of training either: fastai begins with .001."""
+_Z = 5.0
+"""So many standard errors from what was to be drawn, and it was not."""
 
 
 # ------------------------------------------------------------------------------------------ words
@@ -88,18 +94,32 @@ def is_initial(norm: NormState) -> bool:
 def is_learned(norm: NormState) -> bool:
     """Whether scale and shift say that the layer was trained: they are none that a layer is initialised with.
 
-    Initialised are constants 0 and 1 (zero-init of a residual's last scale), a small constant shift, and scales drawn
-    from N(1, .02) beside shifts of 0.
+    Initialised are constants 0 and 1 (zero-init of a residual's last scale), a small constant shift, and, as long as no
+    batch was counted, what some models draw from a normal distribution.
     """
     bias, weight = norm.bias, norm.weight
+    if not norm.tracked and any(_is_drawn(norm, *how) for how in _DRAWN):
+        return False
     if bias is not None and (bias.min() != bias.max() or abs(bias[0]) > _INIT_BIAS):
         return True
     if weight is None:
         return False
-    if weight.min() == weight.max():
-        return bool(weight[0] not in (0.0, 1.0))
-    drawn = abs(weight.mean() - 1) < 2 * _INIT_STD and weight.std() < 1.5 * _INIT_STD
-    return not (drawn and abs(weight - 1).max() < 6 * _INIT_STD and not norm.tracked)
+    return bool(weight.min() != weight.max() or weight[0] not in (0.0, 1.0))
+
+
+def _is_drawn(norm: NormState, mean: float, std: float, shifts: float) -> bool:
+    if norm.weight is None or norm.bias is None or norm.channels < 2:
+        return False
+    return _is_normal(norm.weight, mean, std) and _is_normal(norm.bias, 0.0, shifts)
+
+
+def _is_normal(values: Array, mean: float, std: float) -> bool:
+    """Whether mean and deviation of ``values`` are those of draws from N(mean, std), to :data:`_Z` standard errors."""
+    if std == 0:
+        return bool((values == mean).all())
+    n = len(values)
+    centred = abs(values.mean() - mean) <= _Z * std / n**0.5
+    return bool(centred and abs(values.std() / std - 1) <= _Z / (2 * n) ** 0.5 and values.std() > 0)
 
 
 def recalibration(norms: Sequence[NormState], title: str = "measure them on training data") -> Fix:

@@ -60,6 +60,20 @@ def test_fastai_begins_with_a_small_shift() -> None:
     assert codes(check(model), "error", "warning") == set()
 
 
+@FEW
+@given(channels=st.integers(2, 256), seed=st.integers(0, 10_000), gan=st.booleans())
+def test_weights_that_are_drawn_at_first_are_no_sign_of_training(channels: int, seed: int, gan: bool) -> None:
+    """DCGAN's N(1, .02) beside 0, RepVGG's N(.1, .1) beside N(0, .1); once batches were counted they are no excuse."""
+    torch.manual_seed(seed)
+    norm = nn.BatchNorm1d(channels)
+    nn.init.normal_(norm.weight, *((1.0, 0.02) if gan else (0.1, 0.1)))
+    if not gan:
+        nn.init.normal_(norm.bias, 0.0, 0.1)
+    assert only(check(nn.Sequential(norm)), "BN202").severity == "info"
+    norm.num_batches_tracked.fill_(9)  # type: ignore[union-attr]
+    assert only(check(nn.Sequential(norm)), "BN202").severity == "error"
+
+
 def test_a_new_head_on_a_trained_backbone_is_information() -> None:
     model = nn.Sequential(small().train(), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1))
     finding = only(check(model), "BN202")
