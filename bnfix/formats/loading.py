@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bnfix.errors import LoadError, UnknownFormatError, UntrustedModelError
 from bnfix.formats import advice, fitting, recipes
 from bnfix.formats.base import Weights
+from bnfix.formats.names import wrapped_by_training
 from bnfix.formats.recognition import format_of, sniff
 from bnfix.formats.specs import InputHint, build, parse_spec
 from bnfix.types import FileInfo
@@ -89,6 +90,25 @@ def load(
         notes += _recipe_notes(content.recipe)
     notes += fitting.fit(model, content, where=info.path, arch=shown)
     return Loaded(model, info, shown, tuple(notes), hint)
+
+
+def weights(path: str | os.PathLike[str], *, trust: bool = False) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """The tensors of a file of weights by name, without any architecture, and what a person should know of them.
+
+    Read by torch's safe loader only; names come without what training wrappers put before them.
+
+    Raises:
+        LoadError, UntrustedModelError: as :func:`load`; LoadError where it holds no weights by name.
+    """
+    info = sniff(path)
+    _refuse_dangerous(info)
+    reader = format_of(info)
+    content = reader.read(info, trust=trust) if reader is not None and info.kind != "unknown" else None
+    if not isinstance(content, Weights):
+        raise LoadError(f"{info.path} is {info.title}: no weights by name", hint=info.advice or None)
+    rename = wrapped_by_training(content.tensors)
+    tensors = {rename(k): v for k, v in content.tensors.items() if k not in rename.dropped}
+    return tensors, (*_wrapper_notes(info), *content.notes)
 
 
 def _refuse_dangerous(info: FileInfo) -> None:

@@ -4,7 +4,9 @@ from bnfix.graph.baking import Baked, bake, transfer
 from bnfix.graph.channel_affine import ChannelAffine, affine_in_place_of
 from bnfix.graph.copies import copy_model, unwrap
 from bnfix.graph.facts import Binding, gather
+from bnfix.graph.feeders import feeder_norms
 from bnfix.graph.footprints import no_footprints
+from bnfix.graph.mending import mend
 from bnfix.graph.norm_layers import (
     FrozenBatchNorm,
     build_norm,
@@ -24,6 +26,7 @@ from bnfix.graph.scripted import from_script
 from bnfix.graph.sources.exported import quiet_export
 from bnfix.graph.states import norm_states
 from bnfix.graph.surgery import Surgeon, all_or_nothing, as_parameter, placeholder
+from bnfix.graph.training import training_facts
 from bnfix.graph.unsharing import take_apart
 
 __all__ = [
@@ -46,11 +49,13 @@ __all__ = [
     "drawn_example",
     "example_of",
     "exported",
+    "feeder_norms",
     "find_owners",
     "from_exported",
     "from_script",
     "gather",
     "inner_name",
+    "mend",
     "no_footprints",
     "norm_modules",
     "norm_states",
@@ -61,6 +66,7 @@ __all__ = [
     "stand_in",
     "take_apart",
     "to_exported",
+    "training_facts",
     "transfer",
     "type_of",
     "unwrap",

@@ -71,9 +71,12 @@ def judge(evidence: Evidence, selection: Selection | None = None) -> Diagnosis:
             needs = "; ".join(NEEDS[part] for part in missing)
             skipped.append(Skipped(rule.code, why or f"needs {needs}", needs))
             continue
+        whole = True
         for said in rule.check(evidence):
             (findings if isinstance(said, Finding) else skipped).append(said)  # type: ignore[arg-type]
-        checked.append(rule.code)
+            whole = whole and (isinstance(said, Finding) or bool(said.sites))
+        if whole:  # what was skipped without a site was skipped everywhere
+            checked.append(rule.code)
     findings.sort(key=lambda f: (SEVERITIES.index(f.severity), f.code))
     kept, ignored = _sifted(findings, chosen, evidence)
     return Diagnosis(
@@ -83,7 +86,7 @@ def judge(evidence: Evidence, selection: Selection | None = None) -> Diagnosis:
 
 def _sifted(findings: list[Finding], chosen: Selection, evidence: Evidence) -> tuple[list[Finding], list[Finding]]:
     """Findings that stay, and those all of whose sites the user has ignored; a part of the sites may go."""
-    inline = {p: n.ignore for n in evidence.norms or () for p in n.paths}
+    inline = {p or "(root)": n.ignore for n in evidence.norms or () for p in n.paths}
     kept: list[Finding] = []
     ignored: list[Finding] = []
     for finding in findings:

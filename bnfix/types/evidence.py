@@ -54,6 +54,13 @@ class NormState:
     module: bool = True
     """False where the state comes from a file alone."""
     ignore: frozenset[str] = frozenset()
+    feeder: Array | None = None
+    """(C,) norms ‖w‖ of the weights in front: one number for each output channel of the layer that alone feeds it."""
+
+    @property
+    def has_stats(self) -> bool:
+        """Whether there are running statistics, readable or not: lazy ones and those on ``meta`` have no values yet."""
+        return self.dtype is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,11 +162,18 @@ class Evidence:
     ``norms``: module tree and stored values (S and C). ``facts``: the graph (G), with ``facts_missing`` saying why it
     is not there though it was asked for. ``data``: D. ``onnx``: O. ``against``: the norms of a reference (BN207,
     BN208). ``options`` are the user's own thresholds, by code.
+
+    ``facts`` are of a copy in evaluation mode, ``facts_training`` of one in training mode (its norms evaluated all the
+    same), with ``training_missing`` saying why they are absent, or of what they know only a part: dropout alone was
+    switched on then. ``program`` marks an exported program: what mode it is in is part of its graph.
     """
 
     norms: tuple[NormState, ...] | None = None
     facts: Facts | None = None
     facts_missing: str = ""
+    facts_training: Facts | None = None
+    training_missing: str = ""
+    program: bool = False
     data: DataEvidence | None = None
     loop: Any = None
     onnx: OnnxFacts | None = None

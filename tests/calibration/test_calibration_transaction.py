@@ -322,10 +322,22 @@ def test_a_model_whose_norms_are_all_frozen() -> None:
 
 def test_num_batches_tracked_and_momentum_stay() -> None:
     model = mixed_modes()
-    model.bn2.num_batches_tracked.fill_(77)  # type: ignore[union-attr, operator]
+    model.bn2.num_batches_tracked.fill_(777)  # type: ignore[union-attr, operator]
     bnfix.recalibrate(model, images())
-    assert model.bn2.num_batches_tracked == 77
+    assert model.bn2.num_batches_tracked == 777
     assert (model.bn1.momentum, model.bn2.momentum) == (0.1, 0.03)
+
+
+@pytest.mark.parametrize(("momentum", "before", "after"), [(0.1, 0, 44), (0.1, 5, 44), (0.03, 77, 152), (None, 3, 3)])
+def test_a_counter_never_says_that_initial_values_are_left(momentum: float | None, before: int, after: int) -> None:
+    model = mixed_modes()
+    model.bn2.momentum = momentum  # type: ignore[union-attr, assignment]
+    model.bn2.num_batches_tracked.fill_(before)  # type: ignore[union-attr, operator]
+    report = bnfix.recalibrate(model, images())
+    assert model.bn2.num_batches_tracked == after
+    assert momentum is None or (1 - momentum) ** after <= 0.01 < (1 - momentum) ** (after - 1)
+    report.undo()
+    assert model.bn2.num_batches_tracked == before
 
 
 # Back again, and not at all.
