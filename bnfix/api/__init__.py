@@ -5,6 +5,7 @@ from bnfix.api.calibrating import recalibrate
 from bnfix.api.checking import check
 from bnfix.api.deploying import export, fold, verify
 from bnfix.api.storing import converted, info, load, open_model, save, update_file
+from bnfix.api.watching import watch
 
 __all__ = [
     "batches",
@@ -21,4 +22,5 @@ __all__ = [
     "save",
     "update_file",
     "verify",
+    "watch",
 ]
