@@ -48,7 +48,7 @@ def _norm(
     learned = tally.updates + tally.without
     seen = learned + tally.recomputed + tally.calibrated + tally.expected
     counted, unseen = _unseen(tally, module, seen, compiled, tally.index in loads.loaded)
-    values = sorted(v for v, _ in tally.values)
+    values, samples = sorted(v for v, _ in tally.values), sorted(s for _, s in tally.values)
     own = [p for p in module._parameters.values() if p is not None] if module is not None else []
     return LoopNorm(
         path=tally.path,
@@ -60,6 +60,7 @@ def _norm(
         affine=bool(own),
         trainable=tally.asks(),
         values=values[len(values) // 2] if values else None,
+        samples=samples[len(samples) // 2] if samples else None,
         updates=tally.updates,
         without_grad=tally.without,
         recomputed=tally.recomputed,
@@ -116,9 +117,10 @@ def _sites(path: str, pattern: Pattern, spots: Spots) -> tuple[LoopSite, ...]:
     # Called several times in one forward of the model: then the model's own line tells more than that of the loop.
     within = [pattern.calls.count(c) > 1 for c in pattern.calls]
     lines = [line_of(spots.get(p, (None, None))[w]) for (p, _), w in zip(pattern.places, within, strict=True)]
+    turns = [turn for _, turn in pattern.places]
     return tuple(
         LoopSite(f"{path or '(root)'}@{i}" if i else path or "(root)", lines[i], *rest)
-        for i, rest in enumerate(zip(pattern.calls, pattern.groups, pattern.values, pattern.samples, strict=True))
+        for i, rest in enumerate(zip(pattern.calls, pattern.groups, turns, pattern.values, pattern.samples, strict=True))
     )
 
 

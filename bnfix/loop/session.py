@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from bnfix.types import Finding
 
 _FIRST = 16
-"""So many steps are measured at the beginning; after that every 16th, and beyond 1,024 every 64th."""
+"""So many steps are measured at the beginning; after that every 16th, and beyond 256 every 64th."""
 _PENDING = 8
 _MOST_FORWARDS = 16
 
 
 def measured(step: int) -> bool:
     """Whether a step is one of those that are measured: the same ones on every rank and in every run."""
-    return step < _FIRST or step % (16 if step < 1024 else 64) == 0
+    return step < _FIRST or step % (16 if step < 256 else 64) == 0
 
 
 class Session:

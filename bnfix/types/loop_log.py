@@ -64,13 +64,15 @@ class LoopSite(Value):
 
     ``line`` is the user's line (in the loop, or in the model's own code where one forward calls the norm repeatedly),
     ``forward`` counts calls of the whole model in the step and ``backward`` the backward passes, both from 0.
-    ``values`` a channel in one forward: N·H·W; ``samples`` N.
+    ``turn``: which of several forwards from the very same place. ``values`` a channel in one forward: N·H·W;
+    ``samples`` N.
     """
 
     name: str
     line: Line | None = None
     forward: int = 0
     backward: int = 0
+    turn: int = 0
     values: int = 0
     samples: int = 0
 
@@ -97,6 +99,8 @@ class StepPattern(Value):
 class LoopNorm(Value):
     """What one norm did while it was watched.
 
+    ``values`` a channel and ``samples`` in a forward are medians of those that were measured.
+
     ``updates`` of its statistics in forwards with gradient; ``without_grad``, ``recomputed`` (inside a backward pass),
     ``calibrated`` (momentum changed for the purpose, or statistics reset) and ``expected`` (declared) ones are counted
     apart; ``frozen`` ones had no parameter that asks for gradients. ``evaluations`` are forwards in evaluation mode.
@@ -120,6 +124,7 @@ class LoopNorm(Value):
     affine: bool = True
     trainable: bool | None = None
     values: int | None = None
+    samples: int | None = None
     updates: int = 0
     without_grad: int = 0
     recomputed: int = 0
