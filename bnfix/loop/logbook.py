@@ -26,7 +26,9 @@ def log_of(
     """The log so far. Reads from the device."""
     held = steps.ids()
     tallies = session.tallies
-    norms = tuple(_norm(t, session, origins, held, loads, compiled) for t in tallies)
+    # In the order of their first calls: the norms nearest to the input see least of what weights do to the data.
+    called = sorted(tallies, key=lambda t: t.order)
+    norms = tuple(_norm(t, session, origins, held, loads, compiled) for t in called)
     done = session.window + int(session.stepped)
     return LoopLog(
         norms,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -76,7 +76,3 @@ class Steps:
     def ids(self) -> set[int]:
         """The ids of all parameters in any optimizer that is known."""
         return {id(p) for o in self._held for group in o.param_groups for p in group["params"]}
-
-    def know(self, given: Iterable[Optimizer]) -> bool:
-        """Look at optimizers before their first step; whether any of them holds parameters of the model."""
-        return any([self.of(o).any for o in given])

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _FIRST = 16
 """So many steps are measured at the beginning; after that every 16th, and beyond 256 every 64th."""
+_ENOUGH, _HUNGRY = 12, 64
+"""Norms that are updated several times a step get so many measured steps out of the first so many."""
 _PENDING = 8
 _MOST_FORWARDS = 16
 
@@ -56,6 +58,8 @@ class Session:
         """No optimizer was ever heard of: steps are recognised by weights that changed."""
         self.declared: str | None = None
         self.expected: Counter[str] = Counter()
+        self.claimed: set[int] = set()
+        """The norms whose parameters some optimizer holds."""
         self.forwards = 0
         self.every_batch = ranks.world > 1
         self.most_forwards = _MOST_FORWARDS
@@ -83,6 +87,7 @@ class Session:
     def stepped_by(self, held: Held) -> None:
         """An optimizer took a step."""
         self.by_version = False
+        self.claimed |= held.norms
         if self.stepped:  # several optimizers, one after the other, are one step
             self._owners.append(held)
         elif self.active:
@@ -127,11 +132,10 @@ class Session:
         anybody = not owners or any(h.any for h in owners)
         for tally in self.touched:
             own = tally.index in owned
-            tally.claimed = tally.claimed or own
-            own = own or (anybody and not tally.claimed)
+            own = own or (anybody and tally.index not in self.claimed)
             if self.sampling and tally.record is not None and tally.record.window == self.window:
                 tally.record.own, tally.record.carried = own, tally.carried
-            tally.fold(own)
+            tally.fold(own, self.sampling)
         self.touched.clear()
         for door in self.doors:
             door.fold(self.window)
@@ -146,7 +150,9 @@ class Session:
         if self.ranks.due(self.window):
             self.flush()
             self.ranks.publish(self.window)
-        self.sampling = measured(self.window)
+        # Where optimizers take turns, or norms are called in some steps only, the first ones are not enough.
+        hungry = self.window < _HUNGRY and any(t.multi and t.fed < _ENOUGH for t in self.tallies)
+        self.sampling = hungry or measured(self.window)
 
     def flush(self) -> None:
         """Turn what was noted into sums; with strict=True, judge."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     Moments = tuple[Array, Array]
 
 _PAIRS = 12
+_NEAR = 8
+"""Steps so close to one another that the weights are nearly the same."""
 
 
 class Sums:
@@ -79,7 +81,7 @@ class Pattern:
         k = len(batch)
         if k > 1:
             self._within.add((shift**2).sum(0) / (k - 1))
-        if self._last is not None and self._last[0] == window - 1:
+        if self._last is not None and window - self._last[0] <= _NEAR:
             self._between.add((((mean - self._last[1]) / sigma) ** 2).mean(0) / 2)
         self._last = window, mean, sigma
 

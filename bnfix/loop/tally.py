@@ -68,10 +68,13 @@ class Tally:
         self.mean_first = self.mean_version = version_of(module, "running_mean")
         self.values: list[tuple[int, int]] = []
         """(values a channel, samples) of some forwards."""
-        self.claimed = False
+        self.order = 1 << 30
+        """The when of its first forward among those of other norms."""
         # In the step that is running.
         self.n = self.m = self.carried = 0
         self.record: Record | None = None
+        self.fed = 0
+        """Measured steps with several updates."""
         self.multi = False
         """Whether a step ever updated it more than once: only then are its batches worth a look."""
         self.usual = 1 << 30
@@ -97,7 +100,7 @@ class Tally:
         self.patterns: dict[tuple[Any, ...], Pattern] = {}
         self.gradless = Gradless()
 
-    def fold(self, own: bool) -> None:
+    def fold(self, own: bool, measured: bool) -> None:
         """A step is over: it was taken by the norm's own optimizer, or by another's."""
         n = self.n + self.carried
         if n:
@@ -108,6 +111,7 @@ class Tally:
                 self.foreign += 1
         if n + self.m - self.carried > 1:
             self.multi = True
+            self.fed += measured
         self.n = self.m = self.carried = 0
 
     def settle(self) -> None:
@@ -277,6 +281,7 @@ def sample(session: Session, tally: Tally, module: nn.Module, args: tuple[Any, .
     record = tally.record
     if record is None or record.window != session.window:
         record = tally.record = Record(session.window)
+        tally.order = min(tally.order, len(session.records))
         session.records.append((tally, record))
     if record.open is not None:
         record.close(module, session.undisturbed(record.open))

@@ -154,7 +154,8 @@ class Watch:
             session.doors.append(door := Door(wrapper))
             session.attached.forward(wrapper, Call(wrapper, session.attached.copies, FORWARD, door.called))
         steps = Steps(session.attached, root, own, session.stepped_by)
-        if optimizers and not steps.know(optimizers):
+        session.claimed |= {i for o in optimizers for i in steps.of(o).norms}
+        if optimizers and not any(steps.of(o).any for o in optimizers):
             self._notes.append("the optimizer that was given holds none of the model's parameters")
         if left:
             self._notes.append(

@@ -60,7 +60,7 @@ def _worst(log: LoopLog, norm: LoopNorm, shift: float, ratio: float, error: floa
     best: Apart | None = None
     capped = why_capped(log, norm)
     for pattern in norm.patterns:
-        if not pattern.own or is_one_batch(pattern):
+        if not pattern.own or is_one_batch(log, pattern):
             continue
         for pair in pattern.pairs:
             shifted, scaled = beyond_noise(pair, shift, ratio)
@@ -73,9 +73,18 @@ def _worst(log: LoopLog, norm: LoopNorm, shift: float, ratio: float, error: floa
     return best
 
 
-def is_one_batch(pattern: StepPattern) -> bool:
-    """Whether the sites show the very same batch again: a closure that is called repeatedly, SAM's second look."""
-    return pattern.alike is not None and pattern.alike < SAME_BATCH
+def is_one_batch(log: LoopLog, pattern: StepPattern) -> bool:
+    """Whether the sites show the very same batch again: a closure that is called repeatedly, SAM's second look.
+
+    Asked of the first norm that is called from these places: behind it, weights that moved in between (SAM) make one
+    batch look like two.
+    """
+    places = [(s.line, s.turn) for s in pattern.sites]
+    for norm in log.norms:
+        for first in norm.patterns:
+            if first.alike is not None and [(s.line, s.turn) for s in first.sites] == places:
+                return first.alike < SAME_BATCH
+    return False
 
 
 def is_accumulation(pattern: StepPattern) -> bool:
@@ -94,11 +103,11 @@ def why_capped(log: LoopLog, norm: LoopNorm) -> str:
     return ""
 
 
-def several_updates(norm: LoopNorm) -> Iterator[StepPattern]:
+def several_updates(log: LoopLog, norm: LoopNorm) -> Iterator[StepPattern]:
     """Steps of its own optimizer in which a norm is updated several times on different batches, as a habit."""
     steps = sum(norm.per_step.values())
     if 2 * sum(n for k, n in norm.per_step.items() if k > 1) < steps:
         return
     for pattern in norm.patterns:
-        if pattern.own and not is_one_batch(pattern) and not is_accumulation(pattern):
+        if pattern.own and not is_one_batch(log, pattern) and not is_accumulation(pattern):
             yield pattern

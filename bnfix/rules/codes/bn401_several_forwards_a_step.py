@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bnfix.rules.loop_cases import batch, net, sgd, step
-from bnfix.rules.loop_sites import ERROR, RATIO, SHIFT, Apart, several_updates, sites_apart, why_capped
+from bnfix.rules.loop_sites import BATCHES, ERROR, RATIO, SHIFT, Apart, several_updates, sites_apart
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, Line, LoopLog, LoopNorm, StepPattern
 
@@ -51,14 +51,14 @@ class SeveralForwardsAStep(Rule):
         log: LoopLog = evidence.loop
         shift, ratio = self.option(evidence, "shift", SHIFT), self.option(evidence, "ratio", RATIO)
         apart = {a.norm.path: a for a in sites_apart(log, shift, ratio, self.option(evidence, "error", ERROR))}
-        several = [(n, p) for n in log.norms if (p := next(several_updates(n), None)) is not None and p.steps > 1]
+        several = [(n, p) for n in log.norms if (p := next(several_updates(log, n), None)) is not None and p.steps > 1]
         differing = [(n, p, apart[n.path]) for n, p in several if n.path in apart and apart[n.path].severity != "info"]
         differing.sort(key=lambda found: -max(found[2].pair.shift, found[2].pair.ratio))
         if differing:
             yield self._warning(differing)
         alike = [(n, p) for n, p in several if n.path not in {d[0].path for d in differing}]
         if alike and not differing:
-            yield self._information(log, alike, apart)
+            yield self._information(alike, apart)
 
     def _warning(self, differing: list[tuple[LoopNorm, StepPattern, Apart]]) -> Finding:
         norm, pattern, apart = differing[0]
@@ -79,20 +79,23 @@ class SeveralForwardsAStep(Rule):
         )
 
     def _information(
-        self, log: LoopLog, alike: list[tuple[LoopNorm, StepPattern]], apart: dict[str, Apart]
+        self, alike: list[tuple[LoopNorm, StepPattern]], apart: dict[str, Apart]
     ) -> Finding:
         norm, pattern = alike[0]
         steps = sum(norm.per_step.values())
         often = sum(n for k, n in norm.per_step.items() if k > 1)
         measured: dict[str, Any] = {"per_step": dict(norm.per_step)}
-        far = [p for a, p in alike if p.pairs and a.path in apart] or [p for _, p in alike if p.pairs]
         said = ""
-        if far:
-            pair = max((p.pairs[0] for p in far), key=lambda p: p.shift)
+        capped = [apart[n.path] for n, _ in alike if n.path in apart]
+        pairs = [a.pair for a in capped] or [p.pairs[0] for _, p in alike if p.pairs]
+        if pairs:
+            pair = max(pairs, key=lambda p: p.shift)
             measured.update(shift=pair.shift, ratio=pair.ratio, batches=pair.batches)
-            reason = next((w for n, _ in alike if n.path in apart and (w := why_capped(log, n))), "")
-            said = f"; their batches are alike (d = {pair.shift:.2f})" if not reason else ""
-            said = said or f"; their batches differ (d = {pair.shift:.2f}), but {reason}"
+            far = f"d = {pair.shift:.2f}, l = {pair.ratio:.2f}"
+            if capped:
+                said = f"; their batches differ ({far}), but {capped[0].capped}"
+            else:
+                said = f"; {'their batches are alike' if pair.batches >= BATCHES else 'too few steps to compare'} ({far})"
         return self.found(
             "info",
             f"{_name(norm)} is updated {len(pattern.sites)} times in an optimizer step, in {often} of {steps} steps"
