@@ -44,8 +44,11 @@ class Origins:
 
     def twin(self, tally: Tally, others: Sequence[Tally]) -> bool:
         """Whether it began with the same values as a part that has been trained."""
-        mine = self._prints.get(tally.index, frozenset())
-        return any(o is not tally and o.updates and o.trained and mine & self._prints[o.index] for o in others)
+        mine = self._prints.get(tally.index)
+        if not mine:
+            return False
+        trained = (o for o in others if o is not tally and o.updates and o.trained)
+        return any(mine == self._prints.get(o.index) for o in trained)
 
 
 def _beside(module: nn.Module, parent: nn.Module | None) -> list[nn.Parameter]:

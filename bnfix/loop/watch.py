@@ -126,7 +126,7 @@ class Watch:
     def _attach(self, session: Session, given: nn.Module, root: nn.Module, optimizers: tuple[Any, ...]) -> None:
         owners = find_owners(root)
         self._norms = tuple(NormState(s.path, s.paths, s.cls, s.channels, ignore=s.ignore) for s in norm_states(root))
-        loads, origins = Loads(lambda: session.window), Origins()
+        loads, origins = Loads(lambda: session.window + session.stepped), Origins()
         own: dict[int, int] = {}
         left: list[str] = []
         fallback = next((p for p in root.parameters() if p.requires_grad), None)
