@@ -23,6 +23,9 @@ class Hook:
     A deep copy of a hook is :class:`Spent`, which does nothing and is taken off at the end of the watch.
     """
 
+    only_watches = True
+    """For the rest of bnfix: nothing that passes by is changed or kept, so a norm with this hook is as good as bare."""
+
     __slots__ = ("__weakref__", "_copies", "_module", "_stand_in")
 
     def __init__(self, module: nn.Module, copies: weakref.WeakSet[nn.Module], stand_in: tuple[Any, str]) -> None:
@@ -34,9 +37,10 @@ class Hook:
         original = self._module()
         # The copy of the module itself is in the memo by now: a module is rebuilt first and filled after.
         copied = memo.get(id(original)) if original is not None else None
-        if isinstance(copied, nn.Module):
-            self._copies.add(copied)
-        return Spent(self._stand_in)
+        if not isinstance(copied, nn.Module):  # copied without its module: by a protocol of the user's own
+            return Spent(nn.Identity(), self._copies, self._stand_in)
+        self._copies.add(copied)
+        return Spent(copied, self._copies, self._stand_in)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, self._stand_in
@@ -58,22 +62,13 @@ class Call(Hook):
             self._seen(module, *args)
 
 
-class Spent:
+class Spent(Hook):
     """A hook on a copy: does nothing."""
 
-    __slots__ = ("_stand_in",)
-
-    def __init__(self, stand_in: tuple[Any, str]) -> None:
-        self._stand_in = stand_in
+    __slots__ = ()
 
     def __call__(self, *args: Any) -> None:
         return None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Spent:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, self._stand_in
 
 
 class Attached:
@@ -117,5 +112,5 @@ def hung_on(modules: Iterable[nn.Module]) -> list[Any]:
     found = []
     for module in modules:
         for table in _TABLES:
-            found += [h for h in getattr(module, table).values() if isinstance(getattr(h, "hook", h), (Hook, Spent))]
+            found += [h for h in getattr(module, table).values() if isinstance(getattr(h, "hook", h), Hook)]
     return found

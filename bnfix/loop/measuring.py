@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bnfix.loop.samples import Forward, Record, fetched, moments
+import numpy as np
+
+from bnfix.loop.samples import Forward, Record, Stands, fetched, moments
 from bnfix.loop.sites import Pattern
 
 if TYPE_CHECKING:
@@ -22,6 +24,11 @@ Spots = dict[int, tuple["Spot | None", "Spot | None"]]
 def measure(records: list[tuple[Tally, Record]], spots: Spots, ranks: Ranks) -> None:
     """Take in the measured steps that are over."""
     stands = fetched(f for _, record in records for f in record.forwards)
+    with np.errstate(all="ignore"):  # a training that diverges is no fault of the arithmetic; moments() drops it
+        _measure(records, stands, spots, ranks)
+
+
+def _measure(records: list[tuple[Tally, Record]], stands: Stands, spots: Spots, ranks: Ranks) -> None:
     for tally, record in records:
         module = tally.module()
         if module is None:

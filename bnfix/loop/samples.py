@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
+Stands = dict[int, "tuple[Array, Array, int | None]"]
+"""Mean, variance and count by the identity of their :class:`Stand`."""
+
 _BLUR = 0.02
 """The most rounding in a batch mean that is let pass, in standard deviations, for half of the channels."""
 
@@ -114,13 +117,13 @@ def _legible(module: nn.Module) -> bool:
     return plain and not torch.is_inference(mean)
 
 
-def fetched(forwards: Iterable[Forward]) -> dict[int, tuple[Array, Array, int | None]]:
+def fetched(forwards: Iterable[Forward]) -> Stands:
     """All statistics of these forwards in float64, by the identity of their :class:`Stand`: one wait for a device."""
     stands = {id(s): s for f in forwards for s in (f.before, f.after) if s is not None}
     groups: dict[Any, list[tuple[int, Stand]]] = {}
     for key, stand in stands.items():
         groups.setdefault((stand.mean.device, stand.mean.dtype), []).append((key, stand))
-    found: dict[int, tuple[Array, Array, int | None]] = {}
+    found: Stands = {}
     with torch.no_grad():
         for group in groups.values():
             flat = torch.cat([t for _, s in group for t in (s.mean, s.var)]).cpu().double().numpy()
@@ -134,7 +137,7 @@ def fetched(forwards: Iterable[Forward]) -> dict[int, tuple[Array, Array, int | 
 
 
 def moments(
-    forward: Forward, stands: dict[int, tuple[Array, Array, int | None]], eps: float
+    forward: Forward, stands: Stands, eps: float
 ) -> tuple[Array, Array] | None:
     """Mean and (unbiased) variance of a forward's batch, (C,) each; None where they can't be told.
 
