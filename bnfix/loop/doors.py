@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,11 +11,15 @@ from torch._C import _current_graph_task_id as running_backward
 from bnfix.loop.frames import here
 from bnfix.loop.tally import Run
 
+if TYPE_CHECKING:
+    from bnfix.loop.session import Session
+
 
 class Door:
     """One DistributedDataParallel wrapper."""
 
-    def __init__(self, wrapper: nn.parallel.DistributedDataParallel) -> None:
+    def __init__(self, wrapper: nn.parallel.DistributedDataParallel, session: Session) -> None:
+        self._session = session
         self._n = 0
         self._mark: tuple[int, int] | None = None
         self.several = Run()
@@ -26,6 +30,8 @@ class Door:
         """In front of a forward of the wrapper."""
         if not (module.training and torch.is_grad_enabled()) or running_backward() >= 0:
             return
+        if self._session.stepped:
+            self._session.turn()
         mark = _mark(module)
         if self._n and mark is not None and mark != self._mark:
             self._n = 0  # a backward pass lies in between

@@ -52,7 +52,11 @@ class Call(Hook):
     __slots__ = ("_seen",)
 
     def __init__(
-        self, module: nn.Module, copies: weakref.WeakSet[nn.Module], stand_in: tuple[Any, str], seen: Callable[..., None]
+        self,
+        module: nn.Module,
+        copies: weakref.WeakSet[nn.Module],
+        stand_in: tuple[Any, str],
+        seen: Callable[..., None],
     ) -> None:
         super().__init__(module, copies, stand_in)
         self._seen = seen
@@ -84,7 +88,8 @@ class Attached:
 
     def load(self, module: nn.Module, seen: Callable[..., None]) -> None:
         """``seen(module, state_dict, prefix, …)`` in front of each load of ``module``'s own tensors."""
-        self._handles.append(module.register_load_state_dict_pre_hook(Call(module, self.copies, LOAD, seen)))
+        hook = Call(module, self.copies, LOAD, seen)
+        self._handles.append(module.register_load_state_dict_pre_hook(hook))  # type: ignore[no-untyped-call]
 
     def add(self, handle: Any) -> None:
         """Something else with a ``remove``."""

@@ -10,7 +10,8 @@ from torch import nn
 
 from bnfix.loop.frames import Spot, here, line_of, user_spot
 from bnfix.loop.hooks import Attached
-from bnfix.loop.tally import Tally, version_of
+from bnfix.loop.samples import version_of
+from bnfix.loop.tally import Tally
 from bnfix.types import LoadedState
 
 _STATISTICS = ("running_mean", "running_var")

@@ -11,9 +11,10 @@ from bnfix.loop.frames import line_of
 from bnfix.loop.loads import Loads
 from bnfix.loop.optimizers import Steps
 from bnfix.loop.origins import Origins
+from bnfix.loop.samples import count_of, version_of
 from bnfix.loop.session import Session
 from bnfix.loop.sites import Pattern
-from bnfix.loop.tally import Run, Tally, count_of, version_of
+from bnfix.loop.tally import Run, Tally
 from bnfix.types import Episodes, LoopLog, LoopNorm, LoopRanks, LoopSite, StepPattern
 
 if TYPE_CHECKING:
@@ -21,7 +22,14 @@ if TYPE_CHECKING:
 
 
 def log_of(
-    session: Session, steps: Steps, loads: Loads, origins: Origins, notes: tuple[str, ...], *, final: bool, compiled: bool
+    session: Session,
+    steps: Steps,
+    loads: Loads,
+    origins: Origins,
+    notes: tuple[str, ...],
+    *,
+    final: bool,
+    compiled: bool,
 ) -> LoopLog:
     """The log so far. Reads from the device."""
     held = steps.ids()
@@ -43,9 +51,7 @@ def log_of(
     )
 
 
-def _norm(
-    tally: Tally, session: Session, origins: Origins, held: set[int], loads: Loads, compiled: bool
-) -> LoopNorm:
+def _norm(tally: Tally, session: Session, origins: Origins, held: set[int], loads: Loads, compiled: bool) -> LoopNorm:
     module = tally.module()
     learned = tally.updates + tally.without
     seen = learned + tally.recomputed + tally.calibrated + tally.expected
@@ -95,9 +101,7 @@ def _episodes(run: Run, of: int, updates: int | None = None) -> Episodes:
     return Episodes(run.updates if updates is None else updates, run.times, of, run.first, run.last, lines)
 
 
-def _unseen(
-    tally: Tally, module: nn.Module | None, seen: int, compiled: bool, loaded: bool
-) -> tuple[int | None, int]:
+def _unseen(tally: Tally, module: nn.Module | None, seen: int, compiled: bool, loaded: bool) -> tuple[int | None, int]:
     """How far the counter came, and how much of it no hook saw. A counter that others write to tells nothing."""
     now = count_of(module)
     if module is None or now is None or tally.tracked is None or loaded:
@@ -122,7 +126,9 @@ def _sites(path: str, pattern: Pattern, spots: Spots) -> tuple[LoopSite, ...]:
     turns = [turn for _, turn in pattern.places]
     return tuple(
         LoopSite(f"{path or '(root)'}@{i}" if i else path or "(root)", lines[i], *rest)
-        for i, rest in enumerate(zip(pattern.calls, pattern.groups, turns, pattern.values, pattern.samples, strict=True))
+        for i, rest in enumerate(
+            zip(pattern.calls, pattern.groups, turns, pattern.values, pattern.samples, strict=True)
+        )
     )
 
 

@@ -37,7 +37,7 @@ def _bare(given: Any) -> Optimizer:
 
 
 class Held:
-    """What one optimizer holds: the norms (by number) whose own parameters are in it, and whether any of the model's."""
+    """What one optimizer holds: the norms (by number) whose parameters are in it, and whether any of the model's."""
 
     __slots__ = ("any", "groups", "norms")
 
@@ -51,7 +51,9 @@ class Held:
 class Steps:
     """Hears of every step that any optimizer takes while it is attached; holds them weakly."""
 
-    def __init__(self, attached: Attached, model: nn.Module, own: dict[int, int], heard: Callable[[Held], None]) -> None:
+    def __init__(
+        self, attached: Attached, model: nn.Module, own: dict[int, int], heard: Callable[[Held], None]
+    ) -> None:
         self._own = own
         self._every = {id(p) for p in model.parameters()}
         self._held: weakref.WeakKeyDictionary[Optimizer, Held] = weakref.WeakKeyDictionary()

@@ -29,7 +29,9 @@ class Origins:
         self._first[tally.index] = [(weakref.ref(p), _some(p)) for p in known]
         # Weights of norms begin at 1 and 0 everywhere: only others tell a copy from a coincidence.
         self._prints[tally.index] = frozenset(
-            s.numpy().tobytes() + str(tuple(p.shape)).encode() for p in beside if _readable(p) and _varied(s := _some(p))
+            s.numpy().tobytes() + str(tuple(p.shape)).encode()
+            for p in beside
+            if _readable(p) and _varied(s := _some(p))
         )
 
     def written(self, tally: Tally, held: set[int]) -> bool:

@@ -69,7 +69,9 @@ class Ranks:
         room = _CHANNELS
         for tally in self._tallies:
             module = tally.module()
-            mean, var = (module._buffers.get(n) if module is not None else None for n in ("running_mean", "running_var"))
+            mean, var = (
+                module._buffers.get(n) if module is not None else None for n in ("running_mean", "running_var")
+            )
             if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.is_meta or mean.numel() > room:
                 continue
             room -= mean.numel()

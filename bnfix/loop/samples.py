@@ -54,7 +54,8 @@ class Forward:
     """One forward of one norm in a step that is measured."""
 
     __slots__ = (
-        "abandoned", "after", "before", "call", "grad", "input", "mark", "momentum", "place", "samples", "turn", "values",
+        "abandoned", "after", "before", "call", "grad", "input", "mark", "momentum", "place", "samples", "turn",
+        "values",
     )  # fmt: skip
 
     def __init__(self, grad: bool, samples: int, values: int, call: int) -> None:
@@ -136,9 +137,7 @@ def fetched(forwards: Iterable[Forward]) -> Stands:
     return found
 
 
-def moments(
-    forward: Forward, stands: Stands, eps: float
-) -> tuple[Array, Array] | None:
+def moments(forward: Forward, stands: Stands, eps: float) -> tuple[Array, Array] | None:
     """Mean and (unbiased) variance of a forward's batch, (C,) each; None where they can't be told.
 
     Rounding r_new to 24 bits leaves an error of ½ ulp(r)/α in the batch mean; where that is more than .02 σ (momentum
@@ -161,3 +160,15 @@ def moments(
     blurred = np.count_nonzero(largest * (bits / alpha) > _BLUR * np.sqrt(most))
     unsure = np.count_nonzero(np.maximum(var0, var1) * (bits / alpha) > _BLUR * most)
     return (mean, var) if 2 * max(blurred, unsure) <= len(mean) else None
+
+
+def version_of(module: nn.Module | None, name: str) -> int:
+    """How often a buffer was written to in a way that autograd counts; F.batch_norm's own updates are not."""
+    buffer = module._buffers.get(name) if module is not None else None
+    return buffer._version if buffer is not None and not torch.is_inference(buffer) else -1
+
+
+def count_of(module: nn.Module | None) -> int | None:
+    """``num_batches_tracked`` as a number."""
+    buffer = module._buffers.get("num_batches_tracked") if module is not None else None
+    return int(buffer) if buffer is not None and not buffer.is_meta else None

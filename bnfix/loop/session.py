@@ -13,6 +13,7 @@ from bnfix.errors import WatchError
 from bnfix.loop.frames import Spot, position, user_spot
 from bnfix.loop.hooks import Attached
 from bnfix.loop.measuring import measure
+from bnfix.loop.samples import version_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,6 +74,7 @@ class Session:
         self._end = end
         self._owners: list[Held] = []
         self._waiting = 0
+        self._versions = 0
         self._seen_versions: dict[int, int] = {}
 
     def training(self) -> bool:
@@ -90,8 +92,14 @@ class Session:
         self.claimed |= held.norms
         if self.stepped:  # several optimizers, one after the other, are one step
             self._owners.append(held)
-        elif self.active:
+        elif self.active or self._moved():
             self._close([held])
+
+    def _moved(self) -> bool:
+        """Whether statistics have changed though no hook was called: in a compiled graph."""
+        now = sum(version_of(t.module(), "num_batches_tracked") for t in self.tallies)
+        before, self._versions = self._versions, now
+        return now != before
 
     def look_for_a_step(self, tally: Tally) -> None:
         """No optimizer of torch is in sight. Have the weights changed since this norm's last forward?"""

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch._C import _current_graph_task_id as running_backward
 from torch.compiler import is_compiling
 
 from bnfix.loop.frames import Spot, here, user_spot
 from bnfix.loop.hooks import FORWARD, Hook
-from bnfix.loop.samples import Forward, Record
+from bnfix.loop.samples import Forward, Record, count_of, version_of
 from bnfix.loop.sites import Gradless, Pattern
 
 if TYPE_CHECKING:
@@ -311,15 +310,3 @@ def _notice_its_end(session: Session, tally: Tally, forward: Forward, x: Tensor)
             forward.abandoned = now is None or now == mark
 
     forward.input = weakref.ref(x, gone)
-
-
-def version_of(module: nn.Module, name: str) -> int:
-    """How often a buffer was written to in a way that autograd counts; F.batch_norm's own updates are not."""
-    buffer = module._buffers.get(name)
-    return buffer._version if buffer is not None and not torch.is_inference(buffer) else -1
-
-
-def count_of(module: nn.Module | None) -> int | None:
-    """``num_batches_tracked`` as a number."""
-    buffer = module._buffers.get("num_batches_tracked") if module is not None else None
-    return int(buffer) if buffer is not None and not buffer.is_meta else None

@@ -151,16 +151,15 @@ class Watch:
         session.attached.forward(root, Call(root, session.attached.copies, FORWARD, session.root_called))
         wrappers = [given, *owners.modules.values()]
         for wrapper in {id(m): m for m in wrappers if isinstance(m, DistributedDataParallel)}.values():
-            session.doors.append(door := Door(wrapper))
+            session.doors.append(door := Door(wrapper, session))
             session.attached.forward(wrapper, Call(wrapper, session.attached.copies, FORWARD, door.called))
         steps = Steps(session.attached, root, own, session.stepped_by)
         session.claimed |= {i for o in optimizers for i in steps.of(o).norms}
         if optimizers and not any(steps.of(o).any for o in optimizers):
             self._notes.append("the optimizer that was given holds none of the model's parameters")
         if left:
-            self._notes.append(
-                f"{len(left)} layers keep statistics and are not watched, because they count no updates: {', '.join(left[:5])}"
-            )
+            what = f"{len(left)} layers keep statistics and are not watched, because they count no updates"
+            self._notes.append(f"{what}: {', '.join(left[:5])}")
         self._rest = steps, loads, origins, given is not root or _compiled(owners.modules.values())
         if self._strict:
             session.judge, session.strict_loads = self._errors, loads

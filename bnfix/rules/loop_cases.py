@@ -60,8 +60,8 @@ def step(optimizer: Optimizer, *outputs: Tensor) -> None:
     optimizer.step()
 
 
-def on_ranks(function: Callable[[Any], Any], world: int = 2) -> Any:
-    """``function(bnfix.watch)`` in several processes of one gloo group; what that of rank 0 returns.
+def on_ranks(function: Callable[[Any], Any], world: int = 2) -> list[Any]:
+    """``function(bnfix.watch)`` in several processes of one gloo group; what each of them returns, by rank.
 
     Raises:
         RuntimeError: one of them failed; with what it said.
@@ -83,5 +83,4 @@ def on_ranks(function: Callable[[Any], Any], world: int = 2) -> Any:
                 process.kill()
         if any(process.returncode for process in started):
             raise RuntimeError("\n".join(said))
-        with (Path(folder) / "report0").open("rb") as file:
-            return pickle.load(file)
+        return [pickle.loads((Path(folder) / f"report{rank}").read_bytes()) for rank in range(world)]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bnfix.types import LoopLog, LoopNorm, Severity, SitePair, StepPattern
+from bnfix.types import LoopLog, LoopNorm, Severity, SitePair, Skipped, StepPattern
 
 SHIFT = 0.15
 RATIO = 0.1
@@ -43,9 +43,7 @@ def beyond_noise(pair: SitePair, shift: float = SHIFT, ratio: float = RATIO) -> 
     return shifted, scaled
 
 
-def sites_apart(
-    log: LoopLog, shift: float = SHIFT, ratio: float = RATIO, error: float = ERROR
-) -> tuple[Apart, ...]:
+def sites_apart(log: LoopLog, shift: float = SHIFT, ratio: float = RATIO, error: float = ERROR) -> tuple[Apart, ...]:
     """BN303 in a training loop: one entry for each norm whose call sites differ, the worst pair of them; worst first.
 
     Warning at d > ``shift`` or l > ``ratio``, error at d > ``error``, both beyond noise, over ≥ 10 steps. Never more
@@ -112,3 +110,11 @@ def several_updates(log: LoopLog, norm: LoopNorm) -> Iterator[StepPattern]:
     for pattern in norm.patterns:
         if pattern.own and not is_one_batch(log, pattern) and not is_accumulation(pattern):
             yield pattern
+
+
+def not_seen(code: str, log: LoopLog) -> Iterator[Skipped]:
+    """Norms whose updates no hook could see: what this rule can't say anything about."""
+    paths = tuple(n.path for n in log.norms if n.unseen)
+    if paths:
+        what = f"{len(paths)} norms are updated in a compiled graph, where there are no hooks: counted, not looked at"
+        yield Skipped(code, what, "a model that is not compiled", paths)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from bnfix.types.values import Value
-
 
 @dataclass(frozen=True)
-class Line(Value):
+class Line:
     """A line of the user's own code. ``text`` is what stands there; empty where the source can't be read."""
 
     file: str
@@ -23,7 +21,7 @@ class Line(Value):
 
 
 @dataclass(frozen=True)
-class Episodes(Value):
+class Episodes:
     """Something that came up again and again: ``updates`` of running statistics in ``times`` episodes.
 
     ``first`` and ``last`` are optimizer steps, counted from 0; ``lines`` is where the first of them came from.
@@ -39,7 +37,7 @@ class Episodes(Value):
 
 
 @dataclass(frozen=True)
-class SitePair(Value):
+class SitePair:
     """How far two call sites of one norm are apart, over ``batches`` optimizer steps that had both.
 
     ``shift`` is the median over channels of \\|mean of (μi − μj)/σ\\| with σ² = the variance within the forwards + eps;
@@ -59,7 +57,7 @@ class SitePair(Value):
 
 
 @dataclass(frozen=True)
-class LoopSite(Value):
+class LoopSite:
     """One place from which a norm is called in an optimizer step.
 
     ``line`` is the user's line (in the loop, or in the model's own code where one forward calls the norm repeatedly),
@@ -78,7 +76,7 @@ class LoopSite(Value):
 
 
 @dataclass(frozen=True)
-class StepPattern(Value):
+class StepPattern:
     """The call sites of one norm in an optimizer step, and how often a step looked like this.
 
     ``steps`` is the number of measured steps of this kind. ``own``: an optimizer that holds this norm's parameters took
@@ -96,7 +94,7 @@ class StepPattern(Value):
 
 
 @dataclass(frozen=True)
-class LoopNorm(Value):
+class LoopNorm:
     """What one norm did while it was watched.
 
     ``values`` a channel and ``samples`` in a forward are medians of those that were measured.
@@ -162,7 +160,7 @@ class LoopNorm(Value):
 
 
 @dataclass(frozen=True)
-class LoadedState(Value):
+class LoadedState:
     """A ``load_state_dict`` that brought a norm's weights and not its running statistics.
 
     ``updates_since`` counts those of training; ``healed``: the statistics have been set or re-estimated since.
@@ -178,7 +176,7 @@ class LoadedState(Value):
 
 
 @dataclass(frozen=True)
-class RankDistance(Value):
+class RankDistance:
     """How far a norm's statistics on two ranks are apart at one step: as stored, and those of their batches.
 
     Both are the median over channels of \\|μi − μj\\|/σ; ``batch_error`` is the median standard error of ``batches``.
@@ -195,7 +193,7 @@ class RankDistance(Value):
 
 
 @dataclass(frozen=True)
-class LoopRanks(Value):
+class LoopRanks:
     """What several processes add. ``ddp``: the model is wrapped; ``forwards``: of the wrapper with buffers sent around.
 
     ``forwards.times`` counts optimizer steps in which one backward pass covered several such forwards. ``unseen`` says
@@ -212,7 +210,7 @@ class LoopRanks(Value):
 
 
 @dataclass(frozen=True)
-class LoopLog(Value):
+class LoopLog:
     """A training loop as the norms saw it: frozen plain data, free of the model.
 
     ``steps`` are those of optimizers after forwards of the model (several without a forward between them are one);

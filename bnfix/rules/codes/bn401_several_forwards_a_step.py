@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from bnfix.rules.loop_cases import batch, net, sgd, step
-from bnfix.rules.loop_sites import BATCHES, ERROR, RATIO, SHIFT, Apart, several_updates, sites_apart
+from bnfix.rules.loop_sites import BATCHES, ERROR, RATIO, SHIFT, Apart, not_seen, several_updates, sites_apart
 from bnfix.rules.rule import Case, Rule
-from bnfix.types import Evidence, Finding, Fix, Line, LoopLog, LoopNorm, StepPattern
+from bnfix.types import Evidence, Finding, Fix, Line, LoopLog, LoopNorm, Skipped, StepPattern
 
 
 class SeveralForwardsAStep(Rule):
@@ -46,9 +46,10 @@ class SeveralForwardsAStep(Rule):
     name = "several-forwards-a-step"
     needs = ("loop",)
 
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
+    def check(self, evidence: Evidence) -> Iterator[Finding | Skipped]:
         """One finding for the norms whose batches differ, one for the others."""
         log: LoopLog = evidence.loop
+        yield from not_seen(self.code, log)
         shift, ratio = self.option(evidence, "shift", SHIFT), self.option(evidence, "ratio", RATIO)
         apart = {a.norm.path: a for a in sites_apart(log, shift, ratio, self.option(evidence, "error", ERROR))}
         several = [(n, p) for n in log.norms if (p := next(several_updates(log, n), None)) is not None and p.steps > 1]
@@ -70,7 +71,9 @@ class SeveralForwardsAStep(Rule):
             f"(.1), over {apart.pair.batches} steps{_others(len(differing))}{where}; evaluation mode can't normalise "
             "both as training did",
             [n.path for n, _, _ in differing],
-            fix=Fix("joint", "one forward for all batches: bnfix.joint(net)(a, b)", tuple(n.path for n, _, _ in differing)),
+            fix=Fix(
+                "joint", "one forward for all batches: bnfix.joint(net)(a, b)", tuple(n.path for n, _, _ in differing)
+            ),
             per_step=dict(norm.per_step),
             shift=apart.pair.shift,
             ratio=apart.pair.ratio,
@@ -78,9 +81,7 @@ class SeveralForwardsAStep(Rule):
             first_step=0,
         )
 
-    def _information(
-        self, alike: list[tuple[LoopNorm, StepPattern]], apart: dict[str, Apart]
-    ) -> Finding:
+    def _information(self, alike: list[tuple[LoopNorm, StepPattern]], apart: dict[str, Apart]) -> Finding:
         norm, pattern = alike[0]
         steps = sum(norm.per_step.values())
         often = sum(n for k, n in norm.per_step.items() if k > 1)
@@ -95,7 +96,9 @@ class SeveralForwardsAStep(Rule):
             if capped:
                 said = f"; their batches differ ({far}), but {capped[0].capped}"
             else:
-                said = f"; {'their batches are alike' if pair.batches >= BATCHES else 'too few steps to compare'} ({far})"
+                said = (
+                    f"; {'their batches are alike' if pair.batches >= BATCHES else 'too few steps to compare'} ({far})"
+                )
         return self.found(
             "info",
             f"{_name(norm)} is updated {len(pattern.sites)} times in an optimizer step, in {often} of {steps} steps"

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from bnfix.rules.loop_cases import batch, net, sgd, step
-from bnfix.rules.loop_sites import RATIO, SHIFT, beyond_noise
+from bnfix.rules.loop_sites import RATIO, SHIFT, beyond_noise, not_seen
 from bnfix.rules.rule import Case, Rule
-from bnfix.types import Episodes, Evidence, Finding, Fix, LoopLog, LoopNorm, Severity
+from bnfix.types import Episodes, Evidence, Finding, Fix, LoopLog, LoopNorm, Severity, Skipped
 
 _FIX = Fix(
     "code",
@@ -57,9 +57,10 @@ class UpdateWithoutGrad(Rule):
     name = "update-without-grad"
     needs = ("loop",)
 
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
+    def check(self, evidence: Evidence) -> Iterator[Finding | Skipped]:
         """One finding for each way in which it happens."""
         log: LoopLog = evidence.loop
+        yield from not_seen(self.code, log)
         shift, ratio = self.option(evidence, "shift", SHIFT), self.option(evidence, "ratio", RATIO)
         trained = [n for n in log.norms if n.updates]
         now_and_then = [n for n in trained if _occasional(n.resumed)]

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from bnfix.rules.loop_cases import batch, net, step
+from bnfix.rules.loop_sites import not_seen
 from bnfix.rules.rule import Case, Rule
-from bnfix.types import Evidence, Finding, Fix, LoopLog, LoopNorm, Safety
+from bnfix.types import Evidence, Finding, Fix, LoopLog, LoopNorm, Safety, Skipped
 
 
 class FrozenButUpdating(Rule):
@@ -49,9 +50,10 @@ class FrozenButUpdating(Rule):
     name = "frozen-but-updating"
     needs = ("loop",)
 
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
+    def check(self, evidence: Evidence) -> Iterator[Finding | Skipped]:
         """One finding for frozen norms, one for those whose eval() was undone."""
         log: LoopLog = evidence.loop
+        yield from not_seen(self.code, log)
         # What is written from outside is a teacher; a copy of a trained part may be one whose time has not come.
         frozen = [n for n in log.norms if n.frozen.updates and not n.written and not n.twin]
         if frozen:

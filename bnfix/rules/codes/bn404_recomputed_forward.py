@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from bnfix.rules.loop_cases import batch, net, sgd, step
+from bnfix.rules.loop_sites import not_seen
 from bnfix.rules.rule import Case, Rule
-from bnfix.types import Evidence, Finding, Fix, LoopLog, Safety
+from bnfix.types import Evidence, Finding, Fix, LoopLog, Safety, Skipped
 
 
 class RecomputedForward(Rule):
@@ -37,9 +38,10 @@ class RecomputedForward(Rule):
     name = "recomputed-forward"
     needs = ("loop",)
 
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
+    def check(self, evidence: Evidence) -> Iterator[Finding | Skipped]:
         """One finding for all of them."""
         log: LoopLog = evidence.loop
+        yield from not_seen(self.code, log)
         norms = [n for n in log.norms if n.recomputed]
         if not norms:
             return

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from bnfix.rules.loop_cases import batch, net, sgd
+from bnfix.rules.loop_sites import not_seen
 from bnfix.rules.rule import Case, Rule
-from bnfix.types import Evidence, Finding, Fix, LoopLog, LoopNorm
+from bnfix.types import Evidence, Finding, Fix, LoopLog, LoopNorm, Skipped
 
 NOISE = 0.25
 """Relative standard error √(2/(m − 1)) of a variance from m values, beyond which a batch is too small (BN301)."""
@@ -41,9 +42,10 @@ class AccumulationIsNoBatch(Rule):
     name = "accumulation-is-no-batch"
     needs = ("loop",)
 
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
+    def check(self, evidence: Evidence) -> Iterator[Finding | Skipped]:
         """One finding for the layers that see too few values."""
         log: LoopLog = evidence.loop
+        yield from not_seen(self.code, log)
         limit = self.option(evidence, "noise", NOISE)
         found = [(n, k) for n in log.norms if (k := _backwards(n)) > 1 and too_few(n, limit)]
         if not found:

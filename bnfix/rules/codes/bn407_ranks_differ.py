@@ -71,11 +71,11 @@ class RanksDiffer(Rule):
 
     def bad(self) -> Case:
         """Shards with different means."""
-        return Case(loop=lambda _: on_ranks(_sorted))
+        return Case(loop=lambda _: on_ranks(_sorted)[0])
 
     def good(self) -> Case:
         """Shards of one distribution."""
-        return Case(loop=lambda _: on_ranks(_shuffled))
+        return Case(loop=lambda _: on_ranks(_shuffled)[0])
 
 
 def _stored(distance: RankDistance, norm: LoopNorm, limit: float) -> bool:

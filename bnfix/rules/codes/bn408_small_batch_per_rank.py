@@ -65,11 +65,11 @@ class SmallBatchPerRank(Rule):
 
     def bad(self) -> Case:
         """Four samples a rank."""
-        return Case(loop=lambda _: on_ranks(_small))
+        return Case(loop=lambda _: on_ranks(_small)[0])
 
     def good(self) -> Case:
         """64."""
-        return Case(loop=lambda _: on_ranks(_large))
+        return Case(loop=lambda _: on_ranks(_large)[0])
 
 
 def _noise(values: int) -> float:

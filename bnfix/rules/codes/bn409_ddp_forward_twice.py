@@ -63,11 +63,11 @@ class DdpForwardTwice(Rule):
 
     def bad(self) -> Case:
         """Two forwards, one backward pass."""
-        return Case(loop=lambda _: on_ranks(_twice))
+        return Case(loop=lambda _: on_ranks(_twice)[0])
 
     def good(self) -> Case:
         """One forward."""
-        return Case(loop=lambda _: on_ranks(_once))
+        return Case(loop=lambda _: on_ranks(_once)[0])
 
 
 def _twice(watch: Any) -> Any:
