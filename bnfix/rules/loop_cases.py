@@ -56,7 +56,8 @@ def batch(n: int = 32, shift: float = 0.0) -> Tensor:
 def step(optimizer: Optimizer, *outputs: Tensor) -> None:
     """One optimizer step on some loss of these outputs."""
     optimizer.zero_grad()
-    sum((o.square().mean() for o in outputs[1:]), outputs[0].square().mean()).backward()
+    loss: Any = sum(o.square().mean() for o in outputs)
+    loss.backward()
     optimizer.step()
 
 

@@ -40,7 +40,7 @@ def one_forward(norm: nn.Module, x: Tensor) -> tuple[np.ndarray, np.ndarray] | N
 def test_moments_of_the_batch(
     momentum: float | None, mean: float, scale: float, before: int, double: bool, flat: bool
 ) -> None:
-    """Against the batch itself. Rounding of r to 24 bits, over α: 2⁻²⁴·|r|/α, twice; summation of F.batch_norm beside."""
+    """Against the batch itself. Rounding of r to 24 bits, over α: 2⁻²⁴·|r|/α, twice; and F.batch_norm's own sums."""
     torch.manual_seed(0)
     dtype = torch.float64 if double else torch.float32
     norm = (nn.BatchNorm1d(5, momentum=momentum) if flat else nn.BatchNorm2d(5, momentum=momentum)).to(dtype)

@@ -63,6 +63,7 @@ class SeveralForwardsAStep(Rule):
 
     def _warning(self, differing: list[tuple[LoopNorm, StepPattern, Apart]]) -> Finding:
         norm, pattern, apart = differing[0]
+        paths = tuple(n.path for n, _, _ in differing)
         where = _lines(apart.pattern)
         return self.found(
             "warning",
@@ -70,10 +71,8 @@ class SeveralForwardsAStep(Rule):
             f"d = {apart.pair.shift:.2f} between the means (limit .15), l = {apart.pair.ratio:.2f} between the spreads "
             f"(.1), over {apart.pair.batches} steps{_others(len(differing))}{where}; evaluation mode can't normalise "
             "both as training did",
-            [n.path for n, _, _ in differing],
-            fix=Fix(
-                "joint", "one forward for all batches: bnfix.joint(net)(a, b)", tuple(n.path for n, _, _ in differing)
-            ),
+            paths,
+            fix=Fix("joint", "one forward for all batches: bnfix.joint(net)(a, b)", paths),
             per_step=dict(norm.per_step),
             shift=apart.pair.shift,
             ratio=apart.pair.ratio,
@@ -96,9 +95,8 @@ class SeveralForwardsAStep(Rule):
             if capped:
                 said = f"; their batches differ ({far}), but {capped[0].capped}"
             else:
-                said = (
-                    f"; {'their batches are alike' if pair.batches >= BATCHES else 'too few steps to compare'} ({far})"
-                )
+                enough = pair.batches >= BATCHES
+                said = f"; {'their batches are alike' if enough else 'too few steps to compare'} ({far})"
         return self.found(
             "info",
             f"{_name(norm)} is updated {len(pattern.sites)} times in an optimizer step, in {often} of {steps} steps"

@@ -44,8 +44,8 @@ class UpdateWithoutGrad(Rule):
 
     What is left alone: teachers that are never trained by gradient (MoCo, BYOL, mean teacher), runs that are followed
     by an evaluation before training goes on (schedule-free warm-up, AdaBN), `update_bn` and whatever else resets the
-    statistics or changes the momentum for the purpose, `bnfix.recalibrate`, the first forwards in front of training, and
-    everything inside `with w.expected("calibration"):`. With several optimizers that take turns (a GAN that draws
+    statistics or changes the momentum for the purpose, `bnfix.recalibrate`, the first forwards in front of training,
+    and everything inside `with w.expected("calibration"):`. With several optimizers that take turns (a GAN that draws
     samples while it is trained) it is information.
 
     ## Fix

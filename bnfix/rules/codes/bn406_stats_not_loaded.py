@@ -17,8 +17,8 @@ class StatsNotLoaded(Rule):
     ## What it does
 
     Listens to `load_state_dict` while the loop runs. A norm that gets its weights, but not `running_mean` and
-    `running_var`, is reported, unless its statistics have been set or re-estimated since, or so many training steps came
-    after that less than .05 of what stood there before is left.
+    `running_var`, is reported, unless its statistics have been set or re-estimated since, or so many training steps
+    came after that less than .05 of what stood there before is left.
 
     ## Why is this bad
 

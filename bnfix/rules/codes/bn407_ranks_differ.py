@@ -22,8 +22,8 @@ class RanksDiffer(Rule):
     ## Why is this bad
 
     One rank's statistics are saved, normally those of rank 0. Where shards differ (data sorted by class or by source
-    and cut in pieces), they fit one shard. DDP's `broadcast_buffers=True` hides it: all ranks then carry what rank 0 saw,
-    and the other shards never count.
+    and cut in pieces), they fit one shard. DDP's `broadcast_buffers=True` hides it: all ranks then carry what rank 0
+    saw, and the other shards never count.
 
     ## Example
 
@@ -59,8 +59,8 @@ class RanksDiffer(Rule):
         batches = f", {worst.batch:.2f} σ between their batches" if worst.batch is not None else ""
         yield self.found(
             "warning",
-            f"ranks {worst.a} and {worst.b} differ at step {worst.step}: {worst.path or '(root)'} by {worst.stored:.2f} "
-            f"σ in its statistics{batches} (limit {limit:.2f}); those of one rank are saved",
+            f"ranks {worst.a} and {worst.b} differ at step {worst.step}: {worst.path or '(root)'} by "
+            f"{worst.stored:.2f} σ in its statistics{batches} (limit {limit:.2f}); those of one rank are saved",
             paths,
             fix=Fix("code", "shuffle before sharding, or SyncBatchNorm; bnfix.recalibrate for a trained model", paths),
             stored=worst.stored,
@@ -83,7 +83,7 @@ def _stored(distance: RankDistance, norm: LoopNorm, limit: float) -> bool:
     # sample counts once.
     alpha = norm.momentum or 0.1
     samples = max(norm.samples or 1, 1)
-    chance = 4 * (2 / (samples * (2 - alpha) / alpha)) ** 0.5
+    chance: float = 4 * (2 / (samples * (2 - alpha) / alpha)) ** 0.5
     return distance.stored > max(limit, chance)
 
 
