@@ -70,6 +70,7 @@ def _norm(tally: Tally, session: Session, origins: Origins, held: set[int], load
         values=values[len(values) // 2] if values else None,
         samples=samples[len(samples) // 2] if samples else None,
         updates=tally.updates,
+        gradless_steps=tally.gradless_windows,
         without_grad=tally.without,
         recomputed=tally.recomputed,
         calibrated=tally.calibrated,
@@ -154,13 +155,15 @@ def _seen(norms: tuple[LoopNorm, ...], done: int, session: Session, steps: Steps
 
 
 def _notes(norms: tuple[LoopNorm, ...], session: Session) -> tuple[str, ...]:
-    notes = []
+    notes = [session.broken] if session.broken else []
     unseen = [n for n in norms if n.unseen]
     if unseen:
         notes.append(
             f"{sum(n.unseen for n in unseen)} updates of {len(unseen)} norms were counted and not seen: "
             f"in a compiled graph there are no hooks ({unseen[0].path or '(root)'} …)"
         )
+    if new := session.newcomers():
+        notes.append(f"{new} norms were put into the model while it was watched: those were not seen")
     if session.by_version and any(n.updates for n in norms):
         how = "steps were told by weights that changed" if session.window else "and no change of the weights"
         notes.append(f"no step of a torch optimizer was seen; {how}")

@@ -59,13 +59,14 @@ def _beside(module: nn.Module, parent: nn.Module | None) -> list[nn.Parameter]:
     found: list[nn.Parameter] = []
     for child in parent._modules.values():
         if child is not None and child is not module:
-            found += [p for p in child._parameters.values() if p is not None and p.dim() > 1]
+            found += [p for p in child._parameters.values() if p is not None and _readable(p) and p.dim() > 1]
     return found[:_NEIGHBOURS]
 
 
 def _readable(parameter: Tensor) -> bool:
-    plain = parameter.layout is torch.strided and not parameter.is_meta and not parameter.is_quantized
-    return plain and type(parameter) is nn.Parameter and not torch.nn.parameter.is_lazy(parameter)
+    if type(parameter) is not nn.Parameter:  # lazy ones, and subclasses that may be anything
+        return False
+    return parameter.layout is torch.strided and not parameter.is_meta and not parameter.is_quantized
 
 
 def _some(parameter: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -114,6 +115,8 @@ def _legible(module: nn.Module) -> bool:
     mean, tracked = module._buffers.get("running_mean"), module._buffers.get("num_batches_tracked")
     if mean is None or tracked is None or module._buffers.get("running_var") is None:
         return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(mean):  # must not outlive its transform
+        return False
     plain = type(mean) is Tensor and mean.dtype in (torch.float32, torch.float64) and not mean.is_meta
     return plain and not torch.is_inference(mean)
 
@@ -165,7 +168,9 @@ def moments(forward: Forward, stands: Stands, eps: float) -> tuple[Array, Array]
 def version_of(module: nn.Module | None, name: str) -> int:
     """How often a buffer was written to in a way that autograd counts; F.batch_norm's own updates are not."""
     buffer = module._buffers.get(name) if module is not None else None
-    return buffer._version if buffer is not None and not torch.is_inference(buffer) else -1
+    if buffer is None or is_lazy(buffer) or torch.is_inference(buffer):
+        return -1
+    return buffer._version
 
 
 def count_of(module: nn.Module | None) -> int | None:

@@ -8,8 +8,9 @@ from types import CodeType, FrameType
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfix.errors import WatchError
+from bnfix.errors import WatchError, one_line
 from bnfix.loop.frames import Spot, position, user_spot
 from bnfix.loop.hooks import Attached
 from bnfix.loop.measuring import measure
@@ -70,12 +71,21 @@ class Session:
         """With strict=True: the errors so far."""
         self.errors: dict[str, Finding] = {}
         self.strict_loads: Loads | None = None
+        self.broken = ""
+        """Why the watch stopped before its end."""
         self._root = weakref.ref(root)
         self._end = end
         self._owners: list[Held] = []
         self._waiting = 0
         self._versions = 0
         self._seen_versions: dict[int, int] = {}
+
+    def newcomers(self) -> int:
+        """Norms that were put into the model since the watch began."""
+        root = self._root()
+        known = {id(t.module()) for t in self.tallies}
+        norms = (m for m in root.modules() if isinstance(m, _BatchNorm)) if root is not None else iter(())
+        return sum(id(m) not in known and m._buffers.get("running_mean") is not None for m in norms)
 
     def training(self) -> bool:
         """Whether the model as a whole is in training mode."""
@@ -85,6 +95,13 @@ class Session:
     def root_called(self, _module: nn.Module, _args: object) -> None:
         """In front of each forward of the whole model."""
         self.forwards += 1
+
+    def heard(self, held: Held) -> None:
+        """A step of an optimizer, guarded."""
+        try:
+            self.stepped_by(held)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is not the training's fault
+            self.give_up(error)
 
     def stepped_by(self, held: Held) -> None:
         """An optimizer took a step."""
@@ -189,6 +206,18 @@ class Session:
         forward.place = place = position(frame, self._end)
         if place not in self.spots and len(self.spots) < 4096:
             self.spots[place] = user_spot(frame), user_spot(frame, inside=True)
+
+    def give_up(self, error: Exception) -> None:
+        """Something went wrong in a hook: an error of the guard's must not end somebody's training.
+
+        Raises:
+            WatchError: that is what strict=True is for.
+        """
+        if isinstance(error, WatchError):
+            raise error
+        self.attached.remove()
+        self.broken = f"the watch gave up in step {self.window}: {one_line(error)}; what follows is from before"
+        self.records, self.stepped = [], False
 
     def end(self) -> None:
         """The loop is over: what is still open is read, what was noted is summed."""

@@ -79,7 +79,7 @@ class Tally:
         self.usual = 1 << 30
         # Since the watch began.
         self.updates = self.without = self.recomputed = self.calibrated = self.expected = self.evaluations = 0
-        self.windows = self.foreign = self.looked = 0
+        self.windows = self.foreign = self.looked = self.gradless_windows = 0
         self.per_step: dict[int, int] = {}
         self.trained = False
         """Whether it was ever updated while one of its parameters asked for a gradient."""
@@ -108,6 +108,8 @@ class Tally:
                 self.per_step[n] = self.per_step.get(n, 0) + 1
             else:
                 self.foreign += 1
+        elif self.m:
+            self.gradless_windows += 1
         if n + self.m - self.carried > 1:
             self.multi = True
             self.fed += measured
@@ -189,66 +191,79 @@ class NormHook(Hook):
         if is_compiling():
             return
         session, tally = self.session, self.tally
-        if session.stepped:
-            session.turn()
-        if not module.training:
-            tally.evaluated(session)
+        try:
+            if running_backward() >= 0:
+                self.recomputed(module)
+                return
+            if session.stepped:
+                session.turn()
+            if not module.training:
+                tally.evaluated(session)
+                return
+            momentum = module.momentum
+            if momentum == 0 or not module.track_running_stats:
+                return
+            session.active = True
+            if session.declared is not None:
+                tally.expected += 1
+                session.expected[session.declared] += 1
+                return
+            weight = module._parameters.get("weight")
+            if weight is not None:
+                if weight.requires_grad:
+                    tally.trained = True
+                else:
+                    self.frozen(module)
+            if not tally.n and not tally.m:
+                session.touched.append(tally)
+            if tally.held:
+                tally.thaw(session, here())
+            if is_grad_enabled():
+                tally.momentum = momentum  # type: ignore[assignment]
+                tally.calibrating = False
+                tally.updates += 1
+                n = tally.n
+                if n and session.by_version:
+                    session.look_for_a_step(tally)
+                tally.n += 1
+                if tally.pending:
+                    tally.resume(session.window)
+                if n > tally.usual:
+                    session.sampling = True
+                if session.errors:
+                    session.raise_if_due(tally)
+                if session.sampling:
+                    sample(session, tally, module, args, True)
+            elif tally.calibrating or momentum != tally.momentum or (tally.updates and tally.reset(module)):
+                tally.calibrating = True
+                tally.calibrated += 1
+            else:
+                self.without_grad(module, args)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is not the training's fault
+            session.give_up(error)
+
+    def without_grad(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """An update of statistics that trains nothing."""
+        session, tally = self.session, self.tally
+        tally.without += 1
+        tally.m += 1
+        if not tally.pending:
+            tally.pending_counts = session.window > 0 and tally.updates > 0
+            if tally.resumed.looks < 8:
+                tally.resumed.look(here(1))
+        tally.pending += 1
+        if session.sampling:
+            sample(session, tally, module, args, False)
+
+    def recomputed(self, module: nn.Module) -> None:
+        """The backward pass computes this forward once more."""
+        session, tally = self.session, self.tally
+        if not module.training or module.momentum == 0 or not module.track_running_stats:
             return
-        momentum = module.momentum
-        if momentum == 0 or not module.track_running_stats:
-            return
-        session.active = True
         if session.declared is not None:
             tally.expected += 1
             session.expected[session.declared] += 1
             return
-        if running_backward() >= 0:
-            self.recomputed()
-            return
-        parameters = module._parameters
-        weight = parameters["weight"]
-        if weight is not None:
-            if weight.requires_grad:
-                tally.trained = True
-            else:
-                self.frozen(module)
-        if not tally.n and not tally.m:
-            session.touched.append(tally)
-        if tally.held:
-            tally.thaw(session, here())
-        if is_grad_enabled():
-            tally.momentum = momentum  # type: ignore[assignment]
-            tally.calibrating = False
-            tally.updates += 1
-            n = tally.n
-            if n and session.by_version:
-                session.look_for_a_step(tally)
-            tally.n += 1
-            if tally.pending:
-                tally.resume(session.window)
-            if n > tally.usual:
-                session.sampling = True
-            if session.errors:
-                session.raise_if_due(tally)
-            if session.sampling:
-                sample(session, tally, module, args, True)
-        elif tally.calibrating or momentum != tally.momentum or (tally.updates and tally.reset(module)):
-            tally.calibrating = True
-            tally.calibrated += 1
-        else:
-            tally.without += 1
-            tally.m += 1
-            if not tally.pending:
-                tally.pending_counts = session.window > 0 and tally.updates > 0
-                if tally.resumed.looks < 8:
-                    tally.resumed.look(here())
-            tally.pending += 1
-            if session.sampling:
-                sample(session, tally, module, args, False)
-
-    def recomputed(self) -> None:
-        """The backward pass computes this forward once more."""
-        session, tally = self.session, self.tally
         tally.recomputed += 1
         tally.recomputing.add(session.window, times=int(tally.recomputing.last != session.window))
         if not tally.recomputing.looks:
@@ -263,7 +278,7 @@ class NormHook(Hook):
     def frozen(self, module: nn.Module) -> None:
         """None of its parameters asks for a gradient (if only the weight does not, it is not frozen)."""
         session, tally = self.session, self.tally
-        bias = module._parameters["bias"]
+        bias = module._parameters.get("bias")
         if bias is not None and bias.requires_grad:
             tally.trained = True
             return
@@ -295,7 +310,7 @@ def sample(session: Session, tally: Tally, module: nn.Module, args: tuple[Any, .
         _notice_its_end(session, tally, forward, x)
     record.forwards.append(forward)
     if tally.multi or session.every_batch or tally.n + tally.m > 1:
-        session.place(forward, here(1))
+        session.place(forward, here())
         record.begin(forward, module)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -148,17 +149,20 @@ class Watch:
             origins.note(tally, module, parent)
             loads.listen(session.attached, tally, module, parent, name)
             session.attached.forward(module, NormHook(module, session, tally))
-        session.attached.forward(root, Call(root, session.attached.copies, FORWARD, session.root_called))
+        if not isinstance(root, torch.jit.ScriptModule):  # it takes no hooks
+            session.attached.forward(root, Call(root, session.attached.copies, FORWARD, session.root_called))
         wrappers = [given, *owners.modules.values()]
         for wrapper in {id(m): m for m in wrappers if isinstance(m, DistributedDataParallel)}.values():
             session.doors.append(door := Door(wrapper, session))
             session.attached.forward(wrapper, Call(wrapper, session.attached.copies, FORWARD, door.called))
-        steps = Steps(session.attached, root, own, session.stepped_by)
+        steps = Steps(session.attached, root, own, session.heard)
         session.claimed |= {i for o in optimizers for i in steps.of(o).norms}
         if optimizers and not any(steps.of(o).any for o in optimizers):
             self._notes.append("the optimizer that was given holds none of the model's parameters")
         if left:
-            what = f"{len(left)} layers keep statistics and are not watched, because they count no updates"
+            what = (
+                f"{len(left)} layers keep statistics and are not watched: they are no BatchNorm that counts its updates"
+            )
             self._notes.append(f"{what}: {', '.join(left[:5])}")
         self._rest = steps, loads, origins, given is not root or _compiled(owners.modules.values())
         if self._strict:

@@ -97,20 +97,21 @@ class StepPattern:
 class LoopNorm:
     """What one norm did while it was watched.
 
-    ``values`` a channel and ``samples`` in a forward are medians of those that were measured.
+    ``values`` a channel and ``samples`` in a forward are medians of those that were measured. ``updates`` of its
+    statistics in forwards with gradient; ``without_grad``, ``recomputed`` (inside a backward pass), ``calibrated``
+    (momentum changed for the purpose, or statistics reset) and ``expected`` (declared) ones are counted apart.
+    ``gradless_steps`` had updates without gradient only; ``frozen`` ones had no parameter that asks for gradients.
+    ``evaluations`` are forwards in evaluation mode. ``counted`` is by how much ``num_batches_tracked`` grew, None where
+    that can't be told; ``unseen`` updates happened where no hook sees them (a compiled graph).
 
-    ``updates`` of its statistics in forwards with gradient; ``without_grad``, ``recomputed`` (inside a backward pass),
-    ``calibrated`` (momentum changed for the purpose, or statistics reset) and ``expected`` (declared) ones are counted
-    apart; ``frozen`` ones had no parameter that asks for gradients. ``evaluations`` are forwards in evaluation mode.
-    ``counted`` is by how much ``num_batches_tracked`` grew, None where that can't be told; ``unseen`` updates happened
-    where no hook sees them (a compiled graph). ``per_step`` maps a number of updates to the steps of its own optimizer
-    that had as many; ``foreign`` counts steps of other optimizers in which it was updated (a discriminator, while the
-    generator learns). ``resumed`` are runs of updates without gradient after which training went on; ``used`` those
-    after which it was evaluated; ``trailing`` is the number that nothing came after. ``in_step`` compares the data of
-    such forwards with that of training in the same step. ``abandoned`` forwards had gradients that nobody took.
-    ``thawed`` are updates after it had been held in evaluation mode during training (``held`` steps).
-    ``held_at_start``: it was in evaluation mode, the model in training mode, when the watch began. ``written``: its
-    values changed though no optimizer holds them; ``twin``: it began as a copy of another part that is trained.
+    ``per_step`` maps a number of updates to the steps of its own optimizer that had as many, ``foreign`` counts steps
+    of other optimizers in which it was updated (a discriminator, while the generator learns). ``resumed`` are runs of
+    updates without gradient after which training went on, ``used`` updates those after which it was evaluated,
+    ``trailing`` those that nothing came after. ``in_step`` compares the data of such forwards with that of training in
+    the same step. ``abandoned`` forwards had gradients that nobody took. ``thawed`` are updates after it had been held
+    in evaluation mode during training (``held`` steps). ``held_at_start``: it was in evaluation mode, the model in
+    training mode, when the watch began. ``written``: its values changed though no optimizer holds them; ``twin``: it
+    began as a copy of another part that is trained.
     """
 
     path: str
@@ -125,6 +126,7 @@ class LoopNorm:
     samples: int | None = None
     updates: int = 0
     without_grad: int = 0
+    gradless_steps: int = 0
     recomputed: int = 0
     calibrated: int = 0
     expected: int = 0

@@ -378,3 +378,18 @@ def test_accumulation_over_two_samples() -> None:
     report = w.report()
     assert (codes(report), bad(report)) == ({"BN405"}, set())
     assert report.by_code("BN405")[0].sites == ("9",)  # 4 values a channel; the convolutions' norms see 256
+
+
+def test_backbone_frozen_by_no_grad() -> None:
+    """The backbone runs under no_grad() in every step, in training mode; nothing else freezes it."""
+    backbone, head = conv_net(), nn.Linear(4, 2)
+    model = nn.ModuleDict({"backbone": backbone, "head": head})
+    optimizer = sgd(head)
+    with watch(model, optimizer) as w:
+        for _ in range(8):
+            with torch.no_grad():
+                features = backbone(images())
+            step(optimizer, head(features))
+    report = w.report()
+    assert bad(report) == {"BN403"}
+    assert report.by_code("BN403")[0].measured == {"updates": 8, "steps": 8}

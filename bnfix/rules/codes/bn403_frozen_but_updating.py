@@ -6,7 +6,7 @@ from typing import Any
 from bnfix.rules.loop_cases import batch, net, step
 from bnfix.rules.loop_sites import not_seen
 from bnfix.rules.rule import Case, Rule
-from bnfix.types import Evidence, Finding, Fix, LoopLog, LoopNorm, Safety, Skipped
+from bnfix.types import Evidence, Finding, Fix, Line, LoopLog, LoopNorm, Safety, Skipped
 
 
 class FrozenButUpdating(Rule):
@@ -15,7 +15,8 @@ class FrozenButUpdating(Rule):
     ## What it does
 
     Looks for norms none of whose parameters asks for a gradient and whose running statistics change all the same,
-    because they are in training mode; and for norms that were held in evaluation mode while the model trained, until
+    because they are in training mode; for norms behind a `torch.no_grad()` in every step, which is another way to
+    freeze; and for norms that were held in evaluation mode while the model trained, until
     somebody's `model.train()` undid it.
 
     ## Why is this bad
@@ -55,11 +56,25 @@ class FrozenButUpdating(Rule):
         log: LoopLog = evidence.loop
         yield from not_seen(self.code, log)
         # What is written from outside is a teacher; a copy of a trained part may be one whose time has not come.
-        frozen = [n for n in log.norms if n.frozen.updates and not n.written and not n.twin]
+        own = [n for n in log.norms if not n.written and not n.twin]
+        frozen = [n for n in own if n.frozen.updates]
         if frozen:
             undone = [n for n in frozen if n.held_at_start or n.held]
             also = f"; {len(undone)} of them had been in evaluation mode, train() undid it" if undone else ""
             yield self._found(frozen, f"has no parameter that is trained, but learned statistics{also}", "frozen")
+        idle = [n for n in own if n not in frozen and _never_trained(n, log)]
+        if idle:
+            norm, paths = idle[0], tuple(n.path for n in idle)
+            yield self.found(
+                "warning",
+                f"{_names(paths)} runs without gradient in every step, nobody writes its weights, and it learns "
+                f"statistics in training mode: {norm.without_grad} updates in {norm.gradless_steps} of "
+                f"{log.steps} steps{_where(norm.gradless_lines)}",
+                paths,
+                fix=_fix(paths),
+                updates=norm.without_grad,
+                steps=norm.gradless_steps,
+            )
         rest = [n for n in log.norms if n not in frozen and n.thawed.times]
         if rest:
             held = rest[0].held
@@ -70,14 +85,11 @@ class FrozenButUpdating(Rule):
         norm = max(norms, key=lambda n: getattr(n, kind).updates)
         episodes = getattr(norm, kind)
         paths = tuple(n.path for n in norms)
-        name = paths[0] or "(root)"
-        several = f" (and {len(paths) - 1} more norms)" if len(paths) > 1 else ""
-        where = f", from {episodes.lines[0]}" if episodes.lines else ""
         return self.found(
             "warning",
-            f"{name}{several} {what}: {episodes.updates} updates since step {episodes.first}{where}",
+            f"{_names(paths)} {what}: {episodes.updates} updates since step {episodes.first}{_where(episodes.lines)}",
             paths,
-            fix=Fix("swap", "freeze the statistics too", paths, {"to": "frozen", "only": paths}, Safety.EXACT),
+            fix=_fix(paths),
             updates=episodes.updates,
             first_step=episodes.first,
             last_step=episodes.last,
@@ -90,6 +102,23 @@ class FrozenButUpdating(Rule):
     def good(self) -> Case:
         """Held in evaluation mode."""
         return Case(loop=lambda watch: _fine_tune(watch, undone=False))
+
+
+def _never_trained(norm: LoopNorm, log: LoopLog) -> bool:
+    """Whether it sits behind a no_grad() in most of the steps and learns nothing but statistics."""
+    return not norm.updates and log.steps >= 4 and 2 * norm.gradless_steps >= log.steps
+
+
+def _names(paths: tuple[str, ...]) -> str:
+    return f"{paths[0] or '(root)'}{f' (and {len(paths) - 1} more norms)' if len(paths) > 1 else ''}"
+
+
+def _where(lines: tuple[Line, ...]) -> str:
+    return f", from {lines[0]}" if lines else ""
+
+
+def _fix(paths: tuple[str, ...]) -> Fix:
+    return Fix("swap", "freeze the statistics too", paths, {"to": "frozen", "only": paths}, Safety.EXACT)
 
 
 def _fine_tune(watch: Any, undone: bool) -> Any:
