@@ -11,7 +11,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from bnfix.api import check, export, fold, info, joint, load, merge_calls, recalibrate, save, swap, unshare, verify
+    from bnfix.api import (
+        check,
+        export,
+        fold,
+        info,
+        joint,
+        load,
+        merge_calls,
+        recalibrate,
+        save,
+        swap,
+        unshare,
+        verify,
+        watch,
+    )
     from bnfix.graph import NormPerCall
     from bnfix.running import Call
     from bnfix.types import (
@@ -44,6 +58,7 @@ _VERBS = (
     "swap",
     "unshare",
     "verify",
+    "watch",
 )
 _TYPES = (
     *("Diagnosis", "Edit", "Export", "FileInfo", "Finding", "Fix", "LayerStats", "Parity", "Recalibration", "Refusal"),
@@ -85,6 +100,7 @@ __all__ = [
     "swap",
     "unshare",
     "verify",
+    "watch",
 ]
 
 

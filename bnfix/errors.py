@@ -10,6 +10,7 @@
     ├── PassError                   the user's own forward failed on the given input
     ├── CalibrationError            statistics can't be re-estimated; the model is as it was
     ├── ExportError                 the model can't be exported as asked; nothing was written
+    ├── WatchError                  a training loop under watch(strict=True) did what it must not
     └── MissingDependencyError      an optional package is absent; names the extra that brings it
 
 Wrong arguments raise ``ValueError`` or ``TypeError``, as everywhere in Python. A message says where,
@@ -68,6 +69,17 @@ class CalibrationError(BnfixError):
 
 class ExportError(BnfixError):
     """The model can't be exported as asked; nothing was written."""
+
+
+class WatchError(BnfixError):
+    """A training loop went wrong in a way that ``bnfix.watch(strict=True)`` does not let pass.
+
+    ``finding`` is the :class:`bnfix.Finding`; the traceback leads to the line of the loop that does it.
+    """
+
+    def __init__(self, message: str, *, finding: object = None) -> None:
+        super().__init__(message)
+        self.finding = finding
 
 
 class MissingDependencyError(BnfixError):

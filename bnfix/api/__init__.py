@@ -7,6 +7,7 @@ from bnfix.api.deploying import export, fold, verify
 from bnfix.api.sharing_verbs import joint, merge_calls, unshare
 from bnfix.api.storing import converted, info, load, open_model, save, update_file
 from bnfix.api.swapping import swap
+from bnfix.api.watching import watch
 
 __all__ = [
     "batches",
@@ -27,4 +28,5 @@ __all__ = [
     "unshare",
     "update_file",
     "verify",
+    "watch",
 ]

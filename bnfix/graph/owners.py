@@ -84,9 +84,9 @@ def storage_key(tensor: Tensor) -> tuple[Any, ...] | None:
 
 
 def hooks_of(module: nn.Module) -> tuple[str, ...]:
-    """The names of forward hooks and pre-hooks on ``module`` itself."""
+    """The names of forward hooks and pre-hooks on ``module`` itself, but for those of ``bnfix.watch``."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return tuple(getattr(h, "__qualname__", type(h).__name__) for h in hooks)
+    return tuple(getattr(h, "__qualname__", type(h).__name__) for h in hooks if not getattr(h, "only_watches", False))
 
 
 def _visit_module(owners: Owners, module: nn.Module, path: str, seen: set[int], above: frozenset[int]) -> None:

@@ -14,6 +14,18 @@ from bnfix.types.evidence import (
 )
 from bnfix.types.facts import CallSite, Facts, NormFact, Op, Route, TensorFact
 from bnfix.types.file_info import FileInfo, NormInfo
+from bnfix.types.loop_log import (
+    Episodes,
+    Line,
+    LoadedState,
+    LoopLog,
+    LoopNorm,
+    LoopRanks,
+    LoopSite,
+    RankDistance,
+    SitePair,
+    StepPattern,
+)
 from bnfix.types.results import Edit, Export, OutputParity, Parity, Refusal, Result, Verdict
 from bnfix.types.values import NOT_IN_JSON, SCHEMA_VERSION, Value, plain
 
@@ -26,6 +38,7 @@ __all__ = [
     "Diagnosis",
     "Drift",
     "Edit",
+    "Episodes",
     "Evidence",
     "Export",
     "Facts",
@@ -33,7 +46,13 @@ __all__ = [
     "Finding",
     "Fix",
     "LayerStats",
+    "Line",
+    "LoadedState",
     "LoaderFacts",
+    "LoopLog",
+    "LoopNorm",
+    "LoopRanks",
+    "LoopSite",
     "NormFact",
     "NormInfo",
     "NormState",
@@ -42,6 +61,7 @@ __all__ = [
     "Op",
     "OutputParity",
     "Parity",
+    "RankDistance",
     "Recalibration",
     "Refusal",
     "Residual",
@@ -50,7 +70,9 @@ __all__ = [
     "Safety",
     "Severity",
     "SiteData",
+    "SitePair",
     "Skipped",
+    "StepPattern",
     "TensorFact",
     "Value",
     "Verdict",

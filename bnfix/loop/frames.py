@@ -1,0 +1,88 @@
+"""Where in the user's own code something happened: read off the running stack, nothing of it kept alive."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import site
+import sys
+import sysconfig
+from functools import cache
+from types import CodeType, FrameType
+
+import torch
+from torch import nn
+
+from bnfix.types import Line
+
+_CALL = nn.Module._call_impl.__code__
+_DEEPEST = 400
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+Spot = tuple[str, int, str]
+"""File, line, function: what is kept of a frame. Its text is read when a report is made."""
+
+
+@cache
+def _libraries() -> tuple[str, ...]:
+    paths = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), sysconfig.get_path("purelib")}
+    paths |= {sysconfig.get_path("platlib"), *site.getsitepackages(), site.getusersitepackages()}
+    return tuple(os.path.abspath(p) + os.sep for p in paths if p)
+
+
+@cache
+def _kind(filename: str) -> int:
+    """0: the user's own code, 1: some library's, 2: torch, bnfix or no file at all."""
+    path = os.path.abspath(filename)
+    if path.startswith((_TORCH, _OWN)) or filename.startswith("<frozen"):
+        return 2
+    return 1 if path.startswith(_libraries()) else 0
+
+
+def position(frame: FrameType | None, end: CodeType | None) -> int:
+    """One number for the way from ``frame`` up to the function ``end``: equal where every call on it is the same."""
+    found, depth = 0, 0
+    while frame is not None and depth < _DEEPEST:
+        code = frame.f_code
+        found = hash((found, code, frame.f_lasti))
+        if code is end:
+            break
+        frame, depth = frame.f_back, depth + 1
+    return found
+
+
+def user_spot(frame: FrameType | None, inside: bool = False) -> Spot | None:
+    """The user's line that led to ``frame``: in the loop, outside of every module; with ``inside``, in the model.
+
+    The nearest frame that calls a module from outside of all modules, of the user's own files where there is one.
+    """
+    frames: list[FrameType] = []
+    outermost = 0
+    while frame is not None and len(frames) < _DEEPEST:
+        if frame.f_code is _CALL:
+            outermost = len(frames)
+        frames.append(frame)
+        frame = frame.f_back
+    within, around = frames[:outermost], frames[outermost:]
+    for part in (within, around) if inside else (around, within):
+        for wanted in (0, 1):
+            for f in part:
+                if _kind(f.f_code.co_filename) == wanted:
+                    return f.f_code.co_filename, f.f_lineno, f.f_code.co_name
+    return None
+
+
+def here(depth: int = 1) -> FrameType:
+    """The caller's frame, or one further up."""
+    return sys._getframe(depth + 1)
+
+
+def line_of(spot: Spot | None) -> Line | None:
+    """The line with its text."""
+    if spot is None:
+        return None
+    file, number, function = spot
+    text = linecache.getline(file, number).strip()
+    relative = os.path.relpath(file) if os.path.isabs(file) else file
+    return Line(file if relative.startswith("..") else relative, number, function, text)
