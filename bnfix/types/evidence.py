@@ -78,6 +78,8 @@ class SiteData:
     var: Array
     sample_var: Array
     masked: Array | None = None
+    numbers: tuple[int, ...] = ()
+    """Which of the batches these are: a call site need not be met in each."""
 
     @property
     def name(self) -> str:
@@ -91,7 +93,7 @@ class Drift:
 
     ``change`` is rms(f − R)/std(R) with f the outputs as stored and R those after a dry-run recalibration, ``null`` the
     same between recalibrations on two disjoint halves of the data; None where it could not be had (``reason``).
-    ``layers`` has (mean shift in σ, variance ratio, KL in nats) of the worst channel by module path.
+    ``layers`` has (mean shift in σ, variance ratio, KL in nats) of the worst channel by call site.
     """
 
     change: float | None
@@ -114,7 +116,12 @@ class LoaderFacts:
 
 @dataclass(frozen=True, eq=False)
 class DataEvidence:
-    """One measuring pass over a part of the data, the model in evaluation mode and left as it was."""
+    """One measuring pass over a part of the data, the model in evaluation mode and left as it was.
+
+    The moments at ``sites`` are those that the model has with the statistics of the data in its norms (``fitted``), or
+    with its own where these could not be had. ``sizes`` (B,) are the samples of the loader's batches, of which a part
+    may have been measured; ``whole`` says that it was read to its end. ``seen`` says it to a person.
+    """
 
     sites: tuple[SiteData, ...]
     batches: int
@@ -124,6 +131,10 @@ class DataEvidence:
     role: Role = "train"
     deployed: Drift | None = None
     """The same gate against ``val_data``, the data of deployment."""
+    sizes: tuple[int, ...] = ()
+    whole: bool = False
+    fitted: bool = False
+    seen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,7 +164,7 @@ class Evidence:
     """All there is to judge by. ``loop`` is the log of a training loop (:class:`bnfix.types.LoopLog`).
 
     ``norms``: module tree and stored values (S and C). ``facts``: the graph (G), with ``facts_missing`` saying why it
-    is not there though it was asked for. ``data``: D. ``onnx``: O. ``against``: the norms of a reference (BN207,
+    is not there though it was asked for. ``data``: D, likewise. ``onnx``: O. ``against``: the norms of a reference (BN207,
     BN208). ``options`` are the user's own thresholds, by code.
     """
 
@@ -161,6 +172,7 @@ class Evidence:
     facts: Facts | None = None
     facts_missing: str = ""
     data: DataEvidence | None = None
+    data_missing: str = ""
     loop: Any = None
     onnx: OnnxFacts | None = None
     against: tuple[NormState, ...] | None = None
@@ -168,3 +180,5 @@ class Evidence:
     """With ``against``: whether any other weight differs between the two."""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    seen: tuple[str, ...] = ()
+    """What was looked at, for a person: samples, batches, steps."""
