@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bnfix.calibration.chunks import Chunk, first_samples, halves, joined, pieces, splittable
+from bnfix.calibration.chunks import Chunk, first_samples, halves, pieces, splittable
 from bnfix.calibration.engines import Outcome, staged
 from bnfix.calibration.listening import Stats
 from bnfix.calibration.plain import listen
@@ -53,10 +53,12 @@ def gauge(session: Session, chunks: Sequence[Chunk]) -> Gauged:
         plan = make_plan(session)
         outcome = staged(session, plan.chunks, plan.scouted, plan.batches)
         if not outcome.stats:
-            _, never, why = left_alone(session.norms, outcome, plan.scouted.reached.keys() if plan.scouted else set())  # type: ignore[arg-type]
-            why = why or {never[0]: "is not called"} if never else why
-            name, reason = next(iter(why.items()), ("no norm", "was reached"))
-            return Gauged(Drift(None, None, samples, reason=f"nothing to recalibrate: {name} {reason}"))
+            frozen, never, why = left_alone(
+                session.norms, outcome, set(plan.scouted.reached) if plan.scouted else set()
+            )
+            left = [*(f"{n}: {w}" for n, w in why.items()), *(f"{n} is frozen" for n in frozen)]
+            said = [*left, *(f"{n} is not called" for n in never), "no norm was reached"][0]
+            return Gauged(Drift(None, None, samples, reason=f"nothing to recalibrate: {said}"))
         return Gauged(_drift(session, plan, outcome, samples), outcome.stats)
     except MemoryFullError as error:
         return Gauged(Drift(None, None, samples, reason=f"no memory to recalibrate on the data: {error}"))
@@ -66,7 +68,6 @@ def gauge(session: Session, chunks: Sequence[Chunk]) -> Gauged:
 
 def _drift(session: Session, plan: Plan, outcome: Outcome, samples: int) -> Drift:
     moved = {s.name: (s.mean_shift, s.var_ratio, s.worst_kl) for s in layers(outcome, session.norms)}
-    found = Drift(None, None, samples, moved)
     probes = _probes(outcome.chunks)
     before, after = _outputs(session, probes, {}), _outputs(session, probes, outcome.stats)
     change = distance(before, after, probes)
@@ -77,26 +78,26 @@ def _drift(session: Session, plan: Plan, outcome: Outcome, samples: int) -> Drif
         return Drift(change, None, samples, moved, f"{samples} samples are too few to know what chance does")
     session.say("recalibrating on two halves of the data, to see what chance does")
     done = [staged(session, half, None, quiet=True).stats for half in two]
-    null = distance(*(_outputs(session, probes, stats) for stats in done), probes)
-    return Drift(change, null, found.samples, moved)
+    null = distance(_outputs(session, probes, done[0]), _outputs(session, probes, done[1]), probes)
+    return Drift(change, null, samples, moved)
 
 
 def _halves(plan: Plan, outcome: Outcome) -> list[list[Chunk]] | None:
     """The first and the second half of the samples; None for one batch that can't be cut."""
     joinable = outcome.chunks is plan.chunks and plan.chunks is not plan.batches
-    batches = list(plan.batches)
-    total, before = sum(c.samples for c in batches), 0
-    for i, chunk in enumerate(batches):
-        if before + chunk.samples > total // 2:
+    one: list[Chunk] = []
+    two = list(plan.batches)
+    left = sum(c.samples for c in two) // 2  # of the first half, still to come
+    while left > 0 and two:
+        head = two.pop(0)
+        if head.samples > left and joinable and splittable(head):
+            head, rest = halves(head, left)
+            two.insert(0, rest)
+        elif head.samples > 2 * left:  # nearer to the half without it
+            two.insert(0, head)
             break
-        before += chunk.samples
-    one, middle, two = batches[:i], batches[i], batches[i + 1 :]
-    cut = total // 2 - before
-    if joinable and splittable(middle) and 0 < cut < middle.samples:
-        first, second = halves(middle, cut)
-        one, two = [*one, first], [second, *two]
-    else:  # it goes where there is less
-        one, two = ([*one, middle], two) if before < total - before - middle.samples else (one, [middle, *two])
+        one.append(head)
+        left -= head.samples
     if not one or not two:
         return None
     return [pieces(half) for half in (one, two)] if joinable else [one, two]

@@ -172,8 +172,9 @@ def _spread(data: Iterable[Any], wanted: int) -> tuple[Iterable[Any], int]:
     if isinstance(data, (list, tuple)):
         step = _step(len(data), _size_of(data[0]) if data else 1, wanted)
         return (data[::step], step) if step > 1 else (data, 1)
-    plain = type(data) is DataLoader and type(data.batch_sampler) is BatchSampler
-    if not plain or not isinstance(data.sampler, SequentialSampler) or isinstance(data.dataset, IterableDataset):
+    if type(data) is not DataLoader or type(data.batch_sampler) is not BatchSampler:
+        return data, 1
+    if not isinstance(data.sampler, SequentialSampler) or isinstance(data.dataset, IterableDataset):
         return data, 1
     batches = list(data.batch_sampler)
     step = _step(len(batches), len(batches[0]) if batches else 1, wanted)
@@ -195,7 +196,7 @@ def _numbered(data: DataLoader[Any], batches: Sequence[Sequence[int]]) -> DataLo
     """The same loader, with these batches alone."""
     return DataLoader(
         data.dataset,
-        batch_sampler=batches,
+        batch_sampler=list(map(list, batches)),
         num_workers=data.num_workers,
         collate_fn=data.collate_fn,
         timeout=data.timeout,
@@ -207,9 +208,9 @@ def _numbered(data: DataLoader[Any], batches: Sequence[Sequence[int]]) -> DataLo
 @contextmanager
 def _generators(data: Iterable[Any]) -> Iterator[None]:
     """The random generators that a ``DataLoader`` and its samplers hold stay as they were."""
-    holders = [data] if isinstance(data, DataLoader) else []
-    holders += [getattr(h, name, None) for h in tuple(holders) for name in ("sampler", "batch_sampler")]
-    holders += [getattr(holders[-1], "sampler", None)] if holders else []
+    holders: list[Any] = []
+    if isinstance(data, DataLoader):
+        holders = [data, data.sampler, data.batch_sampler, getattr(data.batch_sampler, "sampler", None)]
     found = {id(g): g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)}
     states = [(g, g.get_state()) for g in found.values()]
     try:

@@ -164,8 +164,8 @@ class Evidence:
     """All there is to judge by. ``loop`` is the log of a training loop (:class:`bnfix.types.LoopLog`).
 
     ``norms``: module tree and stored values (S and C). ``facts``: the graph (G), with ``facts_missing`` saying why it
-    is not there though it was asked for. ``data``: D, likewise. ``onnx``: O. ``against``: the norms of a reference (BN207,
-    BN208). ``options`` are the user's own thresholds, by code.
+    is not there though it was asked for. ``data``: D, likewise. ``onnx``: O. ``against``: the norms of a reference
+    (BN207, BN208). ``options`` are the user's own thresholds, by code.
     """
 
     norms: tuple[NormState, ...] | None = None

@@ -142,7 +142,7 @@ class Triplets(Dataset[Any]):
     """Anchor, positive, negative (1, 8, 8) each; the same triplet at each index. ``change`` is done to all but the
     anchor: another modality."""
 
-    def __init__(self, images: Tensor, labels: Tensor, change: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, change: Callable[[Tensor], Tensor] | None = None) -> None:
         rng = torch.Generator().manual_seed(1)
         self.images, self.labels, self.change = images, labels, change
         same = labels[:, None] == labels[None]
@@ -154,8 +154,8 @@ class Triplets(Dataset[Any]):
         return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        others = self.change(self.images[self.positive[i]]), self.change(self.images[self.negative[i]])
-        return self.images[i], *others
+        others = self.images[self.positive[i]], self.images[self.negative[i]]
+        return self.images[i], *(others if self.change is None else map(self.change, others))
 
 
 def separate(model: nn.Module, batch: Any) -> Any:
@@ -186,7 +186,7 @@ class Recipe:
     epochs: int = 6
     lr: float = 3e-3
     siamese: bool = False
-    change: Callable[[Tensor], Tensor] = staticmethod(lambda x: x)  # type: ignore[assignment]
+    change: Callable[[Tensor], Tensor] | None = None
     train_on: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     shuffle: bool = True
     tune: Callable[[nn.Module], None] | None = None
