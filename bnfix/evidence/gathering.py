@@ -9,7 +9,6 @@ from torch import nn
 
 from bnfix.calibration.reading import Mask
 from bnfix.errors import BnfixError, TraceError
-from bnfix.evidence.loading import Sample
 from bnfix.evidence.measuring import measured, sample_of
 from bnfix.graph import gather, norm_states
 from bnfix.running import Call, as_call
@@ -33,7 +32,8 @@ def of_model(
 ) -> Evidence:
     """Everything that can be known of ``model``; it is left as it was to the bit.
 
-    Each loader is read once, and only in part; without an ``example`` the graph is that of its first batch.
+    Each loader is read once, and only in part. Without an ``example`` (or a list of them, for several signatures) the
+    graph is that of the first batch.
 
     Raises:
         CalibrationError: the data raised, is empty, is ambiguous, or holds NaN or Inf; a forward failed on it.
@@ -43,8 +43,8 @@ def of_model(
     sample, deployed = (
         None if d is None else sample_of(model, d, forward, mask, max_samples, say) for d in (data, val_data)
     )
-    call = as_call(example, forward) if example is not None else _first(sample)
-    facts, missing = (None, "") if call is None else _facts(model, call, say)
+    calls = _calls(example, forward) if example is not None else [] if sample is None else [sample.chunks[0].call]
+    facts, missing = _facts(model, calls, say) if calls else (None, "")
     found: DataEvidence | None = None
     unmeasured = ""
     if sample is not None:
@@ -62,13 +62,14 @@ def of_model(
     )
 
 
-def _first(sample: Sample | None) -> Call | None:
-    return None if sample is None else sample.chunks[0].call
+def _calls(example: Any, forward: Forward | None) -> list[Call]:
+    """Several examples in a list, or one."""
+    return [as_call(e, forward) for e in (example if isinstance(example, list) else [example])]
 
 
-def _facts(model: nn.Module, call: Call, say: Say) -> tuple[Facts | None, str]:
+def _facts(model: nn.Module, calls: list[Call], say: Say) -> tuple[Facts | None, str]:
     say("tracing the model")
     try:
-        return gather(model, [call]), ""
+        return gather(model, calls), ""
     except BnfixError as error:
         return None, f"the graph can't be had: {error.message}"

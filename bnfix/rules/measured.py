@@ -158,10 +158,15 @@ def moved_most(drift: Drift) -> list[str]:
     return off or order[:1]
 
 
+def compared(drift: Drift) -> str:
+    """What a change is one of, for a reader."""
+    return f"what {drift.where} sees" if drift.where else "the outputs"
+
+
 def off_by(drift: Drift, name: str) -> str:
     """How far a call site is off, for a reader: ``mean off by 3.2 σ, variance × 41``."""
     shift, ratio, _ = drift.layers[name]
-    return f"{name}: mean off by {shift:.2g} σ, variance × {ratio:.2g}"
+    return f"{name}: mean off by {shift if shift >= 0.005 else 0:.2g} σ, variance × {ratio:.2g}"
 
 
 def paths_of(names: Iterable[str]) -> tuple[str, ...]:

@@ -101,6 +101,8 @@ class Drift:
     samples: int = 0
     layers: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     reason: str = ""
+    where: str = ""
+    """The norm whose normalised input was compared instead, where the outputs have no row a sample."""
 
 
 @dataclass(frozen=True)

@@ -171,9 +171,8 @@ def main() -> None:
         elif usual - accuracy > 0.02:
             harmful += 1
             found += right
-    print(
-        f"\n{clean} healthy nets: {sum(a.endswith('E') for a in false)} errors, {sum(a.endswith('W') for a in false)} warnings"
-    )
+    errors = sum(a.endswith("E") for a in false)
+    print(f"\n{clean} healthy nets: {errors} errors, {len(false) - errors} warnings")
     print(f"{harmful} harmful faults: {found} found")
 
 

@@ -2,7 +2,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.measured import Limits, apart, by_path, differing, exceeds, is_fresh, moved_most, off_by, paths_of
+from bnfix.rules.measured import (
+    Limits,
+    apart,
+    by_path,
+    compared,
+    differing,
+    exceeds,
+    is_fresh,
+    moved_most,
+    off_by,
+    paths_of,
+)
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, Safety, Skipped
 
@@ -65,8 +76,8 @@ class StaleStats(Rule):
         severe = severe and not apart_  # a symptom then, and no statistics heal it: BN303 is the error
         yield self.found(
             "error" if severe else "warning",
-            f"the statistics are not those of the data: recalibration changes the outputs by {drift.change:.2g} of "
-            f"their spread, two halves of the data differ by {drift.null:.2g} ({off_by(drift, off[0])})",
+            f"the statistics are not those of the data: recalibration changes {compared(drift)} by {drift.change:.2g} "
+            f"of the spread, two halves of the data differ by {drift.null:.2g} ({off_by(drift, off[0])})",
             paths_of(off),
             fix=Fix("recalibrate", "recalibrate on the training data", safety=Safety.NEEDS_DATA),
             change=drift.change,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.measured import exceeds, moved_most, off_by, paths_of
+from bnfix.rules.measured import compared, exceeds, moved_most, off_by, paths_of
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, Skipped
 
@@ -51,7 +51,7 @@ class TargetShift(Rule):
         off = moved_most(drift)
         yield self.found(
             "info",
-            f"the data of deployment is another: its statistics change the outputs by {drift.change:.2g} of their "
+            f"the data of deployment is another: its statistics change {compared(drift)} by {drift.change:.2g} of the "
             f"spread, two halves of it differ by {drift.null:.2g} ({off_by(drift, off[0])})",
             paths_of(off),
             fix=Fix("code", "bnfix.recalibrate(model, val_data) on a copy; keep it where the metric says so"),
