@@ -62,8 +62,8 @@ def gauge(session: Session, chunks: Sequence[Chunk]) -> Gauged:
             frozen, never, why = left_alone(
                 session.norms, outcome, set(plan.scouted.reached) if plan.scouted else set()
             )
-            left = [*(f"{n}: {w}" for n, w in why.items()), *(f"{n} is frozen" for n in frozen)]
-            said = [*left, *(f"{n} is not called" for n in never), "no norm was reached"][0]
+            kept = [*(f"{n}: {w}" for n, w in why.items()), *(f"{n} is frozen" for n in frozen)]
+            said = [*kept, *(f"{n} is not called" for n in never), "no norm was reached"][0]
             return Gauged(Drift(None, None, samples, reason=f"nothing to recalibrate: {said}"))
         return Gauged(_drift(session, plan, outcome, samples, left), outcome.stats)
     except MemoryFullError as error:
@@ -133,8 +133,8 @@ def _probes(chunks: Sequence[Chunk], *, whole: bool) -> list[Chunk]:
 class _Run:
     """What the probes give with some statistics: outputs, and at each call site the normalised input, (R, C).
 
-    Features are means over positions, with the norm's own scale: on small nets e at the last norm is within a fifth of e
-    at the outputs.
+    Features are means over positions, with the norm's own scale: on small nets e at the last norm is within a fifth of
+    e at the outputs.
     """
 
     outputs: list[Any]
