@@ -59,6 +59,11 @@ class Sample:
         return sum(c.samples for c in self.chunks)
 
     @property
+    def stands_for_all(self) -> bool:
+        """Whether it can't be the beginning of something sorted."""
+        return self.whole or self.step > 1 or bool(self.loader.shuffles)
+
+    @property
     def cut(self) -> bool:
         """Whether batches gave only some of their samples."""
         return any(c.samples < size for c, size in zip(self.chunks, self.sizes, strict=True))

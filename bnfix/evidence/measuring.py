@@ -103,10 +103,13 @@ def measured(
     norms, others = find_norms(model), find_norms(model)  # modes count: before all is in evaluation mode
     with _quiet(model, forward):
         session = _session(model, norms, sample, progress)
-        gauged = gauge(session, sample.chunks)
+        gauged = gauge(session, sample.chunks, in_turn=sample.stands_for_all)
         with session.using(gauged.stats):
             sites = _sites(session, sample.chunks)
-        there = None if deployed is None else gauge(_session(model, others, deployed, progress), deployed.chunks).drift
+        there = None
+        if deployed is not None:
+            other = _session(model, others, deployed, progress)
+            there = gauge(other, deployed.chunks, in_turn=deployed.stands_for_all).drift
     drift = _doubted(gauged.drift, sample)
     return DataEvidence(
         sites=sites,
@@ -125,8 +128,7 @@ def measured(
 
 def _doubted(drift: Drift, sample: Sample) -> Drift:
     """No verdict from the first batches of sorted data: statistics of one class are not those of all."""
-    in_order = not sample.whole and sample.step == 1 and not sample.loader.shuffles
-    if not sample.one_label or not in_order or drift.reason:
+    if not sample.one_label or sample.stands_for_all or drift.reason:
         return drift
     reason = f"the {sample.samples:,} samples that were read are all of one class, and there are more: shuffle the data"
     return replace(drift, change=None, null=None, reason=reason)

@@ -158,6 +158,17 @@ def moved_most(drift: Drift) -> list[str]:
     return off or order[:1]
 
 
+def undecided(code: str, drift: Drift, large: float) -> Iterator[Skipped]:
+    """What is said of a change that is large, and no larger than what parts of the data differ by."""
+    if drift.change is not None and drift.null is not None and drift.change > large:
+        yield Skipped(
+            code,
+            f"recalibration changes {compared(drift)} by {drift.change:.2g} of the spread, and two halves of the data "
+            f"differ by {drift.null:.2g}: sorted, or too little of it",
+            "data in random order, or more of it",
+        )
+
+
 def compared(drift: Drift) -> str:
     """What a change is one of, for a reader."""
     return f"what {drift.where} sees" if drift.where else "the outputs"

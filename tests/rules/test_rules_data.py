@@ -109,7 +109,9 @@ def test_thresholds_are_the_users() -> None:
     assert rule is not None
     evidence = of_model(rule.bad().model, data=rule.bad().data)
     assert [f.severity for f in judge(evidence).by_code("BN204")] == ["error"]
-    assert [f.severity for f in judge(replace(evidence, options={"BN204": {"error": 5}})).by_code("BN204")] == ["warning"]
+    assert [f.severity for f in judge(replace(evidence, options={"BN204": {"error": 5}})).by_code("BN204")] == [
+        "warning"
+    ]
     assert not judge(replace(evidence, options={"BN204": {"change": 5}})).by_code("BN204")
 
 
@@ -140,6 +142,17 @@ def test_sorted_validation_data_that_is_too_long_to_read_is_no_drift() -> None:
         assert not alarms(found)
     stream = (pair for pair in DataLoader(dataset, 32))  # no batch of it can be reached by number
     assert not alarms(bnfix.check(model, data=stream, role="val", forward=lambda m, b: m(b[0])))
+
+
+def test_stale_statistics_are_found_with_sorted_validation_data_too() -> None:
+    x = images(6400)
+    x = x[x.mean((1, 2, 3)).argsort()]
+    model = fit(conv_net(), [x])
+    norms_of(model)[0].reset_running_stats()
+    for data in (DataLoader(x, 32), batches(x, 32), batches(x[::10], 32)):  # type: ignore[arg-type]
+        assert codes(bnfix.check(model, data=data, role="val")) == {"BN204"}
+    found = bnfix.check(model, data=(b for b in batches(x, 32)), role="val")
+    assert codes(found) == {"BN204"} or "two halves of the data differ" in reason(found, "BN204")
 
 
 def test_adapted_statistics_fit_the_data_that_they_were_adapted_to() -> None:
@@ -178,7 +191,9 @@ def test_dead_channels_are_a_question_without_data_and_denied_by_data_that_says_
 # ------------------------------------------------------------------------------------ BN301, BN302
 
 
-@pytest.mark.parametrize(("batch", "severity"), [(2, "error"), (4, "warning"), (6, "warning"), (8, "info"), (32, "info"), (33, "")])
+@pytest.mark.parametrize(
+    ("batch", "severity"), [(2, "error"), (4, "warning"), (6, "warning"), (8, "info"), (32, "info"), (33, "")]
+)
 def test_values_a_batch(batch: int, severity: str) -> None:
     data = batches(images(40 * batch), batch)
     found = bnfix.check(fit(head_net(), data), data=data).by_code("BN301")

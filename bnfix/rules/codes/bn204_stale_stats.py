@@ -13,6 +13,7 @@ from bnfix.rules.measured import (
     moved_most,
     off_by,
     paths_of,
+    undecided,
 )
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, Safety, Skipped
@@ -65,6 +66,7 @@ class StaleStats(Rule):
             return
         warn, fail = self.option(evidence, "change", 0.35), self.option(evidence, "error", 0.5)
         if not exceeds(drift, warn, self.option(evidence, "over_null", 4)):
+            yield from undecided(self.code, drift, warn)
             return
         off = moved_most(drift)
         norms = by_path(evidence)

@@ -101,5 +101,5 @@ class TooFewValues(Rule):
     def _case(self, batch: int) -> Case:
         from bnfix.rules.data_cases import batches, fit, head_net, images
 
-        data = batches(images(48 * 24), batch)
+        data = batches(images(24 * batch), batch)
         return Case(fit(head_net(), data), data=data)

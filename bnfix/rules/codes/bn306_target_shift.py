@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.measured import compared, exceeds, moved_most, off_by, paths_of
+from bnfix.rules.measured import compared, exceeds, moved_most, off_by, paths_of, undecided
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, Skipped
 
@@ -47,6 +47,7 @@ class TargetShift(Rule):
             return
         limit = self.option(evidence, "change", 0.35)
         if not exceeds(drift, limit, self.option(evidence, "over_null", 4)):
+            yield from undecided(self.code, drift, limit)
             return
         off = moved_most(drift)
         yield self.found(
