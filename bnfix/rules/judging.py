@@ -67,7 +67,8 @@ def judge(evidence: Evidence, selection: Selection | None = None) -> Diagnosis:
             continue
         missing = [part for part in rule.needs if getattr(evidence, part) is None]
         if missing:
-            why = evidence.facts_missing if missing == ["facts"] and evidence.facts_missing else ""
+            reasons = {"facts": evidence.facts_missing, "data": evidence.data_missing}
+            why = reasons.get(missing[0], "") if len(missing) == 1 else ""
             needs = "; ".join(NEEDS[part] for part in missing)
             skipped.append(Skipped(rule.code, why or f"needs {needs}", needs))
             continue
@@ -80,7 +81,13 @@ def judge(evidence: Evidence, selection: Selection | None = None) -> Diagnosis:
     findings.sort(key=lambda f: (SEVERITIES.index(f.severity), f.code))
     kept, ignored = _sifted(findings, chosen, evidence)
     return Diagnosis(
-        tuple(kept), tuple(skipped), tuple(checked), tuple(ignored), len(evidence.norms or ()), notes=evidence.notes
+        tuple(kept),
+        tuple(skipped),
+        tuple(checked),
+        tuple(ignored),
+        len(evidence.norms or ()),
+        evidence.seen,
+        evidence.notes,
     )
 
 

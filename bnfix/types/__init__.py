@@ -10,6 +10,7 @@ from bnfix.types.evidence import (
     NormState,
     OnnxFacts,
     OnnxNorm,
+    Role,
     SiteData,
 )
 from bnfix.types.facts import CallSite, Facts, NormFact, Op, Route, TensorFact
@@ -66,6 +67,7 @@ __all__ = [
     "Refusal",
     "Residual",
     "Result",
+    "Role",
     "Route",
     "Safety",
     "Severity",
