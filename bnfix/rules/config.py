@@ -83,7 +83,9 @@ def check_thresholds(thresholds: Mapping[str, Mapping[str, Any]], where: str) ->
             raise BnfixError(f"{where}: {code!r} is no whole code", hint="thresholds are those of one rule, as BN301")
         known = thresholds_of(rule)
         if not isinstance(limits, Mapping):
-            raise BnfixError(f"{where}: thresholds of {code} are names with numbers, not {limits!r}", hint=_named(known))
+            raise BnfixError(
+                f"{where}: thresholds of {code} are names with numbers, not {limits!r}", hint=_named(known)
+            )
         for name, value in limits.items():
             if name not in known:
                 close = difflib.get_close_matches(str(name), known, n=1)
@@ -127,8 +129,8 @@ def _read(table: Mapping[str, Any], file: str) -> Config:
             close = difflib.get_close_matches(key.replace("_", "-"), KEYS, n=1)
             meant = f"did you mean {close[0]}?\n" if close else ""
             raise BnfixError(f"{where}: there is no key {key!r}", hint=f"{meant}the keys: {', '.join(KEYS)}")
-    layers = _of_kind(table, "per-layer-ignores", Mapping, where, 'a table, such as "backbone.*" = ["BN104"]')
-    limits = _of_kind(table, "thresholds", Mapping, where, "a table of tables: [tool.bnfix.thresholds.BN301]")
+    layers = _table_in(table, "per-layer-ignores", where, 'a table, such as "backbone.*" = ["BN104"]')
+    limits = _table_in(table, "thresholds", where, "a table of tables: [tool.bnfix.thresholds.BN301]")
     return Config(
         _codes(table.get("select", []), f"{where} select"),
         _codes(table.get("ignore", []), f"{where} ignore"),
@@ -138,9 +140,9 @@ def _read(table: Mapping[str, Any], file: str) -> Config:
     )
 
 
-def _of_kind(table: Mapping[str, Any], key: str, kind: type[Mapping[str, Any]], where: str, form: str) -> Any:
+def _table_in(table: Mapping[str, Any], key: str, where: str, form: str) -> Mapping[str, Any]:
     value = table.get(key, {})
-    if not isinstance(value, kind):
+    if not isinstance(value, Mapping):
         raise BnfixError(f"{where}: {key} is {form}; not {value!r}")
     return value
 

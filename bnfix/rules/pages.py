@@ -31,7 +31,7 @@ def page_of_rule(rule: Rule) -> str:
     Raises:
         LookupError: it has no text: Python ran with -OO, and there is no file of the page either.
     """
-    text = inspect.cleandoc(type(rule).__doc__) if type(rule).__doc__ else ""
+    text = inspect.cleandoc(type(rule).__doc__ or "")
     if not text:
         file = FOLDER / f"{rule.code}.md"
         if not file.is_file():
@@ -48,7 +48,11 @@ def summary_of(rule: Rule) -> str:
 
 def index(rules: Sequence[Rule]) -> str:
     """All rules in one page, by family."""
-    lines = ["# Rules", "", "What `bnfix check` and `bnfix.watch` look for. `bnfix explain BN101` shows a page offline."]
+    lines = [
+        "# Rules",
+        "",
+        "What `bnfix check` and `bnfix.watch` look for. `bnfix explain BN101` shows a page offline.",
+    ]
     for family in sorted({r.code[:3] for r in rules}):
         lines += ["", f"## {family}: {_FAMILIES.get(family, 'others')}", "", "| code | name | finds | reads |"]
         lines.append("| --- | --- | --- | --- |")
@@ -97,7 +101,7 @@ def write() -> None:
 def _facts(rule: Rule) -> list[str]:
     reads = "; ".join(NEEDS[part] for part in rule.needs)
     off = [f"- Off by default; to switch it on: `--select {rule.code}`"] if rule.optional else []
-    return [f"- Needs: {reads}", *off, f"- To silence it in one layer: `module.bnfix_ignore = {{\"{rule.code}\"}}`"]
+    return [f"- Needs: {reads}", *off, f'- To silence it in one layer: `module.bnfix_ignore = {{"{rule.code}"}}`']
 
 
 def _limits(rule: Rule) -> list[str]:
