@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from bnfix.api import check, export, fold, info, load, recalibrate, save, verify
+    from bnfix.api import check, explain, export, fold, info, load, recalibrate, save, verify
     from bnfix.running import Call
     from bnfix.types import (
         Diagnosis,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         Skipped,
     )
 
-_VERBS = ("check", "export", "fold", "info", "load", "recalibrate", "save", "verify")
+_VERBS = ("check", "explain", "export", "fold", "info", "load", "recalibrate", "save", "verify")
 _TYPES = (
     *("Diagnosis", "Edit", "Export", "FileInfo", "Finding", "Fix", "LayerStats", "Parity", "Recalibration", "Refusal"),
     *("Residual", "Result", "Safety", "Skipped"),
@@ -58,6 +58,7 @@ __all__ = [
     "Safety",
     "Skipped",
     "check",
+    "explain",
     "export",
     "fold",
     "info",

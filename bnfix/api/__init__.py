@@ -2,16 +2,20 @@
 
 from bnfix.api.asked import batches, examples, read_forward
 from bnfix.api.calibrating import recalibrate
-from bnfix.api.checking import check
+from bnfix.api.checking import check, explain
 from bnfix.api.deploying import export, fold, verify
+from bnfix.api.fixing import Fixing, fix, with_lines
 from bnfix.api.storing import converted, info, load, open_model, save, update_file
 
 __all__ = [
+    "Fixing",
     "batches",
     "check",
     "converted",
     "examples",
+    "explain",
     "export",
+    "fix",
     "fold",
     "info",
     "load",
@@ -21,4 +25,5 @@ __all__ = [
     "save",
     "update_file",
     "verify",
+    "with_lines",
 ]
