@@ -3,7 +3,7 @@
 from bnfix.rules.baseline import Baseline, read_baseline
 from bnfix.rules.config import Config, check_codes, check_thresholds, read_config
 from bnfix.rules.judging import Selection, all_rules, judge, near_codes, rule_of, unknown_codes
-from bnfix.rules.pages import page_of_rule, thresholds_of
+from bnfix.rules.pages import index_of, page_of_rule, thresholds_of
 from bnfix.rules.rule import Case, Rule
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "all_rules",
     "check_codes",
     "check_thresholds",
+    "index_of",
     "judge",
     "near_codes",
     "page_of_rule",

@@ -66,7 +66,7 @@ def check_codes(asked: Iterable[str], where: str) -> None:
     for code in unknown_codes(asked):
         near = near_codes(code)
         hint = f"near that: {', '.join(near)}\n" if near else ""
-        raise BnfixError(f"{where}: there is no rule {code!r}", hint=f"{hint}all of them:   bnfix explain --all")
+        raise BnfixError(f"{where}: there is no rule {code!r}", hint=f"{hint}all of them:   bnfix explain")
 
 
 def check_thresholds(thresholds: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, dict[str, float]]:

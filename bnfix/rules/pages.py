@@ -46,12 +46,12 @@ def summary_of(rule: Rule) -> str:
     return (type(rule).__doc__ or rule.name).strip().split("\n", 1)[0].rstrip(".")
 
 
-def index(rules: Sequence[Rule]) -> str:
-    """All rules in one page, by family."""
+def index_of(rules: Sequence[Rule]) -> str:
+    """``rules`` in one page, by family."""
     lines = [
         "# Rules",
         "",
-        "What `bnfix check` and `bnfix.watch` look for. `bnfix explain BN101` shows a page offline.",
+        "What `bnfix check` and `bnfix.watch` look for. `bnfix explain BN101` shows a page, offline.",
     ]
     for family in sorted({r.code[:3] for r in rules}):
         lines += ["", f"## {family}: {_FAMILIES.get(family, 'others')}", "", "| code | name | finds | reads |"]
@@ -83,7 +83,7 @@ def files() -> dict[str, str]:
     """Every page under the name of its file."""
     from bnfix.rules.judging import all_rules
 
-    return {"README.md": index(all_rules()), **{f"{r.code}.md": page_of_rule(r) for r in all_rules()}}
+    return {"README.md": index_of(all_rules()), **{f"{r.code}.md": page_of_rule(r) for r in all_rules()}}
 
 
 def write() -> None:
