@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from bnfix.running.call import Forward
     from bnfix.types import Diagnosis, Evidence
 
+WEIGHTS = ("state_dict", "safetensors", "lightning")
+"""Kinds of files that hold tensors by name."""
+
 
 def check(
     model: nn.Module | ExportedProgram | Mapping[str, Tensor] | str | os.PathLike[str],
@@ -157,9 +160,9 @@ def _of_file(path: str | os.PathLike[str], against: Any, say: Progress, **how: A
     info = formats.sniff(path)
     if info.kind == "onnx":
         return evidence.of_onnx(path, against)
-    if info.kind in ("state_dict", "safetensors", "lightning"):
-        loaded = formats.load_weights(path)
-        return replace(evidence.of_weights(loaded.tensors), notes=loaded.notes)
+    if info.kind in WEIGHTS:
+        tensors, notes = formats.weights(path)
+        return replace(evidence.of_weights(tensors), notes=notes)
     raise TypeError(f"{info.path} is {info.title}; load it first: bnfix.load(path)")
 
 
@@ -191,6 +194,8 @@ def _weights_of(against: Any) -> Mapping[str, Any]:
     from bnfix import formats
 
     if isinstance(against, (str, os.PathLike)):
-        return formats.load_weights(against).tensors
+        if formats.sniff(against).kind in WEIGHTS:
+            return formats.weights(against)[0]
+        against = formats.load(against).value
     table: Mapping[str, Any] = against.state_dict() if isinstance(against, nn.Module) else against
     return table

@@ -14,13 +14,11 @@ if TYPE_CHECKING:
     from bnfix.formats.saving import save
     from bnfix.formats.shards import shard
     from bnfix.formats.specs import parse_kwargs
-    from bnfix.formats.weights import LoadedWeights, load_weights
 
 _HOMES = {
     **dict.fromkeys(("Loaded", "load"), "loading"),
     **dict.fromkeys(("load_data", "load_input"), "data"),
     **dict.fromkeys(("ImageTransform", "image_transform"), "images"),
-    **dict.fromkeys(("LoadedWeights", "load_weights"), "weights"),
     "parse_kwargs": "specs",
     "save": "saving",
     "shard": "shards",
@@ -29,12 +27,10 @@ _HOMES = {
 __all__ = [
     "ImageTransform",
     "Loaded",
-    "LoadedWeights",
     "image_transform",
     "load",
     "load_data",
     "load_input",
-    "load_weights",
     "parse_kwargs",
     "save",
     "shard",

@@ -69,7 +69,7 @@ def load(
         note = f"{spec} has the weights it was built with, and fresh norms have nothing to fold in: no file was given"
         return Loaded(model, None, str(spec), (note,) if spec.where in ("timm", "torchvision") else (), hint)
     info = sniff(path_or_spec)
-    refuse_dangerous(info)
+    _refuse_dangerous(info)
     reader = format_of(info)
     if info.kind == "unknown":
         raise UnknownFormatError(f"{info.path} is {info.title}", hint=info.advice)
@@ -82,7 +82,7 @@ def load(
         return Loaded(content, info, None, _module_notes(info, arch))
     model, hint = build(arch, arch_kwargs)
     shown = arch if isinstance(arch, str) else getattr(arch, "__name__", type(arch).__name__)
-    notes = [*wrapper_notes(info), *content.notes]
+    notes = [*_wrapper_notes(info), *content.notes]
     if content.recipe is not None:
         recipes.replay(model, content.recipe, info.path)
         gone = len(content.recipe["edits"])
@@ -92,12 +92,7 @@ def load(
     return Loaded(model, info, shown, tuple(notes), hint)
 
 
-def refuse_dangerous(info: FileInfo) -> None:
-    """Whether a file may be loaded at all.
-
-    Raises:
-        UntrustedModelError: it names what no model needs.
-    """
+def _refuse_dangerous(info: FileInfo) -> None:
     if info.dangerous:
         raise UntrustedModelError(
             f"{info.path} names {', '.join(info.dangerous[:3])}: no model needs that, and loading it would run it. "
@@ -119,8 +114,7 @@ def _count(n: int, what: str) -> str:
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
-def wrapper_notes(info: FileInfo) -> tuple[str, ...]:
-    """Which of the weights in a checkpoint are taken."""
+def _wrapper_notes(info: FileInfo) -> tuple[str, ...]:
     if info.wrapper is None:
         return ()
     others = f"; beside it lie {', '.join(info.other_wrappers)}" if info.other_wrappers else ""
@@ -128,7 +122,7 @@ def wrapper_notes(info: FileInfo) -> tuple[str, ...]:
 
 
 def _module_notes(info: FileInfo, arch: Any) -> tuple[str, ...]:
-    notes = list(wrapper_notes(info))
+    notes = list(_wrapper_notes(info))
     if arch is not None:
         notes.append("--arch was not needed: the file holds the model itself")
     return tuple(notes)
