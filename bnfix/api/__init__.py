@@ -4,7 +4,7 @@ from bnfix.api.asked import batches, examples, read_forward
 from bnfix.api.calibrating import recalibrate
 from bnfix.api.checking import check, explain
 from bnfix.api.deploying import export, fold, verify
-from bnfix.api.fixing import Fixing, fix, with_lines
+from bnfix.api.fixing import Fixing, fix, refusal_of, with_lines
 from bnfix.api.storing import converted, info, load, open_model, save, update_file
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "open_model",
     "read_forward",
     "recalibrate",
+    "refusal_of",
     "save",
     "update_file",
     "verify",

@@ -14,12 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.export import ExportedProgram
 
-    from bnfix.rules import Selection
+    from bnfix.rules import Baseline, Selection
     from bnfix.running.call import Forward
     from bnfix.types import Diagnosis, Evidence
-
-WEIGHTS = ("state_dict", "safetensors", "lightning")
-"""Kinds of files that hold tensors by name."""
 
 
 def check(
@@ -36,7 +33,7 @@ def check(
     ignore: str | Iterable[str] = (),
     per_layer_ignores: Mapping[str, str | Iterable[str]] | None = None,
     thresholds: Mapping[str, Mapping[str, float]] | None = None,
-    baseline: Diagnosis | str | os.PathLike[str] | None = None,
+    baseline: Diagnosis | Baseline | str | os.PathLike[str] | None = None,
     forward: Forward | None = None,
     progress: Progress | None = None,
 ) -> Diagnosis:
@@ -48,13 +45,14 @@ def check(
 
     Args:
         model: in any mode. Or an exported program; or a state_dict, or a file that holds one: then values alone are
-            judged; or the path of an ONNX file.
+            judged; or the path of an ONNX file. Files are read safely: a pickled module has to be loaded first.
         example: as for ``fold``. None: the first batch of ``data``; without either, no graph.
         data: what a training loop iterates over. A part of it is read, once.
         role: what ``data`` is. Batches are judged where they are trained on; a validation loader is sorted and has a
             small last batch by right.
         val_data: the data of deployment, to be compared with what the statistics come from (BN306).
-        against: the model or weights that this one was averaged or converted from (BN207, BN208).
+        against: the model or weights that this one was averaged or converted from (BN207, BN208); of an ONNX file the
+            model that it was exported from, to be compared with on ``example`` or ``data`` (BN504).
         mask: as for ``recalibrate``.
         max_samples: read no more than this; None: as many as the rules need.
         select: codes (``"BN204"``) or their beginnings (``"BN2"``); default: all that are not off by default.
@@ -71,19 +69,18 @@ def check(
         LoadError: ``model`` is a path, and that file is neither of the two.
     """
     from bnfix import rules
+    from bnfix.api.fixing import python_line, with_lines
 
     if role not in ("train", "val"):
         raise ValueError(f'role is what data is, "train" or "val", not {role!r}')
     selection, limits = _asked(select, ignore, per_layer_ignores or {}, thresholds or {})
-    known = rules.read_baseline(baseline) if baseline is not None else None
+    known = baseline if baseline is None or isinstance(baseline, rules.Baseline) else rules.read_baseline(baseline)
     bound = {"data": data, "val_data": val_data, "mask": mask, "max_samples": max_samples, "forward": forward}
     how = {name: value for name, value in bound.items() if value is not None}
     gathered = _evidence(model, example, against, progress or silent, role=role, **how)
     found = rules.judge(replace(gathered, options=limits), selection)
     if known is not None:
         found = known.without_known(found)
-    from bnfix.api.fixing import python_line, with_lines
-
     return with_lines(found, lambda _, fix: python_line(fix))
 
 
@@ -130,20 +127,19 @@ def _evidence(model: Any, example: Any, against: Any, say: Progress, **how: Any)
     """Everything there is to judge by, whatever form the model has."""
     import torch
 
-    from bnfix import evidence
-    from bnfix.graph import drawn_example, from_exported, unwrap
-    from bnfix.running import Call
+    from bnfix import evidence, formats
+    from bnfix.graph import unwrap
 
     if isinstance(model, (str, os.PathLike)):
-        found = _of_file(model, against, say, **how)
-        if found.onnx is not None:
-            return found
+        if formats.sniff(model).kind == "onnx":
+            return _of_onnx(model, example, against, **how)
+        _check_alone(how, "a file")
+        found = evidence.of_file(model, example, say=say)
     elif isinstance(model, Mapping):
+        _check_alone(how if example is None else {**how, "example": example}, "a state_dict")
         found = evidence.of_weights(model)
     elif isinstance(model, torch.export.ExportedProgram):
-        if example is None and "data" not in how:
-            example = Call(*drawn_example(model))
-        found = evidence.of_model(from_exported(model), example, say=say, **how)
+        found = _of_program(model, example, say, **how)
     elif isinstance(model, torch.jit.ScriptModule):
         found = _of_script(model, example, say, **how)
     else:
@@ -151,23 +147,41 @@ def _evidence(model: Any, example: Any, against: Any, say: Progress, **how: Any)
         model, notes = unwrap(model)
         found = evidence.of_model(model, example, say=say, **how)
         found = replace(found, notes=(*notes, *found.notes))
-    return found if against is None else evidence.of_pair(found, _weights_of(against))
+    return found if against is None else evidence.with_reference(found, model, against)
 
 
-def _of_file(path: str | os.PathLike[str], against: Any, say: Progress, **how: Any) -> Evidence:
-    from bnfix import evidence, formats
+def _check_alone(how: Mapping[str, Any], what: str) -> None:
+    given = [name for name in ("example", "data", "val_data") if name in how]
+    if given:
+        raise ValueError(f"{given[0]} goes with a model, and {what} is none yet: bnfix.load(path, arch=...)")
 
-    info = formats.sniff(path)
-    if info.kind == "onnx":
-        return evidence.of_onnx(path, against)
-    if info.kind in WEIGHTS:
-        tensors, notes = formats.weights(path)
-        return replace(evidence.of_weights(tensors), notes=notes)
-    raise TypeError(f"{info.path} is {info.title}; load it first: bnfix.load(path)")
+
+def _of_onnx(path: str | os.PathLike[str], example: Any, against: Any, **how: Any) -> Evidence:
+    """An ONNX file, compared with the model ``against`` where there is one and something to run both on."""
+    from bnfix import evidence
+    from bnfix.api.asked import read_calls
+
+    if against is None or (example is None and "data" not in how):
+        return evidence.of_onnx(path)
+    check_model(against)
+    calls, notes = read_calls(against, example, how.get("data"), how.get("forward"))
+    found = evidence.of_onnx(path, against, calls)
+    return replace(found, notes=(*found.notes, *notes))
+
+
+def _of_program(program: ExportedProgram, example: Any, say: Progress, **how: Any) -> Evidence:
+    from bnfix import evidence
+    from bnfix.graph import from_exported
+
+    found = evidence.of_program(program, example, say=say)
+    if "data" not in how:
+        return found
+    measured = evidence.of_model(from_exported(program), example, say=say, **how)
+    return replace(found, data=measured.data, notes=tuple(dict.fromkeys((*found.notes, *measured.notes))))
 
 
 def _of_script(model: Any, example: Any, say: Progress, **how: Any) -> Evidence:
-    """A TorchScript program as a module where torch can convert it, else its values."""
+    """A TorchScript program as a module where torch can convert it, else what its own module tree shows."""
     from bnfix import evidence
     from bnfix.graph import from_script
     from bnfix.running import as_call, batch_call
@@ -178,24 +192,10 @@ def _of_script(model: Any, example: Any, say: Progress, **how: Any) -> Evidence:
     elif "data" in how:
         batch = next(iter(how["data"]), None)
         call = None if batch is None else batch_call(batch, model, how.get("forward"))
-    why = "its code is TorchScript: it is read with an example (--input, example=)"
+    why = "the graph of TorchScript is read with an example (--input, example=)"
     if call is not None:
         try:
             return evidence.of_model(from_script(model, call), example, say=say, **how)
         except TraceError as error:
-            why = f"its code is TorchScript that can't be converted: {error.message}"
-    found = evidence.of_weights(model.state_dict())
-    return replace(found, facts_missing=why, notes=(*found.notes, f"values alone were judged: {why}"))
-
-
-def _weights_of(against: Any) -> Mapping[str, Any]:
-    from torch import nn
-
-    from bnfix import formats
-
-    if isinstance(against, (str, os.PathLike)):
-        if formats.sniff(against).kind in WEIGHTS:
-            return formats.weights(against)[0]
-        against = formats.load(against).value
-    table: Mapping[str, Any] = against.state_dict() if isinstance(against, nn.Module) else against
-    return table
+            why = f"the graph can't be had: {error.message}"
+    return replace(evidence.of_model(model, say=say), facts_missing=why)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ROUNDS = 3
 """A fix may bring another finding to light: norms taken apart want statistics of their own."""
 _MENDS = ("set", "float", "reset")
-_RESULTS = ("unshare", "fold")
+_RESULTS = ("unshare",)
 _ORDER = (*_MENDS, *_RESULTS, "recalibrate")
 """Statistics come last: they are those of the model as it will be."""
 
@@ -59,37 +59,47 @@ def fix(
     """
     before = diagnosis = check(model)
     edits: list[Edit] = []
-    refused: dict[tuple[str, str], Refusal] = {}
+    refused: dict[str, set[str]] = {}
     recipe: Mapping[str, Any] = {}
     tried: set[str] = set()
     for _ in range(ROUNDS):
-        wanted = [(f, f.fix) for f in diagnosis.findings if f.fix is not None]
-        reasons = {id(x): refusal_of(x, how) or _clash(x, recipe) for _, x in wanted}
-        for finding, one in wanted:
-            reason = reasons[id(one)]
-            if reason:
-                refused.setdefault((finding.code, reason), Refusal(finding.code, reason))
-        todo = [(f, x) for f, x in wanted if not reasons[id(x)] and _key(x) not in tried]
         done: list[Edit] = []
-        for finding, one in sorted(todo, key=lambda pair: _ORDER.index(pair[1].verb)):
-            if _key(one) in tried or _clash(one, recipe):
-                continue
-            tried.add(_key(one))
-            (progress or silent)(f"{one.verb}: {one.title}")
-            try:
-                model, changed, made = _apply(model, one, how, progress)
-            except BnfixError as error:
-                refused.setdefault((finding.code, error.message), Refusal(finding.code, error.message))
-                continue
-            done += changed
-            recipe = made or recipe
+        for codes, one in _wanted(diagnosis.findings):
+            reason = refusal_of(one, how) or _clash(one, recipe)
+            if not reason and _key(one) not in tried:
+                tried.add(_key(one))
+                (progress or silent)(f"{one.verb}: {one.title}")
+                try:
+                    model, changed, made = _apply(model, one, how, progress)
+                except BnfixError as error:
+                    reason = error.message
+                else:
+                    done += changed
+                    recipe = made or recipe
+            if reason:
+                refused.setdefault(reason, set()).update(codes)
         if not done:
             break
         edits += done
         diagnosis = check(model)
     left = {f.code for f in diagnosis.findings}
-    refusals = tuple(r for r in refused.values() if r.site in left)
-    return Fixed(model, Mended(tuple(edits), diagnosis, before, refusals, how.dry_run), recipe)
+    refusals = [Refusal(", ".join(sorted(codes & left)), why) for why, codes in refused.items() if codes & left]
+    return Fixed(model, Mended(tuple(edits), diagnosis, before, tuple(refusals), how.dry_run), recipe)
+
+
+def _wanted(findings: Iterable[Finding]) -> list[tuple[set[str], Fix]]:
+    """The fixes in the order in which they are done, those that one call does together as one, with their rules."""
+    merged: dict[str, tuple[set[str], Fix]] = {}
+    for finding in findings:
+        if finding.fix is None:
+            continue
+        alike = finding.fix.verb in (*_RESULTS, "recalibrate")
+        key = repr((finding.fix.verb, finding.fix.safety, finding.fix.options)) if alike else _key(finding.fix)
+        codes, one = merged.setdefault(key, (set(), finding.fix))
+        sites = dict.fromkeys((*one.sites, *finding.fix.sites))
+        merged[key] = (codes | {finding.code}, replace(one, sites=tuple(sites)))
+    rank = {verb: n for n, verb in enumerate(_ORDER)}
+    return sorted(merged.values(), key=lambda pair: rank.get(pair[1].verb, len(rank)))
 
 
 def refusal_of(fix: Fix, how: Fixing) -> str:
@@ -97,12 +107,11 @@ def refusal_of(fix: Fix, how: Fixing) -> str:
     if fix.safety is Safety.NEEDS_TRAINING:
         return f"it takes training: {fix.title}"
     if fix.verb not in _ORDER:
-        return f"it takes your own code: {fix.title}"
+        return f"it takes {'your own code' if fix.verb == 'code' else f'bnfix {fix.verb}'}: {fix.title}"
     if fix.verb == "recalibrate" and how.data is None:
         return "it needs data"
-    if fix.verb in _MENDS and fix.verb != "reset" and not how.whole:
-        kept = "the dtype of a norm is" if fix.verb == "float" else f"{' and '.join(fix.options)} is"
-        return f"{kept} set by the code that builds the model, a file of weights does not hold it: {fix.title}"
+    if fix.verb in _MENDS and not how.whole:
+        return f"the code that builds the model sets that, a file of weights does not: {fix.title}"
     return ""
 
 
@@ -110,7 +119,7 @@ def python_line(fix: Fix) -> str:
     """The fix as a line of Python; empty where there is none."""
     if fix.verb == "recalibrate":
         return f"bnfix.recalibrate(model, data{_arguments(fix.options)})"
-    if fix.verb in (*_RESULTS, "swap"):
+    if fix.verb in (*_RESULTS, "fold", "swap"):
         given = "" if fix.verb == "swap" else ", example"
         return f"model = bnfix.{fix.verb}(model{given}{_arguments(fix.options)}).model"
     where = [f"model.get_submodule({_path(s)!r})" for s in fix.sites]
@@ -156,7 +165,8 @@ def _apply(
             **fix.options,
         )
         return model, _moved(report), {}
-    result = getattr(api, fix.verb)(model, how.example, **fix.options)
+    sites = fix.sites or None
+    result = api.unshare(model, how.example, sites, forward=how.forward, progress=progress, **fix.options)
     return result.model or model, result.edits, result.recipe
 
 
