@@ -8,9 +8,10 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 from bnfix.rules.rule import NEEDS, Rule
 
@@ -68,15 +69,23 @@ def index_of(rules: Sequence[Rule]) -> str:
 @cache
 def thresholds_of(rule: Rule) -> Mapping[str, float]:
     """The thresholds that a user may set, by name, with their defaults: the calls of ``self.option`` in its file."""
-    module = sys.modules[type(rule).__module__]
+    own = [c for c in type(rule).__mro__ if issubclass(c, Rule) and c is not Rule]
     found: dict[str, float] = {}
-    for node in ast.walk(ast.parse(inspect.getsource(module))):
-        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "option"):
-            continue
-        name, default = (ast.unparse(a) for a in (*node.args, *(k.value for k in node.keywords))[1:3])
-        known = {**vars(module), "self": rule}
-        found[str(ast.literal_eval(name))] = float(eval(default, known))  # the source of the rule itself, no input
+    for module in dict.fromkeys(sys.modules[c.__module__] for c in own):
+        for node in _without_other_rules(module, own):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "option"):
+                continue
+            name, default = (ast.unparse(a) for a in (*node.args, *(k.value for k in node.keywords))[1:3])
+            known = {**vars(module), "self": rule}
+            found[str(ast.literal_eval(name))] = float(eval(default, known))  # the source of the rule itself, no input
     return found
+
+
+def _without_other_rules(module: ModuleType, own: Sequence[type]) -> Iterator[ast.AST]:
+    for statement in ast.parse(inspect.getsource(module)).body:
+        value = vars(module).get(statement.name) if isinstance(statement, ast.ClassDef) else None
+        if not (isinstance(value, type) and issubclass(value, Rule) and value not in own):
+            yield from ast.walk(statement)
 
 
 def files() -> dict[str, str]:
