@@ -79,6 +79,8 @@ def check(
     how = {name: value for name, value in bound.items() if value is not None}
     gathered = _evidence(model, example, against, progress or silent, role=role, **how)
     found = rules.judge(replace(gathered, options=limits), selection)
+    if gathered.onnx is not None:
+        found = replace(found, norms=len(gathered.onnx.norms))
     if known is not None:
         found = known.without_known(found)
     return with_lines(found, lambda _, fix: python_line(fix))
@@ -181,7 +183,7 @@ def _of_program(program: ExportedProgram, example: Any, say: Progress, **how: An
 
 
 def _of_script(model: Any, example: Any, say: Progress, **how: Any) -> Evidence:
-    """A TorchScript program as a module where torch can convert it, else what its own module tree shows."""
+    """A TorchScript program as a module where torch can convert it, else its values: a traced one has no settings."""
     from bnfix import evidence
     from bnfix.graph import from_script
     from bnfix.running import as_call, batch_call
@@ -198,4 +200,5 @@ def _of_script(model: Any, example: Any, say: Progress, **how: Any) -> Evidence:
             return evidence.of_model(from_script(model, call), example, say=say, **how)
         except TraceError as error:
             why = f"the graph can't be had: {error.message}"
-    return replace(evidence.of_model(model, say=say), facts_missing=why)
+    found = evidence.of_weights(model.state_dict())
+    return replace(found, facts_missing=why, notes=(*found.notes, f"values alone were judged: {why}"))

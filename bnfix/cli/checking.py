@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bnfix.cli.door import UsageError, users_code, users_words
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bnfix.types import FileInfo
 
 WEIGHTS = ("state_dict", "safetensors", "lightning")
+_OF_FOLDS = ", and fresh norms have nothing to fold in"
 FORMS = """--data loader.py:make   a function that returns your DataLoader, or any iterable of batches
 --data train_images/    a folder of images, read as the model's own evaluation reads them
 --data x.npy            an array of samples; .npz and .safetensors too"""
@@ -37,7 +38,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model as ``bnfix.check`` takes it: ``value`` is a module, an exported program, or the path of a file.
+    """A model as ``bnfix.check`` takes it: ``value`` is a module, an exported program, or the path of a file (``kind``).
 
     ``loaded`` is None where values or an ONNX graph alone can be judged. ``data`` opens the batches anew each time.
     """
@@ -48,7 +49,13 @@ class Subject:
     data: Callable[[], Iterable[Any]] | None = None
     val_data: Callable[[], Iterable[Any]] | None = None
     against: Any = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    kind: str = ""
+
+    @property
+    def onnx(self) -> bool:
+        """Whether it is an ONNX file."""
+        return self.kind == "onnx"
 
     @property
     def info(self) -> FileInfo | None:
@@ -107,7 +114,7 @@ def open_subject(asked: Asked, given: Evidence, steps: Steps, *, whole: bool) ->
         loaded.value if program is None else program,
         loaded,
         against=_reference(asked, given, steps),
-        notes=loaded.notes,
+        notes=tuple(note.replace(_OF_FOLDS, "") for note in loaded.notes),
     )
     _move(subject, given.device)
     return _with_runs(subject, asked, given, steps)
@@ -168,7 +175,7 @@ def _onnx(asked: Asked, given: Evidence, steps: Steps, *, whole: bool) -> Subjec
                 f"{asked.model} is an ONNX file: --arch, --input and --data are for the model to compare it with",
                 hint=f"name that model:   --against {model}",
             )
-        return Subject(asked.model)
+        return Subject(asked.model, kind="onnx")
     reference = dataclasses.replace(asked, model=given.against)
     loaded = load_model(reference, steps)
     with users_code(asked.data or "--forward"), users_words("the inputs"):
@@ -182,7 +189,8 @@ def _onnx(asked: Asked, given: Evidence, steps: Steps, *, whole: bool) -> Subjec
             progress=steps,
         )
     loaded = api.converted(loaded, calls)
-    return Subject(asked.model, example=list(calls), against=loaded.value, notes=(*loaded.notes, *assumed))
+    notes = (*loaded.notes, *assumed)
+    return Subject(asked.model, example=list(calls), against=loaded.value, notes=notes, kind="onnx")
 
 
 def _reference(asked: Asked, given: Evidence, steps: Steps) -> Any:

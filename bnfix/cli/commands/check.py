@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from bnfix.api.fixing import Fixed
     from bnfix.rules import Config
-    from bnfix.types import Diagnosis, Finding, Fix
+    from bnfix.types import Diagnosis, Finding, Fix, Skipped
 
 ORDER = 5
 EPILOG = """**Examples**
@@ -182,8 +182,16 @@ def _diagnosis(value: object, asked: o.Asked, subject: Subject, wanted: Wanted, 
     def line(finding: Finding, fix: Fix) -> str:
         return line_of(asked, fix, finding.code, subject.info, mask=wanted.mask)
 
-    skipped = tuple(dataclasses.replace(s, reason=asked_for(s.reason), needs=asked_for(s.needs)) for s in found.skipped)
+    skipped = tuple(_worded(s, onnx=subject.onnx) for s in found.skipped)
     return dataclasses.replace(api.with_lines(found, line), skipped=skipped)
+
+
+def _worded(skipped: Skipped, *, onnx: bool) -> Skipped:
+    """What a rule needs, said as options; of an ONNX file most of them can't be had in any way."""
+    reason, needs = asked_for(skipped.reason), asked_for(skipped.needs)
+    if onnx and skipped.code[:3] not in ("BN4", "BN5"):
+        reason, needs = "needs the PyTorch model, checked by itself", "the PyTorch model, checked by itself"
+    return dataclasses.replace(skipped, reason=reason, needs=needs)
 
 
 def _mendable(found: Diagnosis, subject: Subject) -> bool:

@@ -36,7 +36,7 @@ class MendedPage(PageOf):
             lines=(*changed, *lines_of(value.diagnosis.findings)),
             state=state,
             verdict=(*_verdict(value), *verdict[1:]),
-            details=left.details,
+            details=(*_healed(value), *left.details),
             notes=(*notes, *left.notes),
             next=left.next,
             annotations=left.annotations,
@@ -68,6 +68,13 @@ def _verdict(value: Mended) -> tuple[str, ...]:
         return (f"nothing that bnfix can fix by itself in {count(found, 'finding')}", *_left(value))
     done = f"{verb} {len(value.fixed)} of {count(found, 'finding')} ({count(_norms(value.edits), 'norm')} changed)"
     return (done, *_left(value), *(["nothing was written, this is the plan"] if value.dry_run else []))
+
+
+def _healed(value: Mended) -> tuple[str, ...]:
+    named = (f"{f.code} {f.name} ({some(f.sites)})" if f.sites else f"{f.code} {f.name}" for f in value.fixed)
+    listed = list(dict.fromkeys(named))
+    more = [f"and {len(listed) - ROWS} more"] if len(listed) > ROWS else []
+    return (f"healed: {', '.join([*listed[:ROWS], *more])}",) if value.edits and listed else ()
 
 
 def _left(value: Mended) -> tuple[str, ...]:
