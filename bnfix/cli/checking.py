@@ -38,7 +38,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model as ``bnfix.check`` takes it: ``value`` is a module, an exported program, or the path of a file (``kind``).
+    """A model as ``bnfix.check`` takes it: ``value`` is a module, an exported program, or the path of a file.
 
     ``loaded`` is None where values or an ONNX graph alone can be judged. ``data`` opens the batches anew each time.
     """
