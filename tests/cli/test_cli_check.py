@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ from torch import nn
 
 import bnfix
 from bnfix.cli import run
+from bnfix.cli.fix_lines import line_of
+from bnfix.cli.options import Asked
 from bnfix.rules import judging
+from bnfix.types import FileInfo, Fix
 
 Output = pytest.CaptureFixture[str]
 NET = """
@@ -89,14 +93,32 @@ def test_a_finding_says_where_what_and_what_to_type(here: Path, capsys: Output) 
 
 
 def test_the_line_to_type_works_as_it_stands(here: Path, capsys: Output) -> None:
-    assert run(["check", "nan.pt", *ARCH, *DATA, "--mask", "m", "--select", "BN901"]) == 1
+    assert run(["check", "nan.pt", *ARCH, *DATA, "--select", "BN901"]) == 1
     line = next(x for x in report(capsys).splitlines() if "bnfix recalibrate" in x)
-    words = shlex.split(line[line.index("bnfix ") :])[1:]
-    assert words[-4:] == ["--mask", "m", "-o", "nan-recalibrated.pt"]
-    words = [w for w in words if w not in ("--mask", "m")]  # these batches have none
-    assert run(words) == 0
+    assert run(shlex.split(line[line.index("bnfix ") :])[1:]) == 0
     capsys.readouterr()
     assert run(["check", "nan-recalibrated.pt", *ARCH]) == 0
+
+
+@pytest.mark.parametrize(
+    ("fix", "line"),
+    [
+        (Fix("recalibrate", "t"), "bnfix recalibrate m.pt --trust --data d.py:f --forward 'lambda m, b: m(b)' --mask k"),
+        (Fix("recalibrate", "t", options={"include_frozen": True}), "--mask k --include-frozen -o m-recalibrated.pt"),
+        (Fix("set", "t", ("a",), {"momentum": 0.1}), "bnfix check m.pt --trust --input 1x3 --data d.py:f"),
+        (Fix("float", "t", ("a",)), "--select BN107 --fix -o m-fixed.pt"),
+        (Fix("fold", "t"), "bnfix fold m.pt --trust --input 1x3 --forward 'lambda m, b: m(b)' -o m-folded.pt"),
+        (Fix("code", "t"), ""),
+    ],
+)
+def test_the_line_of_a_fix(here: Path, fix: Fix, line: str) -> None:
+    asked = Asked("m.pt", trust=True, input=("1x3",), data="d.py:f", forward="lambda m, b: m(b)")
+    info = FileInfo("m.pt", "pickled_module", "zip", 1, "a module", True)
+    said = line_of(asked, fix, "BN107", info, mask="k")
+    assert line in said
+    assert bool(said) is bool(line)
+    if fix.verb in ("set", "float"):  # a file of weights does not hold what they change
+        assert line_of(asked, fix, "BN107", replace(info, kind="state_dict")) == ""
 
 
 def test_the_input_is_no_matter_of_a_recalibration(here: Path, capsys: Output) -> None:
@@ -249,8 +271,8 @@ def test_what_was_required_and_not_checked_is_named(here: Path, capsys: Output) 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["ok.pt", "--select", "BN99"], ["--select: there is no rule 'BN99'", "near that: BN901 fake-nan"]),
-        (["ok.pt", "--ignore", "momentum"], ["--ignore: there is no rule 'MOMENTUM'", "near that: BN902 fake-momentum"]),
+        (["ok.pt", "--select", "BN9O1"], ["--select: there is no rule 'BN9O1'", "near that: BN901 fake-nan"]),
+        (["ok.pt", "--ignore", "momentum"], ["there is no rule 'MOMENTUM'", "near that: BN902 fake-momentum"]),
         (["ok.pt", "--require", "XX"], ["--require: there is no rule 'XX'", "all of them:   bnfix explain"]),
         (["ok.pt", "-o", "x.pt"], ["-o and --in-place are for what --fix writes", "bnfix check ok.pt -o x.pt --fix"]),
         (["ok.pt", "--fix"], ["where should the fixed model go?", "-o fixed.pt"]),
@@ -274,7 +296,8 @@ def test_wrong_use_is_one_line_and_what_to_do(here: Path, capsys: Output, argv: 
 
 
 def test_codes_may_be_listed_with_commas_or_repeated_in_any_case(here: Path, capsys: Output) -> None:
-    assert run(["check", "nan.pt", *ARCH, "--select", "bn902, BN904", "--select", "BN905", "--output-format", "json"]) == 0
+    argv = ["check", "nan.pt", *ARCH, "--select", "bn902, BN904", "--select", "BN905", "--output-format", "json"]
+    assert run(argv) == 0
     assert json.loads(report(capsys))["checked"] == ["BN902", "BN904", "BN905"]
 
 
@@ -287,6 +310,7 @@ def test_a_baseline_takes_out_what_was_known_and_counts_it(here: Path, capsys: O
     assert "1 ignored" in out
     Path("other.pt").write_bytes(Path("nan.pt").read_bytes())
     assert run(["check", "other.pt", *ARCH, "--baseline", "report.json"]) == 1, "of that file nothing was known"
+    capsys.readouterr()
     run(["check", "nan.pt", *ARCH, "--output-format", "json"])
     Path("one.json").write_text(report(capsys))
     assert run(["check", "other.pt", *ARCH, "--baseline", "one.json"]) == 0, "a report on one model is for any"
@@ -318,7 +342,7 @@ def test_help_and_wrong_options_import_no_torch(here: Path) -> None:
     import sys
 
     env = {**os.environ, "PYTHONPATH": str(Path(bnfix.__file__).parents[1])}
-    for argv in (["check", "--help"], ["check", "ok.pt", "--select", "BN10X"], ["check", "ok.pt", "--fix"], ["check", "no.pt"]):
+    for argv in (["check", "-h"], ["check", "ok.pt", "--select", "XX"], ["check", "ok.pt", "--fix"], ["check", "no.pt"]):
         code = f"import sys; from bnfix.cli import run; run({argv!r}); print('torch' in sys.modules, file=sys.stderr)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
         assert done.stderr.splitlines()[-1] == "False", argv

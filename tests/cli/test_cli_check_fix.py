@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def test_exact_fixes_are_applied_and_the_rest_is_left(ill: Path, capsys: Output)
     assert "✗ fixed 1 of 2 findings (1 norm changed) · left: 1 error" in out
     assert "healed: BN902 fake-momentum (head)" in out
     assert "note: BN901: not fixed: it needs data" in out
-    assert "wrote    f.pt" in out
+    assert re.search(r"^  wrote +f\.pt$", out, re.M)
     assert Path("ill.pt").read_bytes() == before
     new, old = loaded("f.pt"), loaded("ill.pt")
     assert new.head.momentum == 0.1
@@ -144,7 +145,8 @@ def test_what_needs_training_is_never_applied(here: Path, capsys: Output) -> Non
 
 def test_several_go_into_a_folder(here: Path, capsys: Output) -> None:
     Path("b.pt").write_bytes(Path("nan.pt").read_bytes())
-    assert run(["check", "nan.pt", "b.pt", "ok.pt", *ARCH, *DATA, "--fix", "-o", "out/", "--output-format", "json"]) == 0
+    argv = ["check", "nan.pt", "b.pt", "ok.pt", *ARCH, *DATA, "--fix", "-o", "out/"]
+    assert run([*argv, "--output-format", "json"]) == 0
     document = json.loads(report(capsys))
     assert [len(v["edits"]) for v in document["values"]] == [2, 2, 0]
     assert [v["run"]["written"] for v in document["values"]] == [["out/nan.pt"], ["out/b.pt"], []]
@@ -168,16 +170,3 @@ def test_an_onnx_file_is_not_mended(here: Path, capsys: Output) -> None:
     err = capsys.readouterr().err
     assert "mended in the model that it was exported from" in err
     assert "bnfix export" in err
-
-
-def test_a_fix_that_fails_is_told_and_leaves_the_model_as_it_was(ill: Path, capsys: Output) -> None:
-    Path("bad.py").write_text(
-        "import a_net\nSEEN = []\n\ndef loader():\n    SEEN.append(1)\n    for n, batch in enumerate(a_net.loader()):\n"
-        "        if len(SEEN) > 2 and n == 2:\n            raise OSError('the disk is gone')\n        yield batch\n"
-    )
-    code = run(["check", "ill.pt", "--trust", "--data", "bad.py:loader", "--fix", "-o", "f.pt"])
-    out, err = capsys.readouterr()
-    assert code in (1, 2)
-    assert "the disk is gone" in out + err
-    if code == 1:
-        assert loaded("f.pt").bn.running_var.isnan().any(), "all or nothing"
