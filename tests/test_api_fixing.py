@@ -160,7 +160,7 @@ def test_nothing_that_needs_training_is_ever_applied(verb: str) -> None:
     ("fix", "line"),
     [
         (Fix("recalibrate", "t"), "bnfix.recalibrate(model, data)"),
-        (Fix("recalibrate", "t", options={"include_frozen": True}), "bnfix.recalibrate(model, data, include_frozen=True)"),
+        (Fix("recalibrate", "t", options={"tol": 0.1}), "bnfix.recalibrate(model, data, tol=0.1)"),
         (Fix("unshare", "t"), "model = bnfix.unshare(model, example).model"),
         (Fix("swap", "t", options={"to": "group"}), "model = bnfix.swap(model, to='group').model"),
         (Fix("set", "t", ("a.bn",), {"momentum": 0.1}), "model.get_submodule('a.bn').momentum = 0.1"),

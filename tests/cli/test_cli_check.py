@@ -103,7 +103,7 @@ def test_the_line_to_type_works_as_it_stands(here: Path, capsys: Output) -> None
 @pytest.mark.parametrize(
     ("fix", "line"),
     [
-        (Fix("recalibrate", "t"), "bnfix recalibrate m.pt --trust --data d.py:f --forward 'lambda m, b: m(b)' --mask k"),
+        (Fix("recalibrate", "t"), "bnfix recalibrate m.pt --trust --data d.py:f --forward 'lambda m, b: m(b)'"),
         (Fix("recalibrate", "t", options={"include_frozen": True}), "--mask k --include-frozen -o m-recalibrated.pt"),
         (Fix("set", "t", ("a",), {"momentum": 0.1}), "bnfix check m.pt --trust --input 1x3 --data d.py:f"),
         (Fix("float", "t", ("a",)), "--select BN107 --fix -o m-fixed.pt"),
@@ -342,7 +342,8 @@ def test_help_and_wrong_options_import_no_torch(here: Path) -> None:
     import sys
 
     env = {**os.environ, "PYTHONPATH": str(Path(bnfix.__file__).parents[1])}
-    for argv in (["check", "-h"], ["check", "ok.pt", "--select", "XX"], ["check", "ok.pt", "--fix"], ["check", "no.pt"]):
+    for argv in (["-h"], ["ok.pt", "--select", "XX"], ["ok.pt", "--fix"], ["no.pt"]):
+        argv = ["check", *argv]
         code = f"import sys; from bnfix.cli import run; run({argv!r}); print('torch' in sys.modules, file=sys.stderr)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
         assert done.stderr.splitlines()[-1] == "False", argv
