@@ -35,6 +35,7 @@ def check(
     thresholds: Mapping[str, Mapping[str, float]] | None = None,
     baseline: Diagnosis | Baseline | str | os.PathLike[str] | None = None,
     forward: Forward | None = None,
+    trust: bool = False,
     progress: Progress | None = None,
 ) -> Diagnosis:
     """Find what is wrong with the norms of ``model``: changes nothing, to the bit.
@@ -45,7 +46,7 @@ def check(
 
     Args:
         model: in any mode. Or an exported program; or a state_dict, or a file that holds one: then values alone are
-            judged; or the path of an ONNX file. Files are read safely: a pickled module has to be loaded first.
+            judged; or the path of an ONNX file, or (with ``trust``) of a pickled module.
         example: as for ``fold``. None: the first batch of ``data``; without either, no graph.
         data: what a training loop iterates over. A part of it is read, once.
         role: what ``data`` is. Batches are judged where they are trained on; a validation loader is sorted and has a
@@ -61,6 +62,7 @@ def check(
         thresholds: by code, such as ``{"BN301": {"name": 0.5}}``; ``bnfix.explain`` names them.
         baseline: an earlier diagnosis, or the JSON report of one: what it holds is told no more.
         forward: ``forward(model, batch)`` where the model isn't simply called with the batch.
+        trust: load a file that holds a pickled module, which runs its own code.
         progress: called with a line before each step.
 
     Raises:
@@ -77,7 +79,7 @@ def check(
     known = baseline if baseline is None or isinstance(baseline, rules.Baseline) else rules.read_baseline(baseline)
     bound = {"data": data, "val_data": val_data, "mask": mask, "max_samples": max_samples, "forward": forward}
     how = {name: value for name, value in bound.items() if value is not None}
-    gathered = _evidence(model, example, against, progress or silent, role=role, **how)
+    gathered = _evidence(model, example, against, trust, progress or silent, role=role, **how)
     found = rules.judge(replace(gathered, options=limits), selection)
     if gathered.onnx is not None:
         found = replace(found, norms=len(gathered.onnx.norms))
@@ -125,7 +127,7 @@ def _codes(given: str | Iterable[str]) -> tuple[str, ...]:
     return tuple(code.strip() for code in listed)
 
 
-def _evidence(model: Any, example: Any, against: Any, say: Progress, **how: Any) -> Evidence:
+def _evidence(model: Any, example: Any, against: Any, trust: bool, say: Progress, **how: Any) -> Evidence:
     """Everything there is to judge by, whatever form the model has."""
     import torch
 
@@ -136,7 +138,7 @@ def _evidence(model: Any, example: Any, against: Any, say: Progress, **how: Any)
         if formats.sniff(model).kind == "onnx":
             return _of_onnx(model, example, against, **how)
         _check_alone(how, "a file")
-        found = evidence.of_file(model, example, say=say)
+        found = evidence.of_file(model, example, trust=trust, say=say)
     elif isinstance(model, Mapping):
         _check_alone(how if example is None else {**how, "example": example}, "a state_dict")
         found = evidence.of_weights(model)
@@ -149,7 +151,7 @@ def _evidence(model: Any, example: Any, against: Any, say: Progress, **how: Any)
         model, notes = unwrap(model)
         found = evidence.of_model(model, example, say=say, **how)
         found = replace(found, notes=(*notes, *found.notes))
-    return found if against is None else evidence.with_reference(found, model, against)
+    return found if against is None else evidence.with_reference(found, model, against, trust=trust)
 
 
 def _check_alone(how: Mapping[str, Any], what: str) -> None:

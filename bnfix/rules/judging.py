@@ -97,7 +97,7 @@ def judge(evidence: Evidence, selection: Selection | None = None) -> Diagnosis:
 
 def _sifted(findings: list[Finding], chosen: Selection, evidence: Evidence) -> tuple[list[Finding], list[Finding]]:
     """Findings that stay, and what the user has ignored: whole ones, or the ignored part of one that stays."""
-    inline = {p: n.ignore for n in evidence.norms or () for p in n.paths}
+    inline = {p or "(root)": n.ignore for n in evidence.norms or () for p in n.paths}
     kept: list[Finding] = []
     ignored: list[Finding] = []
     for finding in findings:

@@ -240,3 +240,23 @@ def test_parts_show_themselves_in_a_line() -> None:
     assert str(Fix("float", "statistics in float32", ("bn",), safety=Safety.EXACT)) == (
         "bn: float: statistics in float32 (exact)"
     )
+
+
+@pytest.mark.parametrize(
+    ("message", "sites", "said"),
+    [
+        ("bn: off by 3", ("bn",), "off by 3"),
+        ("(root): off by 3", ("",), "off by 3"),
+        ("2 norms (a.bn, b.bn): off by 3", ("a.bn", "b.bn"), "off by 3"),
+        ("4 call sites (bn@1 and 3 more): off by 3", ("bn@1",), "off by 3"),
+        ("bn called twice: off by 3", ("bn",), "bn called twice: off by 3"),
+        ("bn: off by 3", ("abn",), "bn: off by 3"),
+        ("b+n: off by 3", ("bbn",), "b+n: off by 3"),
+        ("bn: off by 3", (), "bn: off by 3"),
+    ],
+)
+def test_a_place_is_not_told_twice(message: str, sites: tuple[str, ...], said: str) -> None:
+    value = Diagnosis((Finding("BN101", "x", "info", message, sites),), (), CHECKED)
+    assert f"      {said}\n" in drawn(value)
+    assert f": BN101 info x: {said}" in to_concise(value)
+    assert value.to_dict()["findings"][0]["message"] == message

@@ -137,7 +137,7 @@ def rows(findings: Sequence[Finding]) -> tuple[Row, ...]:
 def lines(findings: Iterable[Finding]) -> tuple[Line, ...]:
     """A line for each site of each finding, for ``grep``."""
     return tuple(
-        Line(STATES[f.severity], site or "(root)", f"{f.code} {f.severity} {f.name}: {f.message}")
+        Line(STATES[f.severity], site or "(root)", f"{f.code} {f.severity} {f.name}: {_said(f)}")
         for f in findings
         for site in f.sites or (MODEL,)
     )
@@ -190,7 +190,16 @@ def _row(group: Sequence[Finding]) -> Row:
     first = group[0]
     more = f" (and {len(group) - 1} more like this)" if len(group) > 1 else ""
     sites = tuple(dict.fromkeys(site for f in group for site in f.sites))
-    return Row(STATES[first.severity], (f"{first.code} {first.name}", some(sites) or MODEL, first.message + more))
+    return Row(STATES[first.severity], (f"{first.code} {first.name}", some(sites) or MODEL, _said(first) + more))
+
+
+def _said(finding: Finding) -> str:
+    """The message without the place in front of it, where the reader sees that beside it."""
+    if not finding.sites:
+        return finding.message
+    first = re.escape(finding.sites[0] or "(root)")
+    place = re.match(rf"(?:{first}|\d+ [\w ]+\({first}[^()]*\)): ", finding.message)
+    return finding.message[place.end() :] if place else finding.message
 
 
 def _annotation(group: Sequence[Finding]) -> tuple[State, str, str]:
