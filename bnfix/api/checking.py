@@ -196,7 +196,7 @@ def _of_script(model: Any, example: Any, say: Progress, **how: Any) -> Evidence:
     elif "data" in how:
         batch = next(iter(how["data"]), None)
         call = None if batch is None else batch_call(batch, model, how.get("forward"))
-    why = "the graph of TorchScript is read with an example (--input, example=)"
+    why = "the graph of TorchScript takes example= (on the command line: --input)"
     if call is not None:
         try:
             return evidence.of_model(from_script(model, call), example, say=say, **how)

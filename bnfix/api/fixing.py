@@ -165,8 +165,9 @@ def _apply(
             **fix.options,
         )
         return model, _moved(report), {}
+    data = how.data() if how.data is not None and how.example is None else None
     sites = fix.sites or None
-    result = api.unshare(model, how.example, sites, forward=how.forward, progress=progress, **fix.options)
+    result = api.unshare(model, how.example, sites, data=data, forward=how.forward, progress=progress, **fix.options)
     return result.model or model, result.edits, result.recipe
 
 

@@ -185,7 +185,7 @@ def test_torchscript_that_is_not_converted_is_judged_by_its_values(here: Path, c
     assert run(["check", "m.ts", "--trust"]) == 1
     out = report(capsys)
     assert "BN901 fake-nan  bn" in out
-    assert "note: values alone were judged: the graph of TorchScript is read with an example" in out
+    assert "note: values alone were judged: the graph of TorchScript takes --input\n" in out
 
 
 def test_a_pickled_module_needs_trust(here: Path, capsys: Output) -> None:

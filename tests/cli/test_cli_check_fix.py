@@ -170,3 +170,47 @@ def test_an_onnx_file_is_not_mended(here: Path, capsys: Output) -> None:
     err = capsys.readouterr().err
     assert "mended in the model that it was exported from" in err
     assert "bnfix export" in err
+
+
+SHARED = """
+from torch import nn
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(5, 4)
+        self.left = self.right = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.left(self.a(x)) + self.right(self.b(x * 2 + 1))
+
+def loader():
+    import torch
+    torch.manual_seed(0)
+    return [torch.randn(16, 5) for _ in range(4)]
+"""
+
+
+@pytest.mark.parametrize("fed", [["--data", "shared_net.py:loader"], ["--input", "2x5"]])
+def test_norms_taken_apart_can_be_loaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output, fed: list[str]
+) -> None:
+    """With the real rules: the file has names that its architecture has not, and the recipe that brings them together."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("shared_net.py").write_text(SHARED)
+    import shared_net
+
+    torch.manual_seed(0)
+    model = shared_net.Shared()
+    for batch in shared_net.loader() * 20:
+        model(batch)
+    torch.save(model.eval().state_dict(), "s.pt")
+    argv = ["--arch", "shared_net.py:Shared", *fed, "--select", "BN101"]
+    assert run(["check", "s.pt", *argv, "--fix", "-o", "f.pt"]) == 0
+    assert "fixed 1 of 1 finding" in report(capsys)
+    new = bnfix.load("f.pt", arch="shared_net.py:Shared")
+    assert new.left is not new.right
+    with torch.no_grad():
+        assert torch.equal(new(shared_net.loader()[0]), model(shared_net.loader()[0]))
+    assert run(["check", "f.pt", *argv, "--fail-on", "info"]) == 0

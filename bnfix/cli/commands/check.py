@@ -178,6 +178,7 @@ def _diagnosis(value: object, asked: o.Asked, subject: Subject, wanted: Wanted, 
             forward=api.read_forward(asked.forward),
             progress=lambda line: steps(as_options(line)),
         )
+    found = dataclasses.replace(found, notes=tuple(asked_for(note) for note in found.notes))
 
     def line(finding: Finding, fix: Fix) -> str:
         return line_of(asked, fix, finding.code, subject.info, mask=wanted.mask)
@@ -188,8 +189,11 @@ def _diagnosis(value: object, asked: o.Asked, subject: Subject, wanted: Wanted, 
 
 def _worded(skipped: Skipped, *, onnx: bool) -> Skipped:
     """What a rule needs, said as options; of an ONNX file most of them can't be had in any way."""
+    from bnfix.rules import rule_of
+
     reason, needs = asked_for(skipped.reason), asked_for(skipped.needs)
-    if onnx and skipped.code[:3] not in ("BN4", "BN5"):
+    rule = rule_of(skipped.code)
+    if onnx and rule is not None and not {"onnx", "loop"} & set(rule.needs):
         reason, needs = "needs the PyTorch model, checked by itself", "the PyTorch model, checked by itself"
     return dataclasses.replace(skipped, reason=reason, needs=needs)
 
