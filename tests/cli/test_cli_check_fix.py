@@ -195,7 +195,7 @@ def loader():
 def test_norms_taken_apart_can_be_loaded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output, fed: list[str]
 ) -> None:
-    """With the real rules: the file has names that its architecture has not, and the recipe that brings them together."""
+    """With the real rules: the file has names that its architecture has not, and a recipe that explains them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     Path("shared_net.py").write_text(SHARED)
