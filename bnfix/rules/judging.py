@@ -11,7 +11,7 @@ from functools import cache
 from bnfix.registry import plugins
 from bnfix.rules import codes
 from bnfix.rules.rule import NEEDS, Rule
-from bnfix.types import SEVERITIES, Diagnosis, Evidence, Finding, Skipped
+from bnfix.types import SEVERITIES, Diagnosis, Evidence, Finding, NormState, Skipped
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ def judge(evidence: Evidence, selection: Selection | None = None) -> Diagnosis:
 
 def _sifted(findings: list[Finding], chosen: Selection, evidence: Evidence) -> tuple[list[Finding], list[Finding]]:
     """Findings that stay, and what the user has ignored: whole ones, or the ignored part of one that stays."""
-    inline = {p or "(root)": n.ignore for n in evidence.norms or () for p in n.paths}
+    layers = {p or "(root)": n for n in evidence.norms or () for p in n.paths}
     kept: list[Finding] = []
     ignored: list[Finding] = []
     for finding in findings:
-        out = tuple(s for s in finding.sites if _ignored(finding.code, s, chosen, inline))
+        out = tuple(s for s in finding.sites if _ignored(finding.code, s, chosen, layers))
         if not out:
             kept.append(finding)
             continue
@@ -128,8 +128,11 @@ def _path(site: str) -> str:
     return site.partition("@")[0]
 
 
-def _ignored(code: str, site: str, chosen: Selection, inline: Mapping[str, frozenset[str]]) -> bool:
-    path = _path(site)
-    if _named(code, inline.get(path, frozenset())):
+def _ignored(code: str, site: str, chosen: Selection, layers: Mapping[str, NormState]) -> bool:
+    """Whether the layer at ``site`` says so itself, or a pattern fits one of its names."""
+    layer = layers.get(_path(site))
+    if layer is not None and _named(code, layer.ignore):
         return True
-    return any(fnmatch.fnmatchcase(path, p) and _named(code, codes_) for p, codes_ in chosen.by_site.items())
+    names = [p or "(root)" for p in layer.paths] if layer is not None else [_path(site)]
+    fits = (codes_ for p, codes_ in chosen.by_site.items() if any(fnmatch.fnmatchcase(n, p) for n in names))
+    return any(_named(code, codes_) for codes_ in fits)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from bnfix.cli import run
 from bnfix.cli.fix_lines import line_of
 from bnfix.cli.options import Asked
 from bnfix.rules import judging
-from bnfix.types import FileInfo, Fix
+from bnfix.types import Evidence, FileInfo, Finding, Fix
 
 Output = pytest.CaptureFixture[str]
 NET = """
@@ -196,6 +197,46 @@ def test_a_pickled_module_needs_trust(here: Path, capsys: Output) -> None:
     out, err = capsys.readouterr()
     assert out == ""
     assert "if you trust it   bnfix check m.pt --trust" in err
+
+
+def test_weights_beside_objects_need_trust_and_need_no_architecture(here: Path, capsys: Output) -> None:
+    import argparse
+
+    torch.save({"model": torch.load("nan.pt", weights_only=True), "args": argparse.Namespace(lr=0.1)}, "ck.pt")
+    assert run(["check", "ck.pt"]) == 2
+    assert "if you trust it   bnfix check ck.pt --trust" in capsys.readouterr().err
+    assert run(["check", "ck.pt", "--trust"]) == 1
+    assert "BN901 fake-nan  bn" in report(capsys)
+
+
+def test_a_file_that_would_run_system_code_is_never_loaded(here: Path, capsys: Output) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, ("touch owned",)
+
+    torch.save({"w": Evil()}, "evil.pt")
+    for argv in (["evil.pt"], ["evil.pt", "--trust"], ["ok.pt", "--against", "evil.pt", "--trust"]):
+        assert run(["check", *argv]) == 2
+        assert "loading it would run it" in capsys.readouterr().err
+    assert not Path("owned").exists()
+
+
+def test_an_average_beside_what_it_is_of(here: Path, capsys: Output) -> None:
+    """``--against`` reaches the rules: the reference's norms, by the names of the model."""
+    seen = []
+
+    class Pair(FAKES[0].__class__):  # type: ignore[misc, name-defined]
+        code, name, needs = "BN906", "fake-pair", ("norms", "against")
+
+        def check(self, evidence: Evidence) -> Iterator[Finding]:
+            seen.append((evidence.weights_moved, [n.path for n in evidence.against or ()]))
+            yield from ()
+
+    judging.all_rules = lambda: (Pair(),)  # type: ignore[assignment]
+    assert run(["check", "ok.pt", "--against", "nan.pt"]) == 0
+    assert run(["check", "ok.pt", *ARCH, "--against", "nan.pt"]) == 0
+    assert run(["check", "a_net.py:Net", "--against", "nan.pt"]) == 0
+    assert seen == [(False, ["bn", "head"]), (False, ["bn", "head"]), (True, ["bn", "head"])]
 
 
 def test_several_files_are_one_table_and_none_stops_the_others(here: Path, capsys: Output) -> None:

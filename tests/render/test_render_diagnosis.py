@@ -8,6 +8,8 @@ import re
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from render_diagnoses import (
     ABOUT,
     ALIASES,
@@ -32,6 +34,7 @@ from test_render_formats import Checked, written
 from test_render_terminal import Ascii, drawn
 
 from bnfix.render import FORMATS, About, render_all, to_concise, to_github, to_html, to_markdown, to_text
+from bnfix.render.pages.diagnosis import _ranges
 from bnfix.render.several import Failure
 from bnfix.types import Diagnosis, Finding, Fix, Safety, Skipped
 
@@ -260,3 +263,13 @@ def test_a_place_is_not_told_twice(message: str, sites: tuple[str, ...], said: s
     assert f"      {said}\n" in drawn(value)
     assert f": BN101 info x: {said}" in to_concise(value)
     assert value.to_dict()["findings"][0]["message"] == message
+
+
+@given(st.sets(st.integers(101, 140), max_size=20))
+def test_runs_of_codes_hold_each_once(numbers: set[int]) -> None:
+    codes = [f"BN{n}" for n in numbers]
+    found: list[str] = []
+    for part in _ranges(codes):
+        first, dash, last = part.partition("–")
+        found += [f"BN{n}" for n in range(int(first[2:]), int(last[2:]) + 1)] if dash else [first]
+    assert found == sorted(codes)

@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bnfix.errors import BnfixError
 from bnfix.rules import read_baseline
-from bnfix.types import Diagnosis, Finding, Mended
+from bnfix.types import SEVERITIES, Diagnosis, Finding, Mended
 
 A = Finding("BN204", "stale", "warning", "off", ("a", "b"))
 WHOLE = Finding("BN304", "sorted", "warning", "sorted")
@@ -108,3 +110,24 @@ def test_what_is_no_report_is_refused(tmp_path: Path, text: str, said: str) -> N
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(BnfixError, match="can't be read: No such file"):
         read_baseline(tmp_path / "none.json")
+
+
+FINDINGS = st.builds(
+    Finding,
+    code=st.sampled_from(["BN101", "BN204", "BN304"]),
+    name=st.just("x"),
+    severity=st.sampled_from(SEVERITIES),
+    message=st.text(max_size=5),
+    sites=st.lists(st.sampled_from("abcd"), max_size=3, unique=True).map(tuple),
+)
+
+
+@given(st.lists(FINDINGS, max_size=6), st.lists(FINDINGS, max_size=6))
+def test_laws(before: list[Finding], now: list[Finding]) -> None:
+    """Nothing gets lost, what was there is known, and a second time changes nothing."""
+    baseline = read_baseline(of(*before))
+    found = baseline.without_known(of(*now))
+    assert sorted(map(repr, (*found.findings, *found.ignored))) == sorted(map(repr, now))
+    assert baseline.without_known(of(*before)).findings == ()
+    assert baseline.without_known(found) == found
+    assert read_baseline(found).without_known(of(*now)).findings == ()

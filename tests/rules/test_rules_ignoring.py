@@ -77,6 +77,21 @@ def test_a_module_says_itself_what_it_ignores() -> None:
     assert sorted((f.code, f.sites) for f in found.ignored) == [("BN901", ("backbone.1",)), ("BN902", ("head",))]
 
 
+def test_a_layer_is_ignored_under_any_of_its_names() -> None:
+    model = Net()
+    model.alias = model.head  # reported as ``head``
+    found = bnfix.check(model, per_layer_ignores={"al*": ["BN902"]})
+    assert sites(found, "BN902") == []
+    assert [f.sites for f in found.ignored] == [("head",)]
+
+
+def test_the_model_itself_may_be_the_layer() -> None:
+    norm = nn.BatchNorm2d(2, momentum=0.99)
+    assert bnfix.check(norm, per_layer_ignores={"(root)": ["BN902"]}).clean
+    norm.bnfix_ignore = {"BN902"}
+    assert bnfix.check(norm).clean
+
+
 def test_a_pattern_is_one_of_whole_paths_with_their_case() -> None:
     for pattern in ("backbone", "HEAD", "hea"):
         assert sites(bnfix.check(Net(), per_layer_ignores={pattern: "BN9"}), "BN901") == [

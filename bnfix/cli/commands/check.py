@@ -176,6 +176,7 @@ def _diagnosis(value: object, asked: o.Asked, subject: Subject, wanted: Wanted, 
             thresholds=wanted.config.thresholds,
             baseline=known,
             forward=api.read_forward(asked.forward),
+            trust=asked.trust,
             progress=lambda line: steps(as_options(line)),
         )
     found = dataclasses.replace(found, notes=tuple(asked_for(note) for note in found.notes))
