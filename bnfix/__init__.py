@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from bnfix.api import (
         check,
+        explain,
         export,
         fold,
         info,
@@ -46,19 +47,8 @@ if TYPE_CHECKING:
     )
 
 _VERBS = (
-    "check",
-    "export",
-    "fold",
-    "info",
-    "joint",
-    "load",
-    "merge_calls",
-    "recalibrate",
-    "save",
-    "swap",
-    "unshare",
-    "verify",
-    "watch",
+    *("check", "explain", "export", "fold", "info", "joint", "load", "merge_calls", "recalibrate", "save"),
+    *("swap", "unshare", "verify", "watch"),
 )
 _TYPES = (
     *("Diagnosis", "Edit", "Export", "FileInfo", "Finding", "Fix", "LayerStats", "Parity", "Recalibration", "Refusal"),
@@ -89,6 +79,7 @@ __all__ = [
     "Safety",
     "Skipped",
     "check",
+    "explain",
     "export",
     "fold",
     "info",
