@@ -13,9 +13,10 @@ from bnfix.cli.door import command
 
 ABOUT = """The doctor for normalization layers in PyTorch models.
 
-Finds what is wrong with them, recalibrates running statistics on the data that you give, folds BatchNorm into the layers around it, exports the
-result, and proves against a float64 oracle that nothing but rounding changed. The file that it reads is never
-changed, unless you say --in-place; a file of the name given with -o is replaced, whole and only when all went well.
+Finds what is wrong with them, recalibrates running statistics on the data that you give, folds BatchNorm into the
+layers around it, exports the result, and proves against a float64 oracle that nothing but rounding changed. The file
+that it reads is never changed, unless you say --in-place; a file of the name given with -o is replaced, whole and only
+when all went well.
 """
 EPILOG = """**Start here**
 
