@@ -98,7 +98,8 @@ def _wanted(findings: Iterable[Finding]) -> list[tuple[set[str], Fix]]:
         codes, one = merged.setdefault(key, (set(), finding.fix))
         sites = dict.fromkeys((*one.sites, *finding.fix.sites))
         merged[key] = (codes | {finding.code}, replace(one, sites=tuple(sites)))
-    fresh = {code for codes, one in merged.values() if one.verb == "reset" for code in codes}
+    resets = [codes for codes, one in merged.values() if one.verb == "reset" and one.safety is Safety.NEEDS_DATA]
+    fresh = {code for codes in resets for code in codes}
     if fresh and not any(one.verb == "recalibrate" for _, one in merged.values()):
         anew = Fix("recalibrate", "measure the new statistics", safety=Safety.NEEDS_DATA)
         merged["recalibrate"] = (fresh, anew)
