@@ -172,8 +172,9 @@ def _facts(data: Iterable[Any]) -> LoaderFacts:
     size, drops = data.batch_size, data.drop_last
     if size is None and isinstance(data.batch_sampler, BatchSampler):
         size, drops = data.batch_sampler.batch_size, data.batch_sampler.drop_last
-    own = data.batch_sampler is None or type(data.batch_sampler) is BatchSampler
-    return LoaderFacts(length(data), size, drops if own else None, dataset, shuffles)
+    stream = isinstance(data.dataset, IterableDataset)
+    known = data.num_workers < 2 if stream else type(data.batch_sampler) is BatchSampler  # each worker has a tail
+    return LoaderFacts(length(data), size, drops if known else None, dataset, shuffles)
 
 
 def _spread(data: Iterable[Any], wanted: int, most: int) -> tuple[Iterable[Any], int]:
