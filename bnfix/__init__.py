@@ -11,7 +11,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from bnfix.api import check, export, fold, info, load, recalibrate, save, verify, watch
+    from bnfix.api import (
+        check,
+        explain,
+        export,
+        fold,
+        info,
+        joint,
+        load,
+        merge_calls,
+        recalibrate,
+        save,
+        swap,
+        unshare,
+        verify,
+        watch,
+    )
+    from bnfix.graph import NormPerCall
     from bnfix.running import Call
     from bnfix.types import (
         Diagnosis,
@@ -30,7 +46,10 @@ if TYPE_CHECKING:
         Skipped,
     )
 
-_VERBS = ("check", "export", "fold", "info", "load", "recalibrate", "save", "verify", "watch")
+_VERBS = (
+    *("check", "explain", "export", "fold", "info", "joint", "load", "merge_calls", "recalibrate", "save"),
+    *("swap", "unshare", "verify", "watch"),
+)
 _TYPES = (
     *("Diagnosis", "Edit", "Export", "FileInfo", "Finding", "Fix", "LayerStats", "Parity", "Recalibration", "Refusal"),
     *("Residual", "Result", "Safety", "Skipped"),
@@ -38,6 +57,7 @@ _TYPES = (
 _HOMES = {
     **dict.fromkeys(_VERBS, "bnfix.api"),
     "Call": "bnfix.running",
+    "NormPerCall": "bnfix.graph",
     **dict.fromkeys(_TYPES, "bnfix.types"),
 }
 
@@ -50,6 +70,7 @@ __all__ = [
     "Finding",
     "Fix",
     "LayerStats",
+    "NormPerCall",
     "Parity",
     "Recalibration",
     "Refusal",
@@ -58,12 +79,17 @@ __all__ = [
     "Safety",
     "Skipped",
     "check",
+    "explain",
     "export",
     "fold",
     "info",
+    "joint",
     "load",
+    "merge_calls",
     "recalibrate",
     "save",
+    "swap",
+    "unshare",
     "verify",
     "watch",
 ]

@@ -28,13 +28,14 @@ def examples(
     forward: str | None = None,
     file: str | None = None,
     seed: int = 0,
+    vary: bool = True,
     progress: Progress | None = None,
 ) -> tuple[list[Call], tuple[str, ...]]:
     """What the command line runs a model on: the calls, and the lines that say what was assumed.
 
     ``input`` holds shapes, ``data`` names batches, ``forward`` is a Python expression. Without any: what the ONNX
     ``file`` to compare with takes, the shape that the architecture states, or one deduced from the layers. Where
-    one input came out, a second batch size and a second spatial size join it if the model accepts them.
+    one input came out, a second batch size and a second spatial size join it if the model accepts them (``vary``).
     """
     import torch
 
@@ -72,7 +73,7 @@ def examples(
         calls = [guess_call(model, seed=seed)]
         notes.append(f"no --input given: a random {calls[0].signature}, as the first layers take it")
     calls = [fit_call(call, model) for call in calls]
-    if len(calls) == 1 and way is None:
+    if vary and len(calls) == 1 and way is None:
         more, refused = variations(model, calls[0])
         calls += more
         notes += refused

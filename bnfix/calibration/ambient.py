@@ -1,4 +1,4 @@
-"""What a new thread lacks, and what threads that take turns must not leave behind for one another."""
+"""What a new thread lacks, and what forwards that take turns must not leave behind for one another."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils import _device
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -62,6 +63,27 @@ class Ambient:
                 stack.enter_context(dispatch)
             stack.enter_context(torch.no_grad())
             yield
+
+
+def surroundings(device: torch.device) -> tuple[Any, ...]:
+    """What belongs to a thread and changes how an operation runs, to be compared; asked at each norm of each chunk."""
+    c = torch._C
+    cuda = device.type == "cuda"
+    return (
+        tuple(map(id, _get_current_function_mode_stack())),  # type: ignore[no-untyped-call]
+        _device.CURRENT_DEVICE,  # a mode entered on top is off the stack where a norm is heard of
+        torch._C._len_torch_dispatch_stack(),
+        torch._C._is_torch_function_enabled(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        c._dispatch_tls_local_include_set().raw_repr(),  # type: ignore[attr-defined]
+        c._dispatch_tls_local_exclude_set().raw_repr(),  # type: ignore[attr-defined]
+        c._functorch.peek_interpreter_stack() is None,
+        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
+        cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+        torch.cuda.current_device() if cuda else None,
+        torch.cuda.current_stream(device).cuda_stream if cuda else None,
+    )
 
 
 @dataclass

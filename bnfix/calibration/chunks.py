@@ -20,6 +20,8 @@ it saves."""
 LARGEST = 8 << 20
 """Bytes of the largest activation of a chunk: memory of larger ones goes back to the system with each use (glibc), and
 fresh pages cost more time than the rest of a norm."""
+LARGEST_ON_DEVICE = 256 << 20
+"""The same on a GPU, which keeps its memory: there each chunk costs time on the host."""
 PROBED = 2
 """Samples that are looked at first, and that are run again in the end."""
 MOST = 96

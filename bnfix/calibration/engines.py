@@ -1,9 +1,11 @@
-"""The staged method: in threads, proven by a replay; in plain passes where chunks do not keep apart."""
+"""The staged method: in fibers or threads, proven by a replay; in plain passes where chunks do not keep apart."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from bnfix.calibration.ambient import Ambient, Turn
 from bnfix.calibration.chunks import Chunk
+from bnfix.calibration.fibers import FiberStrand, Guard, NoFootingError
 from bnfix.calibration.ledger import Ledger, Place
 from bnfix.calibration.listening import Stats
 from bnfix.calibration.passes import mended
@@ -20,7 +23,8 @@ from bnfix.calibration.scouting import Scouted
 from bnfix.calibration.session import Session
 from bnfix.calibration.spill import Spiller
 from bnfix.calibration.staged import ElsewhereError, FailedError, MemoryFullError, Run, memory
-from bnfix.calibration.strands import RerunStrand, Strand, StuckError, ThreadStrand
+from bnfix.calibration.strands import ParkedStrand, RerunStrand, Strand, StuckError
+from bnfix.calibration.threads import ThreadStrand
 from bnfix.errors import BnfixError, CalibrationError
 from bnfix.stats import Moments
 from bnfix.types import Residual
@@ -82,20 +86,21 @@ def staged(
 
 
 def _tried(
-    session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, quiet: bool, *, cut: bool
+    session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, quiet: bool, *, cut: bool, fibers: bool = True
 ) -> tuple[Outcome | None, int, str]:
-    """What threads give, and whether that holds; ``cut`` says that the chunks are not the loader's batches.
+    """What parked forwards give, and whether that holds; ``cut`` says that the chunks are not the loader's batches.
 
     Raises:
         CalibrationError: the forward of one chunk fails alone as well, on this rank or another.
     """
     try:
-        return _proven(session, chunks, scouted, quiet, cut)
+        return _proven(session, chunks, scouted, quiet, cut, fibers)
     except MemoryFullError as full:
         if not cut:
             raise
         return None, MIXED, f"no memory for larger batches than the loader's ({full})"
     except StuckError as stuck:
+        again = any(said[0] for said in session.ranks.numbers([int(isinstance(stuck, NoFootingError))]))
         verdict, why = LEAKS, "a chunk waited for another one (a lock held across a norm)"
         if isinstance(stuck, ElsewhereError):
             verdict, why = CLEAN, ""
@@ -105,6 +110,8 @@ def _tried(
             if not _runs_alone(session, stuck.chunk):
                 verdict, why = MIXED, f"the model takes no other batches than the loader's ({stuck.told.message})"
                 error = None if cut else stuck.told
+    if again:  # threads can be left anywhere
+        return _tried(session, chunks, scouted, quiet, cut=cut, fibers=False)
     session.ranks.agree(error)
     return None, max(said[0] for said in session.ranks.numbers([verdict])), why or "on another rank"
 
@@ -118,11 +125,11 @@ def _runs_alone(session: Session, chunk: Chunk) -> bool:
 
 
 def _proven(
-    session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, quiet: bool, cut: bool
+    session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, quiet: bool, cut: bool, fibers: bool
 ) -> tuple[Outcome, int, str]:
     turn = Turn.now(session.device)
     watched = witnesses(chunks) if session.options.certify is not None else []
-    found = _threads(session, chunks, scouted, turn, watched, quiet)
+    found = _parked(session, chunks, scouted, turn, watched, quiet, fibers)
     found.chunks = chunks
     verdict, why = CLEAN, ""
     for number, witness in watched:
@@ -145,42 +152,50 @@ def _proven(
     return found, worst, why or "on another rank"
 
 
-def _threads(
+def _parked(
     session: Session,
     chunks: Sequence[Chunk],
     scouted: Scouted | None,
     turn: Turn,
     watched: Sequence[tuple[int, Witness]],
     quiet: bool,
+    fibers: bool,
 ) -> Outcome:
-    ambient = Ambient(session.device)
+    ways = scouted.ways if scouted is not None and fibers and Guard.possible() else None
     spiller = Spiller(session.options.spill_dir) if session.options.spill_dir is not None else None
     first: list[Tensor] = []
     bounded = session.options.memory_budget is not None or spiller is not None
+    with ExitStack() as stack:
+        kind: Callable[..., ParkedStrand] = partial(ThreadStrand, ambient=Ambient(session.device))
+        if ways is not None:
+            guard = Guard()
+            stack.callback(guard.end)
+            kind = partial(FiberStrand, guard=guard, ways=ways)
 
-    def strands() -> Sequence[Strand]:
-        one = len(chunks) == 1  # nobody to keep apart from: the model itself runs, not a replica
-        return [
-            ThreadStrand(
-                chunk,
-                session.model if one else session.replicate(),
-                session.norms,
-                ambient,
-                Turn.seeded(turn, number, session.device),
-                spiller.strand() if spiller else None,
-                bounded=bounded,
-            )
-            for number, chunk in enumerate(chunks)
-        ]
+        def strands() -> Sequence[Strand]:
+            one = len(chunks) == 1  # nobody to keep apart from: the model itself runs, not a replica
+            return [
+                kind(
+                    chunk,
+                    session.model if one else session.replicate(),
+                    session.norms,
+                    Turn.seeded(turn, number, session.device),
+                    spiller.strand() if spiller else None,
+                    bounded=bounded,
+                )
+                for number, chunk in enumerate(chunks)
+            ]
 
-    def watch(place: Place, here: Sequence[Strand]) -> None:
-        for _, witness in watched:
-            witness.take(place, here)
-        if not first:
-            first.append(_means(here))
+        def watch(place: Place, here: Sequence[Strand]) -> None:
+            for _, witness in watched:
+                witness.take(place, here)
+            if not first:
+                first.append(_means(here))
 
-    engine = "one chunk" if len(chunks) == 1 and session.ranks.world == 1 else "threads"
-    found = _converged(session, strands, scouted, engine, watch, quiet)
+        engine = (
+            "one chunk" if len(chunks) == 1 and session.ranks.world == 1 else "threads" if ways is None else "fibers"
+        )
+        found = _converged(session, strands, scouted, engine, watch, quiet)
     found.first = first[0] if first else None
     return found
 

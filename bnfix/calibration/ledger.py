@@ -20,6 +20,7 @@ from bnfix.stats import Moments, round_once
 from bnfix.types import Residual
 
 Place = tuple[int, int]
+_WIDE = (torch.float32, torch.float64)
 
 
 @dataclass
@@ -89,11 +90,14 @@ def stored(norm: Norm, moments: Moments, unbiased: bool) -> Stats | None:
     Raises:
         CalibrationError: they are not finite, or too large for the type of the buffers.
     """
-    if float(moments.n.max()) <= 1:
+    wide = norm.mean.dtype in _WIDE and norm.var.dtype in _WIDE
+    if not (moments.sure and wide) and float(moments.n.max()) <= 1:
         return None
     mean, var = moments.mean, moments.variance(unbiased)
     wanted = norm.var.shape
     found = round_once(mean, norm.mean.dtype).reshape(norm.mean.shape), round_once(var, norm.var.dtype).reshape(wanted)
+    if moments.sure and wide:
+        return found
     if not bool(torch.isfinite(torch.stack((found[0].sum(), found[1].sum()))).all()):
         _refuse(norm, mean, var, found)
     return found

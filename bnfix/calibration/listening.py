@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bnfix.calibration.norms import Norm, Norms
+from bnfix.graph.per_call import StatisticsOfCall, arguments_of
 
 _aten, functorch = torch.ops.aten, torch._C._functorch
 _LEGACY = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
@@ -32,6 +33,9 @@ _NAMES: Mapping[Any, tuple[str, ...]] = {
 }
 """Functions that normalise with running statistics, and the names of their arguments by position."""
 
+_PLAIN = frozenset({F.batch_norm, torch.batch_norm, torch.native_batch_norm})
+"""Those that are called from Python without an operator object in between."""
+
 _READS = frozenset(
     {
         Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__bool__, Tensor.__int__, Tensor.__float__,
@@ -47,10 +51,11 @@ Stats = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Seen:
-    """One call of a norm in a forward: its input (R, C, *positions)."""
+    """One call of a norm in a forward: its input (R, C, *positions). ``bound``: by an operator that C++ runs."""
 
     norm: Norm
     x: Tensor
+    bound: bool = False
 
 
 Normaliser = Callable[[Seen], "Stats | None"]
@@ -79,7 +84,8 @@ class Listener(TorchFunctionMode):
         if failed is not None and failed is not error:
             raise failed
 
-    def _asked(self, seen: Seen) -> Stats | None:
+    def heard(self, seen: Seen) -> Stats | None:
+        """What to normalise with."""
         if self._failed is not None:  # swallowed: let the forward come to its end
             return None
         try:
@@ -92,6 +98,13 @@ class Listener(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Let everything through but batch norms."""
+        if (shared := _per_call(func, args, kwargs)) is not None:
+            # Statistics of an un-shared function: its norm of this call asks F.batch_norm again, with real ones.
+            super().__enter__()  # type: ignore[no-untyped-call]
+            try:
+                return shared.__torch_function__(func, types, args, kwargs)
+            finally:
+                super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if torch.compiler.is_dynamo_compiling():  # the body of a torch.cond is traced here: nothing can be heard
             return func(*args, **(kwargs or {}))
         try:
@@ -119,13 +132,18 @@ class Listener(TorchFunctionMode):
         if norm is None:
             self.norms.odd.add(f"{tuple(given['input'].shape)}")
         elif not norm.why:
-            found = self._asked(Seen(norm, physical(given["input"])))
+            found = self.heard(Seen(norm, physical(given["input"]), func not in _PLAIN))
             if found is not None:
                 given |= {"running_mean": found[0], "running_var": found[1]}
         if func is F.batch_norm:
             return func(**given)
         positional = [given.pop(n) for n in names[: len(args)]]
         return func(*positional, **given)
+
+
+def _per_call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> type[StatisticsOfCall] | None:
+    given = arguments_of(func, args, kwargs) if func is F.batch_norm or func is torch.batch_norm else None
+    return StatisticsOfCall if given and isinstance(given.get("running_mean"), StatisticsOfCall) else None
 
 
 def physical(x: Tensor) -> Tensor:

@@ -92,6 +92,11 @@ class Norms:
         return next(norm for norm in self.known.values() if norm.key == key)
 
 
+def norms_device(norms: Norms) -> torch.device:
+    """Where the statistics live."""
+    return next((n.mean.device for n in norms.known.values()), torch.device("cpu"))
+
+
 def _held(place: tuple[int, str, nn.Module, str]) -> Tensor | None:
     found = getattr(place[2], place[3], None)
     return found if isinstance(found, Tensor) else None

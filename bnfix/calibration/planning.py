@@ -11,6 +11,7 @@ from torch import nn
 
 from bnfix.calibration.chunks import (
     LARGEST,
+    LARGEST_ON_DEVICE,
     LEAST,
     MOST,
     PROBED,
@@ -223,7 +224,8 @@ def _chunks(session: Session, held: list[Chunk], scouted: Scouted | None, apart:
         return held
     total = sum(c.samples for c in held)
     room = session.options.memory_budget or free_bytes(session.device) // 4
-    target = min(TARGET, int(LARGEST / max(scouted.largest, 1.0)), int(room / 4 / max(scouted.forward, 1.0)))
+    largest = LARGEST if session.device.type == "cpu" else LARGEST_ON_DEVICE
+    target = min(TARGET, int(largest / max(scouted.largest, 1.0)), int(room / 4 / max(scouted.forward, 1.0)))
     target = max(target, LEAST, -(-total // MOST))
     return centred(pieces(held, target), PROBED)
 

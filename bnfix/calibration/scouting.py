@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.calibration.chunks import Chunk, halves, mask_at, splittable
+from bnfix.calibration.footing import Footing, Way
 from bnfix.calibration.ledger import Place
 from bnfix.calibration.listening import Listener, Seen
-from bnfix.calibration.norms import Norms
+from bnfix.calibration.norms import Norms, norms_device
 from bnfix.calibration.staged import out_of_memory
 from bnfix.errors import CalibrationError, one_line
 from bnfix.running import Footprint
@@ -32,7 +34,9 @@ class Scouted:
     ``parked``, ``forward`` and ``largest`` are bytes a sample: alive at the worst norm, at a forward's peak, and of the
     largest input of a norm. ``tail`` is the share of the time that comes after the last norm. ``inseparable`` says
     why samples can't be put together and cut apart at will; empty if they can. ``reads`` says that the way through the
-    model may depend on values, ``reached`` how often each norm module was called; ``outputs`` are those of ``chunk``.
+    model may depend on values, ``ways`` are those on which norms were reached (None: a forward can't be left at each of
+    them in a thread that others use), ``reached`` says how often each norm module was called; ``outputs`` are those of
+    ``chunk``.
     """
 
     chunk: Chunk
@@ -44,6 +48,7 @@ class Scouted:
     inseparable: str = ""
     mixing: bool = False
     reads: bool = False
+    ways: frozenset[Way] | None = None
     reached: Counter[int] = field(default_factory=Counter)
     outputs: Any = None
 
@@ -60,6 +65,7 @@ class _Trip:
     mixing: bool
     reads: bool
     heard: Mapping[int, int]
+    footing: Footing
 
 
 def scout(chunk: Chunk, replicate: Callable[[], nn.Module], norms: Norms) -> Scouted:
@@ -79,6 +85,7 @@ def scout(chunk: Chunk, replicate: Callable[[], nn.Module], norms: Norms) -> Sco
             norm.why = "is also called where bnfix can't see it (a thread of the model's own, torch functions disabled)"
     found.route, found.mixing, found.outputs = tuple(trip.sums), trip.mixing, trip.outputs
     found.reads = trip.reads
+    found.ways = frozenset(trip.footing.ways) if trip.footing.sound else None
     found.parked, found.forward = trip.parked / chunk.samples, trip.peak / chunk.samples
     found.largest = trip.largest / chunk.samples
     found.tail = 1 - trip.last / trip.seconds if trip.seconds > 0 else 0.0
@@ -113,6 +120,8 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
 
     def ask(seen: Seen) -> None:
         nonlocal parked, largest, last
+        if measured:
+            footing.step(seen)
         place = (seen.norm.key, calls[seen.norm.key])
         calls[seen.norm.key] += 1
         if held is not None:
@@ -128,12 +137,10 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
     handles = [m.register_forward_pre_hook(note) for m in _norm_modules(replica)]
     start = last = time.perf_counter()
     try:
-        with torch.no_grad(), Listener(norms, ask) as listener:
-            if held is None:
+        with torch.no_grad(), Listener(norms, ask) as listener, held or contextlib.nullcontext():
+            footing = Footing(norms_device(norms), listener)
+            with footing if measured else contextlib.nullcontext():
                 outputs = chunk.call.run(replica)
-            else:
-                with held:
-                    outputs = chunk.call.run(replica)
     except CalibrationError as error:
         raise CalibrationError(f"{chunk.where}: {error.message}", hint=error.hint) from None
     except Exception as error:  # the user's own forward
@@ -147,7 +154,17 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
     end = time.perf_counter()
     peak = (held.peak if held else 0) + given
     return _Trip(
-        sums, outputs, end - start, last - start, parked + given, peak, largest, listener.mixing, listener.reads, calls
+        sums,
+        outputs,
+        end - start,
+        last - start,
+        parked + given,
+        peak,
+        largest,
+        listener.mixing,
+        listener.reads,
+        calls,
+        footing,
     )
 
 
@@ -163,6 +180,7 @@ def _difference(whole: _Trip, parts: Sequence[_Trip], norms: Norms) -> str:
     """Where the samples behave differently together and alone; empty where they nowhere do."""
     if any(tuple(p.sums) != tuple(whole.sums) for p in parts):
         return "samples go other ways together than alone"
+    coarse = norms.half or norms_device(norms).type != "cpu"  # TF32, and a choice of kernels by the batch size
     for place, together in whole.sums.items():
         apart = [p.sums[place] for p in parts]
         n = [_count(s) for s in (together, *apart)]
@@ -176,7 +194,7 @@ def _difference(whole: _Trip, parts: Sequence[_Trip], norms: Norms) -> str:
         if not bool(torch.isfinite(scale).all()):
             continue  # the run itself names the batch
         worst = torch.maximum(ds.abs() / n[0] / scale.sqrt(), dq.abs() / n[0] / scale).max().item() if n[0] else 0.0
-        if worst > SEPARABLE.get(together.s.dtype, 1e-3) * (30 if norms.half else 1):
+        if worst > SEPARABLE.get(together.s.dtype, 1e-3) * (30 if coarse else 1):
             return f"samples are mixed within a batch before {path}"
     return ""
 

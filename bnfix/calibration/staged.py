@@ -215,7 +215,7 @@ def _told(strand: Strand, error: BaseException, ledger: Ledger) -> BaseException
         full = MemoryFullError(one_line(error))
         full.__cause__ = error
         return full
-    if not isinstance(error, Exception):
+    if not isinstance(error, Exception) or isinstance(error, StuckError):
         return error
     if isinstance(error, BnfixError):
         return CalibrationError(f"{strand.chunk.where}: {error.message}", hint=error.hint)

@@ -1,14 +1,12 @@
 """One chunk on its way through the model: it stops at each norm and goes on when it is given statistics.
 
-Two kinds behave alike. A :class:`ThreadStrand` parks its forward in a thread of its own, on its own replica: each
-operation runs once. A :class:`RerunStrand` keeps nothing: it runs the plain model anew for each norm.
+Two kinds behave alike. A :class:`ParkedStrand` parks its forward (in a fiber or a thread of its own, on its own
+replica): each operation runs once. A :class:`RerunStrand` keeps nothing: it runs the plain model anew for each norm.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,10 +14,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from bnfix.calibration.ambient import Ambient, Turn
+from bnfix.calibration.ambient import Turn
 from bnfix.calibration.chunks import Chunk, mask_at
 from bnfix.calibration.listening import Listener, Seen, Stats
-from bnfix.calibration.norms import Norms
+from bnfix.calibration.norms import Norms, norms_device
 from bnfix.calibration.spill import SpilledStrand
 from bnfix.errors import CalibrationError
 from bnfix.running import give_back
@@ -28,14 +26,6 @@ from bnfix.stats import Moments, SampleSums, pool, sample_sums
 Using = Callable[[Mapping[int, Stats]], AbstractContextManager[None]]
 Place = tuple[int, int]
 """A norm's key, and the how-manieth of its calls in this forward."""
-PATIENCE = 5.0
-"""Seconds without any work done after which a chunk that neither parks nor ends is stuck."""
-MORE_PATIENCE = 30.0
-"""The same where its thread does nothing but other threads of the process work."""
-
-
-LOOK = 0.25
-"""Seconds between two looks at a chunk that runs."""
 
 
 class Unwind(BaseException):
@@ -92,19 +82,11 @@ def contributions(strands: Sequence[Strand]) -> Moments:
     return pool(sums, xs, masks)
 
 
-def _closed_gate() -> threading.Lock:
-    gate = threading.Lock()  # a lock that any thread may release: ten times cheaper than a semaphore
-    gate.acquire()
-    return gate
+class ParkedStrand(Strand):
+    """A forward that waits at each norm, on a replica of its own; only one of all runs at a time.
 
-
-def _open(gate: threading.Lock) -> None:
-    with contextlib.suppress(RuntimeError):  # open already: an interrupt came between
-        gate.release()
-
-
-class ThreadStrand(Strand):
-    """A forward in a thread of its own; only one thread of all runs at a time."""
+    What differs is how the turn is handed over: ``_go_on`` by the coordinator, ``_give_back`` by the forward.
+    """
 
     alone = False
 
@@ -113,22 +95,17 @@ class ThreadStrand(Strand):
         chunk: Chunk,
         replica: nn.Module,
         norms: Norms,
-        ambient: Ambient,
         turn: Turn,
         spilled: SpilledStrand | None = None,
         *,
         bounded: bool = False,
     ) -> None:
         super().__init__(chunk, norms)
-        self._replica, self._ambient = replica, ambient
-        self._turn = turn
+        self._replica, self._turn = replica, turn
         self._device = norms_device(norms)
-        self._go, self._back = _closed_gate(), _closed_gate()
         self._stats: Stats | None = None
-        self._leaving = self._gently = False
-        self._timer: int | None = None
+        self._leaving = self._gently = self._begun = False
         self._calls: dict[int, int] = defaultdict(int)
-        self._thread: threading.Thread | None = None
         self._spilled, self._bounded = spilled, bounded
 
     def resume(self, stats: Stats | None) -> None:
@@ -137,77 +114,52 @@ class ThreadStrand(Strand):
         Raises:
             StuckError: it is neither, and nothing moves.
         """
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._ambient.run, args=(self._work,), daemon=True, name="bnfix")
-            self._thread.start()
+        self._begun = True
         self._stats, self.place, self.x, self.sums, self.mask = stats, None, None, None, None
         self._run_on()
 
-    def _run_on(self) -> None:
-        """Let the thread go on, in its own surroundings, until it parks or ends."""
-        mine = Turn.now(self._device)
-        self._turn.put(self._device, mine.flags)
-        try:
-            _open(self._go)
-            self._wait()
-        finally:
-            self._turn = Turn.now(self._device)
-            mine.put(self._device, self._turn.flags)
-
     def leave(self, *, gently: bool = False) -> None:
-        """End the forward where it is parked; a stuck thread is left behind as a daemon (it can't write anything).
+        """End the forward where it is parked; one that is stuck is left behind (it can't write anything).
 
         ``gently``: it runs on to its end, so that it puts back and gives free what it took.
         """
         self._leaving, self._gently = True, gently
         with contextlib.suppress(StuckError):
-            while self._thread is not None and not self.done:  # set free by another one, it may just have parked
+            while self._begun and not self.done:  # set free by another one, it may just have parked
                 self._run_on()
         self.x, self.sums, self.mask, self.place = None, None, None, None
 
-    def dismiss(self) -> None:
-        """End it without waiting for it."""
-        self._leaving, self._gently = True, False
-        _open(self._go)
+    def _go_on(self) -> None:
+        """Let the forward have its turn, until it gives it back."""
+        raise NotImplementedError
 
-    def _wait(self) -> None:
-        own, process, waited = self._clock(), time.process_time(), 0.0
-        while not self._back.acquire(timeout=LOOK):
-            now = self._clock()
-            waited += LOOK  # not by the clock: a process that was stopped for an hour has waited for one look
-            if now - own > 0.02 * waited:  # it works
-                own, process, waited = now, time.process_time(), 0.0
-                continue
-            # Others may work for it, or for something else altogether.
-            idle = time.process_time() - process <= 0.02 * waited
-            if waited > (PATIENCE if idle else MORE_PATIENCE):
-                raise StuckError(f"{self.chunk.where} waits for something that never comes")
+    def _give_back(self) -> None:
+        """Wait in the middle of the forward for the next turn."""
+        raise NotImplementedError
 
-    def _clock(self) -> float:
-        """CPU time of the thread, or of the process where that can't be told."""
-        if self._timer is None:
-            return time.process_time()
+    def _run_on(self) -> None:
+        """Let the forward go on, in its own surroundings, until it parks or ends."""
+        mine = Turn.now(self._device)
+        self._turn.put(self._device, mine.flags)
         try:
-            return time.clock_gettime(self._timer)
-        except OSError:  # it has just ended
-            return 0.0
+            self._go_on()
+        finally:
+            self._turn = Turn.now(self._device)
+            mine.put(self._device, self._turn.flags)
 
-    def _work(self) -> None:
-        if hasattr(time, "pthread_getcpuclockid"):
-            self._timer = time.pthread_getcpuclockid(threading.get_ident())
-        self._go.acquire()
+    def _forward(self) -> None:
+        """The whole forward, from its first turn to its end."""
         try:
             if not self._leaving:
                 with Listener(self.norms, self._ask, self._spilled.watch if self._spilled else None):
                     self.chunk.call.run(self._replica)
         except Unwind:
             pass
-        except BaseException as error:  # noqa: BLE001  # the user's forward; handed to the caller's thread
+        except BaseException as error:  # noqa: BLE001  # the user's forward; handed to the coordinator
             if not self._leaving:
                 self.error = error
         finally:
             self.done, self.place, self.x, self.sums = True, None, None, None
-            self._back.release()
 
     def _ask(self, seen: Seen) -> Stats | None:
         if self._leaving:
@@ -220,8 +172,7 @@ class ThreadStrand(Strand):
             self._spilled.park()
         if self._bounded:  # takes time, and is worth it where somebody said how much memory there is
             give_back()
-        self._back.release()
-        self._go.acquire()
+        self._give_back()
         return self._unwound() if self._leaving else self._stats
 
     def _unwound(self) -> Stats | None:
@@ -283,8 +234,3 @@ class RerunStrand(Strand):
     def leave(self, *, gently: bool = False) -> None:
         """Nothing is parked."""
         self.x, self.sums = None, None
-
-
-def norms_device(norms: Norms) -> torch.device:
-    """Where the statistics live."""
-    return next((n.mean.device for n in norms.known.values()), torch.device("cpu"))

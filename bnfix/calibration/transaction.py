@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.calibration.listening import Stats
-from bnfix.calibration.norms import Norms
+from bnfix.calibration.norms import Norm, Norms
 from bnfix.errors import CalibrationError
 from bnfix.graph import find_owners
+
+_LEFT = 0.01
+"""A share of the first values that is none to speak of."""
 
 
 @dataclass
@@ -53,20 +57,36 @@ class Handle:
 def commit(norms: Norms, stats: Mapping[int, Stats], batches: int) -> Handle:
     """Write ``stats`` (by key) into the buffers of ``norms``: all or nothing, Ctrl-C included.
 
-    ``num_batches_tracked`` stays, except that 0 becomes ``batches``: with momentum=None the next training batch would
-    otherwise count for all.
+    ``num_batches_tracked`` stays, except where it would deny what is stored now (:func:`_counted`).
     """
     entries: list[tuple[str, Tensor, Tensor, Tensor]] = []
     for norm in norms:
         if norm.key not in stats:
             continue
         pairs = [("running_mean", norm.mean, stats[norm.key][0]), ("running_var", norm.var, stats[norm.key][1])]
-        if norm.tracked is not None and int(norm.tracked) == 0:
-            pairs.append(("num_batches_tracked", norm.tracked, torch.full_like(norm.tracked, batches)))
+        counted = _counted(norm, batches)
+        if norm.tracked is not None and counted != int(norm.tracked):
+            pairs.append(("num_batches_tracked", norm.tracked, torch.full_like(norm.tracked, counted)))
         path = f"{norm.path}." if norm.path else ""
         entries += [(f"{path}{name}", tensor, tensor.detach().clone(), now) for name, tensor, now in pairs]
     _write([(tensor, now, before) for _, tensor, before, now in entries])
     return Handle(True, entries, weakref.ref(norms.model))
+
+
+def _counted(norm: Norm, batches: int) -> int:
+    """What ``num_batches_tracked`` is to be.
+
+    0 becomes ``batches``: with momentum=None the next training batch would otherwise count for all. With a momentum α,
+    n updates leave (1 − α)ⁿ of the first values: a small n says that most of the statistics is still mean 0 and
+    variance 1 (BN203), which is not so any more. It becomes that n for which nothing to speak of is left; torch itself
+    reads it with momentum=None alone.
+    """
+    before = 0 if norm.tracked is None else int(norm.tracked)
+    momentum = getattr(norm.module, "momentum", None)
+    settled = 0
+    if isinstance(momentum, (int, float)) and 0 < momentum < 1 and (1 - momentum) ** before > _LEFT:
+        settled = math.ceil(math.log(_LEFT) / math.log(1 - momentum))
+    return max(before or batches, settled)
 
 
 def _write(changes: list[tuple[Tensor, Tensor, Tensor]]) -> None:

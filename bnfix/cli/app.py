@@ -13,15 +13,18 @@ from bnfix.cli.door import command
 
 ABOUT = """The doctor for normalization layers in PyTorch models.
 
-Recalibrates running statistics on the data that you give, folds BatchNorm into the layers around it, exports the
-result, and proves against a float64 oracle that nothing but rounding changed. The file that it reads is never
-changed, unless you say --in-place; a file of the name given with -o is replaced, whole and only when all went well.
+Finds what is wrong with them, with evidence; recalibrates running statistics on the data that you give; folds BatchNorm
+into the layers around it; gives each call of a shared norm its own, or another kind of norm; exports the result, and
+proves against a float64 oracle that nothing but rounding changed. The file that it reads is never changed, unless you
+say --in-place; a file of the name given with -o is replaced, whole and only when all went well.
 """
 EPILOG = """**Start here**
 
 `bnfix demo`
 
 `bnfix info weights.pt`
+
+`bnfix check weights.pt --arch timm:resnet50 --data train_images/`
 
 `bnfix recalibrate weights.pt --arch timm:resnet50 --data train_images/ -o fixed.pt`
 

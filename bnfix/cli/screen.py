@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from bnfix.cli.door import leave_quietly
 from bnfix.cli.options import OutputFormat
@@ -18,6 +19,9 @@ from bnfix.render.legible import legible
 
 EVERY = 10.0
 """Seconds between two lines of one kind where there is no terminal."""
+READABLE = 100
+"""Columns of a text at most: longer lines are hard to read."""
+_LINK = re.compile(r"\[(\w+)\]\(\w+\.md\)")
 _COUNTED = re.compile(r"(?<=\s)\d[\d,]*(?=\W|$)")
 
 
@@ -91,6 +95,33 @@ def working(*, quiet: bool = False) -> Iterator[Steps]:
         if not sys.warnoptions:  # python -W or PYTHONWARNINGS shows them
             warnings.simplefilter("ignore")
         yield steps
+
+
+def show_markdown(text: str, file: TextIO) -> None:
+    """Write Markdown to ``file``: drawn where that is a terminal, as it is anywhere else.
+
+    Raises:
+        BnfixError: it can't be written (a full disk).
+    """
+    try:
+        if file.isatty() and os.environ.get("TERM") != "dumb":
+            from rich.console import Console
+            from rich.markdown import Markdown
+            from rich.theme import Theme
+
+            theme = Theme({"markdown.code": "cyan", "markdown.h1": "bold", "markdown.h2": "bold"})
+            console = Console(file=file, theme=theme)
+            console.width = min(console.width, READABLE)
+            console.print(Markdown(_LINK.sub(r"\1", text), code_theme="ansi_dark"))
+        else:
+            encoding = getattr(file, "encoding", None) or "utf-8"
+            file.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        file.flush()
+    except BrokenPipeError:
+        leave_quietly()
+    except OSError as error:
+        leave_quietly()
+        raise BnfixError(f"the page can't be written: {error.strerror}") from error
 
 
 def report(values: Sequence[Any], format: OutputFormat, about: Sequence[About], overall: About | None = None) -> None:

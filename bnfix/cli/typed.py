@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 _typed: ContextVar[tuple[str, ...]] = ContextVar("typed", default=())
-_OPENING = ("fold", "recalibrate", "export", "verify")
+_OPENING = ("check", "fold", "recalibrate", "swap", "unshare", "export", "verify")
 
 
 @contextmanager

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from bnfix.cli import typed
+from bnfix.errors import BnfixError
+
+_OF_DATA = ("the data ", "batch ")
+FEED = """if the data is not what the model is called with, say how it becomes that, for example
+--forward 'lambda m, b: m(b.permute(0, 3, 1, 2).float() / 255)'"""
 
 _OPTIONS = (
     "certify", "forward", "include_frozen", "mask", "max_samples", "memory_budget", "method", "select", "spill_dir",
@@ -11,6 +20,7 @@ _OPTIONS = (
 )  # fmt: skip
 _CODE = re.compile(r"\bforward=(lambda\b.*)$")
 _SET = re.compile(rf"\b({'|'.join(_OPTIONS)})=(?:(True)\b|\"([^\"]*)\"|'([^']*)'|(None)\b|([\w.…]+))?")
+_BOTH = re.compile(r"\w+= \(on the command line: ([^)]*)\)")
 _NAMED = re.compile(r"\b(include_frozen|max_samples|memory_budget|spill_dir)\b")
 
 
@@ -39,3 +49,25 @@ def _option(name: str) -> str:
 def _quoted(code: str) -> str:
     """Readable where the code has quotes itself, as ``b['image']`` does."""
     return f'"{code}"' if "'" in code and not set(code) & set('"$`\\!') else shlex.quote(code)
+
+
+@contextmanager
+def in_options(data: str) -> Iterator[None]:
+    """Around the verb: what its errors say of its arguments is said of options, and ``data`` is named."""
+    try:
+        yield
+    except BnfixError as error:
+        error.hint = as_options(error.hint) if error.hint else None
+        if error.hint is None and "the forward failed" in error.message:
+            error.hint = FEED
+        error.message = as_options(error.message)
+        if error.message.startswith(_OF_DATA):
+            error.message = f"{data}: {error.message}"
+        if error.hint is None and error.__cause__ is not None and " raised " in error.message:
+            error.hint = f"it is code of yours; where in it:   {typed.command(['--traceback'])}"
+        raise
+
+
+def asked_for(text: str) -> str:
+    """What a rule needs, as an option: ``--data`` for ``data= (on the command line: --data)``."""
+    return _BOTH.sub(r"\1", text)

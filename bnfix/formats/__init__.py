@@ -10,13 +10,13 @@ from bnfix.formats.recognition import sniff
 if TYPE_CHECKING:
     from bnfix.formats.data import load_data, load_input
     from bnfix.formats.images import ImageTransform, image_transform
-    from bnfix.formats.loading import Loaded, load
+    from bnfix.formats.loading import Loaded, load, weights
     from bnfix.formats.saving import save
     from bnfix.formats.shards import shard
     from bnfix.formats.specs import parse_kwargs
 
 _HOMES = {
-    **dict.fromkeys(("Loaded", "load"), "loading"),
+    **dict.fromkeys(("Loaded", "load", "weights"), "loading"),
     **dict.fromkeys(("load_data", "load_input"), "data"),
     **dict.fromkeys(("ImageTransform", "image_transform"), "images"),
     "parse_kwargs": "specs",
@@ -35,6 +35,7 @@ __all__ = [
     "save",
     "shard",
     "sniff",
+    "weights",
 ]
 
 

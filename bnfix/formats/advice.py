@@ -14,7 +14,7 @@ from pathlib import Path
 GAP = "   "
 TRUST = "if you trust it"
 WHICH = "say which architecture, for example"
-FOLDED_WHICH = "with the architecture that it was folded from, for example"
+FOLDED_WHICH = "with the architecture that it was made from, for example"
 PLACEHOLDER = "timm:resnet50"
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".pt2")
 _MAX_SOURCE = 1 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bnfix.errors import LoadError, UnknownFormatError, UntrustedModelError
 from bnfix.formats import advice, fitting, recipes
 from bnfix.formats.base import Weights
+from bnfix.formats.names import wrapped_by_training
 from bnfix.formats.recognition import format_of, sniff
 from bnfix.formats.specs import InputHint, build, parse_spec
 from bnfix.types import FileInfo
@@ -84,12 +86,29 @@ def load(
     shown = arch if isinstance(arch, str) else getattr(arch, "__name__", type(arch).__name__)
     notes = [*_wrapper_notes(info), *content.notes]
     if content.recipe is not None:
-        recipes.replay(model, content.recipe, info.path)
-        gone = len(content.recipe["edits"])
-        are = "is a placeholder" if gone == 1 else "are placeholders"
-        notes.append(f"folded by bnfix: {_count(gone, 'norm')} {are}, as its recipe says")
+        model = recipes.replay(model, content.recipe, info.path)
+        notes += _recipe_notes(content.recipe)
     notes += fitting.fit(model, content, where=info.path, arch=shown)
     return Loaded(model, info, shown, tuple(notes), hint)
+
+
+def weights(path: str | os.PathLike[str], *, trust: bool = False) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """The tensors of a file of weights by name, without any architecture, and what a person should know of them.
+
+    Read by torch's safe loader only; names come without what training wrappers put before them.
+
+    Raises:
+        LoadError, UntrustedModelError: as :func:`load`; LoadError where it holds no weights by name.
+    """
+    info = sniff(path)
+    _refuse_dangerous(info)
+    reader = format_of(info)
+    content = reader.read(info, trust=trust) if reader is not None and info.kind != "unknown" else None
+    if not isinstance(content, Weights):
+        raise LoadError(f"{info.path} is {info.title}: no weights by name", hint=info.advice or None)
+    rename = wrapped_by_training(content.tensors)
+    tensors = {rename(k): v for k, v in content.tensors.items() if k not in rename.dropped}
+    return tensors, (*_wrapper_notes(info), *content.notes)
 
 
 def _refuse_dangerous(info: FileInfo) -> None:
@@ -102,12 +121,25 @@ def _refuse_dangerous(info: FileInfo) -> None:
 
 
 def _needs_arch(info: FileInfo) -> LoadError:
-    folded = f", {_count(len(info.recipe['edits']), 'norm')} folded by bnfix" if info.recipe else ""
+    folded = f", {recipes.told(info.recipe)}" if info.recipe else ""
     held = f"{_count(info.tensors, 'tensor')}, {_count(len(info.norms), 'norm')}{folded}"
     return LoadError(
         f"{info.path} holds weights ({held}): of which architecture?",
         hint=f"{info.advice}\n{ARCHES}" if advice.GAP in info.advice else ARCHES,
     )
+
+
+def _recipe_notes(recipe: Mapping[str, Any]) -> list[str]:
+    edits = [e for stage in recipes.stages(recipe) for e in stage["edits"]]
+    gone = sum("to" not in e and "unshare" not in e for e in edits)
+    apart = sum("unshare" in e for e in edits)
+    others = Counter(str(e["to"].get("class")) for e in edits if "to" in e)
+    are = "is a placeholder" if gone == 1 else "are placeholders"
+    notes = [f"un-shared by bnfix: {_count(apart, 'norm')}, as its recipe says"] if apart else []
+    notes += [f"folded by bnfix: {_count(gone, 'norm')} {are}, as its recipe says"] if gone else []
+    for name, n in others.items():
+        notes.append(f"swapped by bnfix: {_count(n, 'norm')} {'is' if n == 1 else 'are'} {name}, as its recipe says")
+    return notes
 
 
 def _count(n: int, what: str) -> str:

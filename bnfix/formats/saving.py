@@ -57,7 +57,8 @@ def save(
 
     Weights are written (with ``recipe``, by which folded ones are loaded again); the pickled module itself only where
     ``source``, the file it came from, was one, and the ending is torch's. A ``.pt2`` holds the program that the model
-    runs on ``calls``: sizes in which these differ may vary. A model that came from a program needs none.
+    runs on ``calls``: sizes in which these differ may vary. A model that came from a program needs none. What was done
+    to the model before it was saved as ``source`` stays in the recipe.
 
     Raises:
         ValueError: an unknown ending.
@@ -67,6 +68,7 @@ def save(
     check_form(path, source)
     check_target(path, source_path=source.path if source is not None else None, inplace=inplace)
     whole = source is not None and source.kind == "pickled_module"
+    recipe = recipes.following(source.recipe if source is not None else None, recipe)
     with atomic_path(path) as beside:
         writer.write(beside, model, recipes.to_text(recipe), whole=whole, calls=calls)
     return Path(path)

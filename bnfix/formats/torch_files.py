@@ -70,7 +70,7 @@ def classify(file: Probe, main: Pickle, names: Iterable[Global], container: str,
         root_class=found.module or (str(getattr(main.value, "made_by", "")) if kind == "pickled_object" else None),
         recipe=recipe,
         facts=facts,
-        advice=_DANGEROUS if dangerous else _advice(file, kind, found, code, bool(numbers["norms"])),
+        advice=_DANGEROUS if dangerous else _advice(file, kind, found, code, bool(numbers["norms"]), recipe),
         **numbers,
     )
 
@@ -101,7 +101,9 @@ def _title(kind: str, container: str, found: Contents, dangerous: tuple[str, ...
     }.get(kind, f"data saved by torch{how}, but no weights by name")
 
 
-def _advice(file: Probe, kind: str, found: Contents, code: tuple[str, ...], norms: bool) -> str:
+def _advice(
+    file: Probe, kind: str, found: Contents, code: tuple[str, ...], norms: bool, recipe: Mapping[str, Any] | None
+) -> str:
     path, named = file.shown, found.named
     if kind in ("pickled_module", "pickled_object"):
         return advice.module_lines(path, found.module, norms=norms or kind == "pickled_object")
@@ -109,8 +111,9 @@ def _advice(file: Probe, kind: str, found: Contents, code: tuple[str, ...], norm
         return "save the one you mean by itself:  torch.save(torch.load(file)[key], 'weights.pt')"
     if kind == "torch_data":
         return "save model.state_dict(), and give that file"
-    if recipes.KEY in found.strings or not norms:
-        return advice.export_line(path, named=named, folded=recipes.KEY in found.strings, trust=bool(code))
+    folded = recipes.has_folds(recipe)
+    if folded or not norms:
+        return advice.export_line(path, named=named, folded=folded, trust=bool(code))
     return advice.fold_line(path, named=named, trust=bool(code))
 
 

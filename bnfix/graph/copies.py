@@ -32,17 +32,18 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         notes.append(f"unwrapped {name}: the result is the plain module inside")
 
 
-def copy_model(model: nn.Module) -> tuple[nn.Module, Memo]:
+def copy_model(model: nn.Module, *, scripted: bool = False) -> tuple[nn.Module, Memo]:
     """A deep copy of ``model`` that shares nothing with it, and the memo ``id(original) → copy``.
 
     Non-leaf tensors (what old-style weight_norm and pruning leave behind) are detached; a copy of them is
     impossible otherwise. Functions (hooks among them) stay the user's own: run the copy inside ``no_footprints``.
+    ``scripted`` lets ScriptModules inside the model pass, for those who only run them: their parts are not in the memo.
 
     Raises:
         TraceError: no faithful copy is possible; names the module or attribute.
     """
     owners = find_owners(model)
-    _refuse_impossible(owners)
+    _refuse_impossible(owners, scripted)
     memo: Memo = {}
     for key, tensor in owners.tensors.items():
         if not tensor.is_leaf:
@@ -65,10 +66,12 @@ def copy_model(model: nn.Module) -> tuple[nn.Module, Memo]:
     return duplicate, memo
 
 
-def _refuse_impossible(owners: Owners) -> None:
+def _refuse_impossible(owners: Owners, scripted: bool) -> None:
     for module in owners.modules.values():
         name = (owners.paths(module) or ("",))[0] or "the model"
         if isinstance(module, torch.jit.ScriptModule):
+            if scripted and module is not owners.root:
+                continue
             raise TraceError(
                 f"{name} is a ScriptModule: its operations can't be read or replaced",
                 hint="pass the Python module that it was scripted from",

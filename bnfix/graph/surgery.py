@@ -55,6 +55,25 @@ class Surgeon:
             else:
                 table[slot.key] = value
 
+    def shadow(self, holder: nn.Module, name: str, value: Any) -> None:
+        """Let ``holder`` have the plain attribute ``value`` in place of its buffer ``name``."""
+        attributes = vars(holder)
+        self._undo.append((attributes, "_buffers", holder._buffers))  # as a whole: its order is that of state_dict
+        self._undo.append((attributes, name, attributes.get(name, _ABSENT)))
+        attributes["_buffers"] = {k: v for k, v in holder._buffers.items() if k != name}
+        attributes[name] = value
+
+    def add_module(self, holder: nn.Module, name: str, module: nn.Module) -> None:
+        """Give ``holder`` one more submodule.
+
+        Raises:
+            ValueError: it has something of that name.
+        """
+        if hasattr(holder, name):
+            raise ValueError(f"{type(holder).__name__} has a {name} already")
+        self._undo.append((holder._modules, name, _ABSENT))
+        holder._modules[name] = module
+
     def undo(self) -> None:
         """Take every change back, the last one first."""
         while self._undo:

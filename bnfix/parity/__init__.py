@@ -6,6 +6,7 @@ from bnfix.parity.compare import compare, compare_sites, judge
 from bnfix.parity.export import export_onnx
 from bnfix.parity.from_file import file_call
 from bnfix.parity.needs import check_export, check_verify
+from bnfix.parity.onnx_norms import onnx_facts
 from bnfix.parity.oracle import Recorded, Reference, record, references
 from bnfix.parity.probes import accepted, probe_calls
 from bnfix.parity.verify import verify, verify_file
@@ -21,6 +22,7 @@ __all__ = [
     "export_onnx",
     "file_call",
     "judge",
+    "onnx_facts",
     "probe_calls",
     "record",
     "references",

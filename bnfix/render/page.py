@@ -9,15 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-State = Literal["done", "kept", "failed", "unsure", "plain"]
+State = Literal["done", "kept", "failed", "unsure", "warned", "told", "plain"]
+"""``warned`` and ``told`` are a warning and an information about something that is as it was."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """``path`` breaks at dots, ``number`` is set right and never breaks, ``extra`` goes first where room is short."""
+    """``path`` breaks at dots, ``number`` is set right and never breaks, ``extra`` goes first where room is short.
+
+    ``prose``, the last column, is sentences: a terminal sets them under the rest of their row.
+    """
 
     title: str
-    kind: Literal["path", "text", "number", "extra"] = "text"
+    kind: Literal["path", "text", "number", "extra", "prose"] = "text"
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,10 @@ class Line:
 class Page:
     """A value as it is read.
 
-    ``rows`` may run alike rows together; ``lines`` holds every single one. ``verdict`` is one sentence in
-    parts, the result first; ``details`` belong to the proof, ``notes`` are what the reader has to know
-    besides, ``next`` what to do now: pairs of a label and a line.
+    ``rows`` may run alike rows together; ``lines`` holds every single one, and ``annotations`` few instead of many for
+    where each costs room (empty: the lines that tell of trouble). ``verdict`` is one sentence in parts, the result
+    first; ``details`` belong to the proof, ``notes`` are what the reader has to know besides, ``next`` what to do now:
+    pairs of a label and a line.
     """
 
     title: str
@@ -55,6 +60,14 @@ class Page:
     details: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     next: tuple[tuple[str, str], ...] = ()
+    annotations: tuple[Line, ...] = ()
+    shortened: bool | None = None
+    """Whether ``rows`` leave out what ``lines`` hold; None: there are fewer of them."""
+
+    @property
+    def more(self) -> bool:
+        """Whether there is more to be seen in ``lines``."""
+        return len(self.lines) > len(self.rows) if self.shortened is None else self.shortened
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ _COLOURS: dict[State, str] = {
     "kept": "#a8720a",
     "failed": "#de4545",
     "unsure": "#a45bd6",
+    "warned": "#a8720a",
+    "told": "#2f7fc1",
     "plain": "inherit",
 }
 _LINE = "1px solid rgba(128,128,128,.35)"
@@ -33,7 +35,7 @@ def fragment(page: Page, about: About) -> str:
     parts = [f'<div style="{_ROOT}">', f'<div style="opacity:.75;margin:0 0 .2em">{escape(head)}</div>', _verdict(page)]
     if page.rows:
         parts.append(_table(page))
-    if len(page.lines) > len(page.rows):
+    if page.more:
         parts.append(_every(page))
     notes = [*page.details, *page.notes, *about.notes]
     if notes:
@@ -91,8 +93,9 @@ def _style(page: Page, column: int) -> str:
 
 def _breakable(text: str) -> str:
     """Escaped, and free to break after the dots of a long path."""
+    text = text.replace("\n", " \n ")
     words = (escape(w) if len(w) < 24 else re.sub(r"(?<=[./_:])(?=\w)", "<wbr>", escape(w)) for w in text.split(" "))
-    return " ".join(words)
+    return " ".join(words).replace(" \n ", "<br>")
 
 
 def _every(page: Page) -> str:

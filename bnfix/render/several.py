@@ -13,7 +13,7 @@ from bnfix.types import Value
 
 FEW = 12
 """Remarks of one sort shown up to here."""
-_WORST: tuple[State, ...] = ("failed", "unsure", "kept", "done", "plain")
+_WORST: tuple[State, ...] = ("failed", "warned", "unsure", "kept", "done", "told", "plain")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ def page_of_all(values: Sequence[Any], about: Sequence[About]) -> Page:
     layout = layout_of((found or values)[0])
     columns = (Column("file", "path"), *layout.columns, Column("wrote", "path"))
     rows, lines, states, unmet = [], [], [], []
+    annotations: list[Line] = []
     for value, said in told:
         page = page_of(value)
         state: State = "failed" if said.failed else page.state
@@ -45,6 +46,9 @@ def page_of_all(values: Sequence[Any], about: Sequence[About]) -> Page:
         wrote = [f"wrote {path}" for path in said.written]
         lines += [Line(line.state, f"{said.subject}: {line.site}", line.text) for line in page.lines]
         lines.append(Line(state, said.subject, " · ".join((*page.verdict, *wrote))))
+        annotations += [Line(line.state, f"{said.subject}: {line.site}", line.text) for line in page.annotations]
+        if isinstance(value, Failure):
+            annotations.append(lines[-1])
         states.append(state)
     lost = [said.subject for value, said in told if isinstance(value, Failure)]
     failed = [f"{len(unmet)} of {len(values)} files NOT written: {_listed(unmet)}"] if unmet else []
@@ -58,6 +62,7 @@ def page_of_all(values: Sequence[Any], about: Sequence[About]) -> Page:
         verdict=(*(layout.total(found) if found else ()), *failed),
         details=(*_merged(told, lambda v, _: layout_of(v).remarks(v)), *_merged(told, lambda v, _: page_of(v).details)),
         notes=_merged(told, lambda v, said: (*page_of(v).notes, *said.notes)),
+        annotations=tuple(annotations) if any(page_of(value).annotations for value, _ in told) else (),
     )
 
 

@@ -15,8 +15,13 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.text import Text
 
-MARKS: dict[State, str] = {"done": "✓", "kept": "–", "failed": "✗", "unsure": "?", "plain": ""}
-STYLES: dict[State, str] = {"done": "green", "kept": "yellow", "failed": "bold red", "unsure": "magenta", "plain": ""}
+MARKS: dict[State, str] = {
+    "done": "✓", "kept": "–", "failed": "✗", "unsure": "?", "warned": "!", "told": "i", "plain": "",
+}  # fmt: skip
+STYLES: dict[State, str] = {
+    "done": "green", "kept": "yellow", "failed": "bold red", "unsure": "magenta", "warned": "yellow", "told": "cyan",
+    "plain": "",
+}  # fmt: skip
 _ASCII = str.maketrans(
     {
         "✓": "+",
@@ -65,11 +70,12 @@ def draw(page: Page, about: About, width: int | None) -> list[Text]:
 
     lines = [_head(page, about, width), Text()]
     if page.rows:
-        lines += [*_table(page, width), Text()]
+        prose = page.columns[-1].kind == "prose"
+        lines += [*(_blocks if prose else _table)(page, width), Text()]
     mark = MARKS[page.state]
     verdict = " · ".join(page.verdict)
     lines += _hanging(f"{mark} ", verdict, STYLES[page.state] or "bold", width, bold=len(page.verdict[0]))
-    every = ("every one by itself: --output-format concise",) if len(page.lines) > len(page.rows) else ()
+    every = ("every one by itself: --output-format concise",) if page.more else ()
     for detail in (*page.details, *every):
         lines += _hanging("  ", detail, "dim", width)
     for note in (*page.notes, *about.notes):
@@ -124,6 +130,20 @@ def _table(page: Page, width: int | None) -> list[Text]:
             line = Text.assemble(line, Text(GAP).join(parts))
             line.rstrip()
             lines.append(line)
+    return lines
+
+
+def _blocks(page: Page, width: int | None) -> list[Text]:
+    """Rows that end in sentences, each under a heading made of its other cells."""
+    lines: list[Text] = []
+    for row in page.rows:
+        *heads, prose = row.cells
+        lead = f"  {MARKS[row.state]:<2}"
+        if row.state == "done":  # what was done needs no explanation
+            heads, prose = [*heads, prose], ""
+        lines += _hanging(lead, GAP.join(filter(None, heads)), STYLES[row.state], width, bold=len(heads[0]))
+        for paragraph in prose.split("\n"):
+            lines += _hanging("      ", paragraph, "", width) if paragraph else []
     return lines
 
 

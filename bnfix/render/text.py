@@ -5,7 +5,10 @@ from __future__ import annotations
 from bnfix.render.page import About, Page
 from bnfix.render.terminal import MARKS
 
-_LEVELS = {"failed": "error", "kept": "warning", "unsure": "warning", "done": "notice", "plain": "notice"}
+_LEVELS = {
+    "failed": "error", "kept": "warning", "unsure": "warning", "warned": "warning", "told": "notice", "done": "notice",
+    "plain": "notice",
+}  # fmt: skip
 
 
 def concise(page: Page, about: About) -> str:
@@ -19,7 +22,7 @@ def concise(page: Page, about: About) -> str:
 def github(page: Page, about: About) -> str:
     """Workflow commands: an annotation for each norm that was kept and each failure, and one for the verdict."""
     title = about.command or "bnfix"
-    found = [line for line in page.lines if line.state in ("kept", "failed", "unsure")]
+    found = page.annotations or [line for line in page.lines if line.state in ("kept", "failed", "unsure")]
     lines = [_annotation(_LEVELS[line.state], f"{title}: {line.site}", line.text) for line in found]
     subject = f"{about.subject}: " if about.subject else ""
     level = "notice" if page.state == "kept" else _LEVELS[page.state]
@@ -58,4 +61,4 @@ def _escape(text: str) -> str:
 def _cell(text: str) -> str:
     for sign in "\\|*_`<>[]":
         text = text.replace(sign, f"\\{sign}")
-    return text.replace("\n", " ")
+    return text.replace("\n", "<br>")

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 UNKNOWN = 1 << 30
 """What is taken to be free where nothing can be asked: one GiB."""
@@ -186,9 +185,9 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.compiler.is_dynamo_compiling():  # the body of a torch.cond is traced here, and nothing is allocated
             return func(*args, **kwargs)
         if func is not torch.ops.aten.lift_fresh.default:  # the one that hands on a tensor made a moment ago
-            self._hide(tree_leaves((args, kwargs)))
+            self._hide(_leaves((args, kwargs)))
         out = func(*args, **kwargs)
-        for tensor in tree_leaves(out):
+        for tensor in _leaves(out):
             if _has_storage(tensor):
                 storage = tensor.untyped_storage()
                 key = storage._cdata
@@ -207,6 +206,17 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._sizes:
                     self._foreign.setdefault(storage._cdata, _weak(storage))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What operators take and give holds nothing but these (``tree_leaves`` takes ten times as long)."""
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _leaves(part)
+    elif isinstance(value, dict):
+        yield from _leaves(tuple(value.values()))
+    else:
+        yield value
 
 
 def _has_storage(value: Any) -> bool:

@@ -26,6 +26,7 @@ class Moments:
         m2: shape (C,).
         units: number of samples with at least one value, shape ().
         gram: Σrr, Σrs̃, Σrn, Σs̃s̃, Σs̃n, Σnn, shape (6, C).
+        sure: known, without another wait for the device, to be of several values, finite and no larger than float32.
     """
 
     n: Tensor
@@ -33,6 +34,7 @@ class Moments:
     m2: Tensor
     units: Tensor
     gram: Tensor
+    sure: bool = False
 
     def merge(self, other: Moments) -> Moments:
         """Both together (Chan, Golub & LeVeque 1983). Where one side has n = 0 the result is the other, to the bit."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -42,7 +43,8 @@ def pool(sums: Sequence[SampleSums], xs: Sequence[Tensor], masks: Sequence[Tenso
     found = _moments(_joined([part.s for part in sums], [part.q for part in sums]), counts)
     again = _doubtful(found, sums)
     if again is None:
-        return found
+        several = isinstance(counts, int) and counts * sum(len(part.s) for part in sums) > 1
+        return replace(found, sure=several and sums[0].s.dtype == torch.float32)
     shift = found.mean[again].nan_to_num(0.0, 0.0, 0.0)
     about = [
         _about(x, shift, again, len(part.s), mask)

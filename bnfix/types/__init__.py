@@ -1,7 +1,7 @@
 """Every value that crosses from one room to another: frozen, plain data, free of torch."""
 
 from bnfix.types.calibration import LayerStats, Recalibration, Residual
-from bnfix.types.diagnosis import SEVERITIES, Diagnosis, Finding, Fix, Safety, Severity, Skipped
+from bnfix.types.diagnosis import SEVERITIES, Diagnosis, Finding, Fix, Mended, Safety, Severity, Skipped
 from bnfix.types.evidence import (
     DataEvidence,
     Drift,
@@ -10,6 +10,7 @@ from bnfix.types.evidence import (
     NormState,
     OnnxFacts,
     OnnxNorm,
+    Role,
     SiteData,
 )
 from bnfix.types.facts import CallSite, Facts, NormFact, Op, Route, TensorFact
@@ -53,6 +54,7 @@ __all__ = [
     "LoopNorm",
     "LoopRanks",
     "LoopSite",
+    "Mended",
     "NormFact",
     "NormInfo",
     "NormState",
@@ -66,6 +68,7 @@ __all__ = [
     "Refusal",
     "Residual",
     "Result",
+    "Role",
     "Route",
     "Safety",
     "Severity",

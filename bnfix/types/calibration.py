@@ -128,9 +128,9 @@ class Recalibration(Value):
     """What was done to the statistics of a model, why in this way, and how good the result is.
 
     ``method`` is ``staged``, ``population`` or ``online``; ``why`` says in one sentence why, ``engine`` how the model
-    was run (``threads``, ``one chunk``, ``plain passes``, ``stream``). ``n`` counts samples, ``batches`` what the
-    loader gave, ``passes`` how often the loader was gone through, ``forwards`` (over all samples) how often the
-    model was run over them. ``changed`` is False after a dry run, or where ``when="needed"`` found no need.
+    was run (``fibers``, ``threads``, ``one chunk``, ``plain passes``, ``stream``). ``n`` counts samples, ``batches``
+    what the loader gave, ``passes`` how often the loader was gone through, ``forwards`` (over all samples) how often
+    the model was run over them. ``changed`` is False after a dry run, or where ``when="needed"`` found no need.
 
     ``residual`` was measured by plain forwards over the very same tensors (``certify="full"``, else None; for
     iterated norms see ``notes``), ``residual_fresh`` on a new draw of a loader that draws at random,
@@ -154,7 +154,7 @@ class Recalibration(Value):
     batches: int = 0
     passes: int = 1
     forwards: float = 1.0
-    engine: str = "threads"
+    engine: str = "fibers"
     changed: bool = True
     dry_run: bool = False
     residual_before: Residual | None = None

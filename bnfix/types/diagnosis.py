@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
+from bnfix.types.results import Edit, Refusal
 from bnfix.types.values import Value
 
 Severity = Literal["error", "warning", "info"]
@@ -28,7 +29,8 @@ class Fix(Value):
 
     ``verb`` is the function of bnfix that does it (``recalibrate``, ``unshare``, ``swap``, ``fold``, ``joint``), or
     ``set`` (attributes, in ``options``), ``float`` (statistics in float32), or ``code`` where only the user's own code
-    can do it: then ``title`` says how. ``sites`` are module paths, ``options`` the arguments.
+    can do it: then ``title`` says how. ``sites`` are module paths, ``options`` the arguments. ``line`` is what to type:
+    of Python, or of a shell where the command line was asked. Whoever was asked fills it in; a rule leaves it empty.
     """
 
     verb: str
@@ -36,6 +38,7 @@ class Fix(Value):
     sites: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     safety: Safety = Safety.NEEDS_TRAINING
+    line: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,3 +102,25 @@ class Diagnosis(Value):
     def by_code(self, code: str) -> tuple[Finding, ...]:
         """The findings of one rule, or of a family: ``BN2`` takes in all that begin so."""
         return tuple(f for f in self.findings if f.code.startswith(code))
+
+
+@dataclass(frozen=True)
+class Mended(Value):
+    """What ``check --fix`` did, and what is left.
+
+    ``edits`` holds every norm that changed, with what it was and is; ``refusals`` the fixes that were not applied, by
+    the code of their rule, and why. ``before`` is what was found first, ``diagnosis`` what a second check found on the
+    mended model. ``dry_run``: nothing was written, this is what would be.
+    """
+
+    edits: tuple[Edit, ...]
+    diagnosis: Diagnosis
+    before: Diagnosis
+    refusals: tuple[Refusal, ...] = ()
+    dry_run: bool = False
+
+    @property
+    def fixed(self) -> tuple[Finding, ...]:
+        """What was found before and is gone: no finding of that rule is left at any of its sites."""
+        left = {(f.code, site) for f in self.diagnosis.findings for site in f.sites or ("",)}
+        return tuple(f for f in self.before.findings if left.isdisjoint((f.code, s) for s in f.sites or ("",)))

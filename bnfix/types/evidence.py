@@ -54,6 +54,13 @@ class NormState:
     module: bool = True
     """False where the state comes from a file alone."""
     ignore: frozenset[str] = frozenset()
+    feeder: Array | None = None
+    """(C,) norms ‖w‖ of the weights in front: one number for each output channel of the layer that alone feeds it."""
+
+    @property
+    def has_stats(self) -> bool:
+        """Whether there are running statistics, readable or not: lazy ones and those on ``meta`` have no values yet."""
+        return self.dtype is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +85,8 @@ class SiteData:
     var: Array
     sample_var: Array
     masked: Array | None = None
+    numbers: tuple[int, ...] = ()
+    """Which of the batches these are: a call site need not be met in each."""
 
     @property
     def name(self) -> str:
@@ -91,7 +100,7 @@ class Drift:
 
     ``change`` is rms(f − R)/std(R) with f the outputs as stored and R those after a dry-run recalibration, ``null`` the
     same between recalibrations on two disjoint halves of the data; None where it could not be had (``reason``).
-    ``layers`` has (mean shift in σ, variance ratio, KL in nats) of the worst channel by module path.
+    ``layers`` has (mean shift in σ, variance ratio, KL in nats) of the worst channel by call site.
     """
 
     change: float | None
@@ -99,6 +108,8 @@ class Drift:
     samples: int = 0
     layers: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     reason: str = ""
+    where: str = ""
+    """The norm whose normalised input was compared instead, where the outputs have no row a sample."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,12 @@ class LoaderFacts:
 
 @dataclass(frozen=True, eq=False)
 class DataEvidence:
-    """One measuring pass over a part of the data, the model in evaluation mode and left as it was."""
+    """One measuring pass over a part of the data, the model in evaluation mode and left as it was.
+
+    The moments at ``sites`` are those that the model has with the statistics of the data in its norms (``fitted``), or
+    with its own where these could not be had. ``sizes`` (B,) are the samples of the loader's batches, of which a part
+    may have been measured; ``whole`` says that it was read to its end. ``seen`` says it to a person.
+    """
 
     sites: tuple[SiteData, ...]
     batches: int
@@ -124,6 +140,10 @@ class DataEvidence:
     role: Role = "train"
     deployed: Drift | None = None
     """The same gate against ``val_data``, the data of deployment."""
+    sizes: tuple[int, ...] = ()
+    whole: bool = False
+    fitted: bool = False
+    seen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,14 +173,22 @@ class Evidence:
     """All there is to judge by. ``loop`` is the log of a training loop (:class:`bnfix.types.LoopLog`).
 
     ``norms``: module tree and stored values (S and C). ``facts``: the graph (G), with ``facts_missing`` saying why it
-    is not there though it was asked for. ``data``: D. ``onnx``: O. ``against``: the norms of a reference (BN207,
-    BN208). ``options`` are the user's own thresholds, by code.
+    is not there though it was asked for. ``data``: D, likewise. ``onnx``: O. ``against``: the norms of a reference
+    (BN207, BN208). ``options`` are the user's own thresholds, by code.
+
+    ``facts`` are of a copy in evaluation mode, ``facts_training`` of one in training mode (its norms evaluated all the
+    same), with ``training_missing`` saying why they are absent, or of what they know only a part: dropout alone was
+    switched on then. ``program`` marks an exported program: what mode it is in is part of its graph.
     """
 
     norms: tuple[NormState, ...] | None = None
     facts: Facts | None = None
     facts_missing: str = ""
+    facts_training: Facts | None = None
+    training_missing: str = ""
+    program: bool = False
     data: DataEvidence | None = None
+    data_missing: str = ""
     loop: Any = None
     onnx: OnnxFacts | None = None
     against: tuple[NormState, ...] | None = None
@@ -168,3 +196,5 @@ class Evidence:
     """With ``against``: whether any other weight differs between the two."""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    seen: tuple[str, ...] = ()
+    """What was looked at, for a person: samples, batches, steps."""

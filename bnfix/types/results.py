@@ -21,7 +21,9 @@ class Edit(Value):
     ``calls`` are the call sites concerned, ``into`` the modules that took it up, ``gains`` the
     ``state_dict`` keys that are new, ``ulp`` the largest distance of a stored number from its exact value in
     units in the last place (½ is correct rounding), ``noise_ratio`` the error at the site in
-    multiples of the model's own rounding noise there (None: not measured).
+    multiples of the model's own rounding noise there (None: not measured). ``loses`` are the ``state_dict`` keys that
+    are gone; ``r2``, of a swap, is the share of the old norm's output variance that an affine of the new one explains:
+    the forecast of harm (None: not measured).
     """
 
     action: str
@@ -33,6 +35,8 @@ class Edit(Value):
     gains: tuple[str, ...] = ()
     ulp: float | None = None
     noise_ratio: float | None = None
+    loses: tuple[str, ...] = ()
+    r2: float | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ class Result(Value):
 
     ``model`` is None after a dry run, and an exported program where one was given. ``signatures`` are the inputs the
     facts and the proof hold for.
-    ``recipe`` is what a saved state_dict carries so that it can be loaded again.
+    ``recipe`` is what a saved state_dict carries so that it can be loaded again. ``verb`` is the function of bnfix that
+    was called.
     """
 
     model: torch.nn.Module | None = field(metadata=NOT_IN_JSON, repr=False)
@@ -109,6 +114,7 @@ class Result(Value):
     notes: tuple[str, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     dry_run: bool = False
+    verb: str = "fold"
 
     @property
     def norms(self) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import math
 from collections.abc import Mapping
+from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +20,8 @@ def plain(value: Any) -> Any:
     """``value`` as JSON can hold it: tuples as lists, non-finite numbers as the strings JSON has no number for."""
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    if isinstance(value, Enum):
+        return plain(value.value)
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import greenlet
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ from ranks_common import (
 from ranks_failing import dies
 
 import bnfix
-from bnfix.calibration import ranks, strands
+from bnfix.calibration import patience, ranks
 
 
 @scenario
@@ -176,7 +177,7 @@ def spread(world: int) -> tuple[int, ...]:
 @scenario
 def stuck_on_one(team: Team) -> Met:
     """One rank's chunks wait for one another: a lock held across a norm."""
-    strands.PATIENCE = 0.3
+    patience.PATIENCE = 0.3
     lock = threading.Lock()
     model = net(torch.float64)
 
@@ -187,12 +188,17 @@ def stuck_on_one(team: Team) -> Met:
     return attempt(team, model, team.share(data(400, torch.float64), spread(team.world)), forward=forward)
 
 
+def by_itself() -> bool:
+    """Whether a forward runs by itself: neither in a thread nor in a fiber of the engine's."""
+    return threading.current_thread() is threading.main_thread() and greenlet.getcurrent().parent is None
+
+
 @scenario
 def full_on_one(team: Team) -> Met:
     """One rank has no memory for all of its chunks at once."""
 
     def forward(m: nn.Module, x: Tensor) -> Tensor:
-        if team.rank == 1 and len(x) > 4 and threading.current_thread() is not threading.main_thread():
+        if team.rank == 1 and len(x) > 4 and not by_itself():
             raise torch.OutOfMemoryError("no memory left")
         return m(x)
 
@@ -202,13 +208,13 @@ def full_on_one(team: Team) -> Met:
 @scenario
 def full_in_proof(team: Team) -> Met:
     """One rank has no memory left when it runs a part of a chunk again; its first look at the data went well."""
-    alone = 0
+    times = 0
 
     def forward(m: nn.Module, x: Tensor) -> Tensor:
-        nonlocal alone
-        alone += threading.current_thread() is threading.main_thread()
-        if team.rank == 1 and alone == 2:
-            alone += 1
+        nonlocal times
+        times += by_itself()
+        if team.rank == 1 and times == 2:
+            times += 1
             raise torch.OutOfMemoryError("no memory left")
         return m(x)
 
@@ -225,14 +231,14 @@ def main(rank: int, folder: Path) -> None:
     groups = {world: dist.new_group(list(range(world))) if world < max(WORLDS) else None for world in WORLDS}
     results: dict[tuple[str, int], Met | None] = {}
     log = (folder / f"{rank}.log").open("w")
-    patience = ranks.PATIENCE, strands.PATIENCE
+    usual = ranks.PATIENCE, patience.PATIENCE
     try:
         for name, work in SCENARIOS.items():
             for world in WORLDS:
                 if rank >= world:
                     continue
                 began = time.monotonic()
-                ranks.PATIENCE, strands.PATIENCE = patience
+                ranks.PATIENCE, patience.PATIENCE = usual
                 torch.manual_seed(rank)  # no rank may rely on the others having the same
                 results[name, world] = work(Team(rank, world, groups[world]))
                 working = torch.ones(1)

@@ -364,7 +364,7 @@ def test_autocast_outside() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         report = bnfix.recalibrate(model, images(), forward=as_is)
         assert max(residual(model, images())) <= EXACT
-    assert report.engine == "threads"
+    assert report.engine == "fibers"
     assert max(residual(model, images())) > 1e-4  # without it, the activations are others
 
 

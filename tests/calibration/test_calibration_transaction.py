@@ -93,8 +93,11 @@ class Deadly(Dataset[Tensor]):
 
 @pytest.mark.parametrize("how", ["dies", "raises"])
 def test_a_worker_of_the_loader(how: str) -> None:
-    message = fails(mixed_modes(), DataLoader(Deadly(how), batch_size=8, num_workers=1), CalibrationError)
-    assert "after batch 5" in message if how == "raises" else "the data raised after batch" in message
+    # Of a dead worker torch tells by a signal, which raises wherever the main thread is: mostly in the loader.
+    kinds = (CalibrationError, RuntimeError) if how == "dies" else CalibrationError
+    message = fails(mixed_modes(), DataLoader(Deadly(how), batch_size=8, num_workers=1), kinds)
+    expected = ["after batch 5"] if how == "raises" else ["data raised after batch", "worker"]
+    assert any(words in message for words in expected)
     gc.collect()  # torch raises a worker's error from a frame that holds it: a cycle of its own
     assert within(10, lambda: not multiprocessing.active_children())
 
@@ -166,7 +169,7 @@ class LeavesItsDtype(Two):
 
 def test_a_process_that_a_forward_leaves_changed() -> None:
     fails(lived_in(LeavesItsDtype()), marked(), CalibrationError)
-    assert exact(LeavesItsDtype(), images()).engine == "threads"
+    assert exact(LeavesItsDtype(), images()).engine == "fibers"
 
 
 def test_a_progress_function_that_fails() -> None:
@@ -227,7 +230,7 @@ class Hungry(Two):
 @pytest.mark.parametrize("error", NO_MEMORY, ids=["CUDA", "Python", "CPU"])
 def test_no_memory_for_larger_batches_than_the_loaders(error: Exception) -> None:
     report = exact(Hungry(error, samples=16), images())
-    assert report.engine == "threads"
+    assert report.engine == "fibers"
     assert any("no memory for larger batches" in note for note in report.notes)
 
 
@@ -269,7 +272,8 @@ def test_no_memory_for_the_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bnfix.recalibrate(model, images()).method == "population"
 
 
-def test_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("parked", ["threads"], indirect=True)
+def test_no_more_threads(monkeypatch: pytest.MonkeyPatch, parked: str) -> None:
     start, started = threading.Thread.start, []
 
     def few(thread: threading.Thread) -> None:
@@ -318,10 +322,22 @@ def test_a_model_whose_norms_are_all_frozen() -> None:
 
 def test_num_batches_tracked_and_momentum_stay() -> None:
     model = mixed_modes()
-    model.bn2.num_batches_tracked.fill_(77)  # type: ignore[union-attr, operator]
+    model.bn2.num_batches_tracked.fill_(777)  # type: ignore[union-attr, operator]
     bnfix.recalibrate(model, images())
-    assert model.bn2.num_batches_tracked == 77
+    assert model.bn2.num_batches_tracked == 777
     assert (model.bn1.momentum, model.bn2.momentum) == (0.1, 0.03)
+
+
+@pytest.mark.parametrize(("momentum", "before", "after"), [(0.1, 0, 44), (0.1, 5, 44), (0.03, 77, 152), (None, 3, 3)])
+def test_a_counter_never_says_that_initial_values_are_left(momentum: float | None, before: int, after: int) -> None:
+    model = mixed_modes()
+    model.bn2.momentum = momentum  # type: ignore[union-attr, assignment]
+    model.bn2.num_batches_tracked.fill_(before)  # type: ignore[union-attr, operator]
+    report = bnfix.recalibrate(model, images())
+    assert model.bn2.num_batches_tracked == after
+    assert momentum is None or (1 - momentum) ** after <= 0.01 < (1 - momentum) ** (after - 1)
+    report.undo()
+    assert model.bn2.num_batches_tracked == before
 
 
 # Back again, and not at all.

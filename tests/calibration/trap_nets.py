@@ -113,7 +113,9 @@ def flags() -> dict[str, Any]:
     }
 
 
-def fails(model: nn.Module, data: Iterable[Any], error: type[BaseException], **options: Any) -> str:
+def fails(
+    model: nn.Module, data: Iterable[Any], error: type[BaseException] | tuple[type[BaseException], ...], **options: Any
+) -> str:
     """The message of a recalibration that fails, and leaves everything as it was."""
     before, rest = bits(model), everything(model)
     try:
@@ -121,7 +123,7 @@ def fails(model: nn.Module, data: Iterable[Any], error: type[BaseException], **o
     except error as caught:
         message = str(caught)
     else:
-        raise AssertionError(f"no {error.__name__}")
+        raise AssertionError(f"no {error}")
     assert same_bits(model, before)
     now = everything(model)
     assert now == rest, [key for key in rest if now[key] != rest[key]]

@@ -138,7 +138,7 @@ def test_folded_weights_bring_their_recipe_and_load_into_the_original_class(tmp_
     assert info.recipe["edits"] == RECIPE["edits"]
     assert info.recipe["bnfix"]
     label, _, line = info.advice.partition("   ")
-    assert label == "with the architecture that it was folded from, for example"
+    assert label == "with the architecture that it was made from, for example"
     assert line == f"bnfix export {path} --arch timm:resnet50 -o {tmp_path / 'f.onnx'}"
     assert (info.tensors, len(info.norms)) == (9, 1)  # 13 − 5 of the norm + 1 bias
     loaded = load(path, arch=Net)
@@ -177,7 +177,7 @@ def test_without_edits_there_is_no_recipe(tmp_path):
 
 
 def test_a_recipe_of_a_newer_version(tmp_path):
-    torch.save({**folded().state_dict(), "__bnfix__": json.dumps({"version": 2, "bnfix": "9.1"})}, tmp_path / "f.pt")
+    torch.save({**folded().state_dict(), "__bnfix__": json.dumps({"version": 99, "bnfix": "9.1"})}, tmp_path / "f.pt")
     with pytest.raises(LoadError, match=r"newer bnfix \(9\.1\)") as caught:
         load(tmp_path / "f.pt", arch=Net)
     assert "pip install -U bnfix" in caught.value.hint
@@ -192,7 +192,7 @@ def test_a_recipe_of_a_newer_version(tmp_path):
 )  # fmt: skip
 def test_a_damaged_recipe_is_one_clear_error(tmp_path, text):
     torch.save({**folded().state_dict(), "__bnfix__": text}, tmp_path / "f.pt")
-    with pytest.raises(LoadError, match="recipe of the fold in it is damaged") as caught:
+    with pytest.raises(LoadError, match="recipe in it is damaged") as caught:
         load(tmp_path / "f.pt", arch=Net)
     assert "\n" not in caught.value.message
 

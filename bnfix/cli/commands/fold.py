@@ -14,6 +14,7 @@ from bnfix.cli.door import DONE, FAILED
 from bnfix.cli.opening import Opened, check_options, check_paths, open_model
 from bnfix.cli.screen import Steps
 from bnfix.cli.several import Done, each, make_folder, outputs
+from bnfix.formats.recipes import has_folds
 from bnfix.render import About
 
 if TYPE_CHECKING:
@@ -143,6 +144,6 @@ def _about(
 
 def _unwritten(opened: Opened, result: Result, target: str, *, in_place: bool) -> str:
     left = f"{target} is as it was" if in_place else f"{target} was not written"
-    if opened.loaded.info is not None and opened.loaded.info.recipe:
+    if opened.loaded.info is not None and has_folds(opened.loaded.info.recipe):
         return f"already folded, nothing left to do: {left}"
     return f"nothing was folded: {left}"

@@ -7,7 +7,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,14 +19,13 @@ from bnfix.cli.door import DONE, FAILED, UsageError, users_code, users_words
 from bnfix.cli.opening import Opened, check_output, check_paths, load_model
 from bnfix.cli.screen import Steps, report, working
 from bnfix.cli.team import Team, team
-from bnfix.cli.wording import as_options
+from bnfix.cli.wording import as_options, in_options
 from bnfix.errors import BnfixError
+from bnfix.formats.recipes import has_folds
 from bnfix.formats.specs import parse_spec
 from bnfix.render import About
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from bnfix.types import Recalibration
 
 ORDER = 15
@@ -52,10 +50,6 @@ written) · 1 --dry-run would change something · 2 wrong use or an error: then 
 FORMS = """--data loader.py:make   a function that returns your DataLoader, or any iterable of batches
 --data train_images/    a folder of images, read as the model's own evaluation reads them
 --data x.npy            an array of samples; .npz and .safetensors too"""
-
-_OF_DATA = ("the data ", "batch ")
-FEED = """if the data is not what the model is called with, say how it becomes that, for example
---forward 'lambda m, b: m(b.permute(0, 3, 1, 2).float() / 255)'"""
 
 
 def recalibrate(
@@ -116,7 +110,7 @@ def recalibrate(
                 opened, batches, notes = _opened(asked, batch_size, crew, steps)
             from bnfix import api
 
-            with users_code(str(data)), _in_options(str(data)):
+            with users_code(str(data)), in_options(str(data)):
                 result = api.recalibrate(
                     opened.model,
                     batches,
@@ -204,7 +198,7 @@ def _opened(asked: o.Asked, batch_size: int, crew: Team, steps: Steps) -> tuple[
     batches, share = shard(found, crew.rank, crew.world)
     if opened.model.training:
         notes += ("the module was saved in training mode, and is written so; norms that were frozen in it stay",)
-    if loaded.info is not None and loaded.info.recipe:
+    if loaded.info is not None and has_folds(loaded.info.recipe):
         notes += ("folded norms have no statistics any more: theirs went into the weights, and stay there",)
     return opened, batches, (*notes, *([share] if share else []))
 
@@ -230,23 +224,6 @@ def _telling(steps: Steps) -> Callable[[str], None]:
         (steps.keep if line.startswith("method ") else steps)(as_options(line))
 
     return tell
-
-
-@contextmanager
-def _in_options(data: str) -> Iterator[None]:
-    """Around the verb: what its errors say of its arguments is said of options, and ``data`` is named."""
-    try:
-        yield
-    except BnfixError as error:
-        error.hint = as_options(error.hint) if error.hint else None
-        if error.hint is None and "the forward failed" in error.message:
-            error.hint = FEED
-        error.message = as_options(error.message)
-        if error.message.startswith(_OF_DATA):
-            error.message = f"{data}: {error.message}"
-        if error.hint is None and error.__cause__ is not None and " raised " in error.message:
-            error.hint = f"it is code of yours; where in it:   {typed.command(['--traceback'])}"
-        raise
 
 
 def _worded(result: Recalibration) -> Recalibration:

@@ -49,6 +49,8 @@ class SafeTensors(Format):
             title = f"a safetensors file, cut off or damaged: {error}"
             return file.info("truncated", "safetensors", title, advice="copy or download it again")
         text = metadata.get(recipes.METADATA_KEY)
+        recipe = recipes.from_text(text, file.shown) if text else None
+        folded = recipes.has_folds(recipe)
         shared = {alias: kept for alias, kept in metadata.items() if kept in tensors and alias not in tensors}
         tensors |= {alias: tensors[kept] for alias, kept in shared.items()}
         numbers = described(tensors, wrapped_by_training(tensors))
@@ -57,14 +59,14 @@ class SafeTensors(Format):
             "safetensors",
             "weights in a safetensors file",
             loadable=True,
-            recipe=recipes.from_text(text, file.shown) if text else None,
+            recipe=recipe,
             facts={
                 printable(k): printable(v, 200)
                 for k, v in list(metadata.items())[:16]
                 if k != recipes.METADATA_KEY and k not in shared
             },
-            advice=advice.export_line(file.shown, folded=bool(text))
-            if text or not numbers["norms"]
+            advice=advice.export_line(file.shown, folded=folded)
+            if folded or not numbers["norms"]
             else advice.fold_line(file.shown),
             **numbers,
         )

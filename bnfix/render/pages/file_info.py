@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bnfix.render.numbers import count, size
 from bnfix.render.page import Column, Line, Page, Row, State
@@ -71,7 +72,7 @@ def _found(value: FileInfo) -> list[tuple[State, str, str]]:
         ("plain", "class", value.root_class or ""),
         ("kept", "runs code of", _some(tuple(n for n in value.names_code if n not in value.dangerous))),
         ("failed", "DANGEROUS", _some(value.dangerous)),
-        ("plain", "folded", _recipe(recipe) if recipe else ""),
+        ("plain", _done(recipe), _recipe(recipe) if recipe else ""),
         *(("plain", str(k).replace("_", " "), _said(v)) for k, v in value.facts.items() if k != "training"),
     ]
 
@@ -112,6 +113,12 @@ def _norm(channels: int, dtype: str, affine: bool) -> str:
 
 def _some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
+
+
+def _done(recipe: Mapping[str, Any]) -> str:
+    """The last repair of the norms in a file."""
+    kinds = {kind for edit in recipe.get("edits", ()) for kind in ("to", "unshare") if kind in edit}
+    return "swapped" if "to" in kinds else "un-shared" if kinds else "folded"
 
 
 def _recipe(recipe: object) -> str:

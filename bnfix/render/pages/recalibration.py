@@ -35,6 +35,7 @@ METHODS = {
     "online": "each batch was normalised with the statistics so far: near the fixed point of the data seen, not at it",
 }
 ENGINES = {
+    "fibers": "chunks side by side, merged at each norm",
     "threads": "chunks in threads, merged at each norm",
     "one chunk": "all samples in one chunk",
     "plain passes": "plain passes, norm by norm",
