@@ -196,7 +196,7 @@ def test_programs_become_programs(folder: Path, capsys: Output) -> None:
     assert capsys.readouterr().out.count("swapped 2 of 3 norms for GroupNorm") == 2
     expected = bnfix.swap(model, data=[x[:64], x[64:]]).model
     for name in ("a.pt2", "b.pt2", "c.pt2"):
-        found = bnfix.load(name).module()
+        found = bnfix.load(name, trust=name == "a.pt2").module()  # conditions on sizes, as the converter leaves them
         for part in (x[:64],) if name == "a.pt2" else (x[:64], x[:3]):
             with torch.no_grad():
                 torch.testing.assert_close(found(part), expected(part), rtol=1e-4, atol=1e-4)
