@@ -20,6 +20,10 @@ class PageOf(ABC):
     kind: ClassVar[type]
     columns: ClassVar[tuple[Column, ...]] = (Column("result"),)
 
+    def suits(self, value: Any) -> bool:
+        """Whether this is how ``value`` is laid out; a kind that several verbs return has a page for each of them."""
+        return isinstance(value, self.kind)
+
     @abstractmethod
     def page(self, value: Any) -> Page:
         """The whole value, laid out."""
@@ -53,6 +57,6 @@ def layout_of(value: Any) -> PageOf:
         TypeError: nothing here does.
     """
     for layout in plugins(__name__, PageOf):  # type: ignore[type-abstract]
-        if isinstance(value, layout.kind):
+        if layout.suits(value):
             return layout
     raise TypeError(f"bnfix.render has no page for a value of type {type(value).__name__}")
