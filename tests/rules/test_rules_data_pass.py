@@ -347,7 +347,6 @@ def test_models_without_norms_and_tiny_data() -> None:
     assert "no norm with running statistics" in reason(found, "BN204")
     few = bnfix.check(fit(conv_net(), [images(16)]), data=[images(8)])
     assert "too few" in reason(few, "BN204")
-    assert "1 batches" not in str(few.findings)
 
 
 def test_arguments_are_looked_at() -> None:
