@@ -113,7 +113,8 @@ def heal(model: nn.Module, fix: Fix, case: Case) -> nn.Module | None:
     if fix.verb == "code" or fix.safety is Safety.NEEDS_TRAINING or verb is None:
         return None
     if fix.verb == "recalibrate":
-        verb(model, batches(case))
+        told = {k: v for k, v in (case.options or {}).items() if k in ("mask", "forward")}  # how the data is read
+        verb(model, batches(case), **told)
         return model
     model.eval()
     healed = verb(model, case.example)
