@@ -205,6 +205,9 @@ def _diagnosed(model: nn.Module, data: Any, samples: Any, forward: Forward | Non
 
 
 def _asks_for_swap(finding: Finding) -> bool:
+    """Errors and warnings that a swap heals; what is told for information does no harm that can be measured."""
+    if finding.severity == "info":
+        return False
     return finding.fix.verb == "swap" if finding.fix is not None else finding.code == FRAGILE
 
 

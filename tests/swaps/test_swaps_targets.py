@@ -161,7 +161,8 @@ def _checking(monkeypatch: pytest.MonkeyPatch, diagnosis: Diagnosis) -> list[Any
 def test_fragile_takes_what_the_rules_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fitted(Head(64), DATA)
     other = Finding("BN204", "stale", "error", "…", ("bn",), Fix("recalibrate", "…", sites=("bn",)))
-    asked = _checking(monkeypatch, Diagnosis((other, FRAGILE), checked=("BN301",)))
+    told = Finding("BN301", "too-few-values", "info", "…", ("bn",), Fix("swap", "…", sites=("bn",)))
+    asked = _checking(monkeypatch, Diagnosis((other, FRAGILE, told), checked=("BN301",)))
     result = bnfix.swap(model, only="fragile", data=DATA)
     assert [e.site for e in result.edits] == ["top"]
     assert asked[0]["data"] is DATA
