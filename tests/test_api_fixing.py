@@ -104,6 +104,20 @@ def test_one_recalibration_heals_the_findings_of_several_rules() -> None:
     assert len(fixed.report.fixed) == 2
 
 
+def test_new_statistics_are_measured_before_anybody_uses_them() -> None:
+    """mean 0 and variance 1 would be worse than what was there."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)).eval()
+    reset = finding(Fix("reset", "register statistics, then recalibrate", ("1",), {}, DATA))
+    check = until((reset, lambda m: m[1].running_var is None))
+    assert api.fix(net, check, api.Fixing()).report.edits == ()
+    assert net[1].running_var is None
+    fixed = api.fix(net, check, api.Fixing(data=batches))
+    assert [e.action for e in fixed.report.edits] == ["reset", "recalibrate"]
+    with torch.no_grad():
+        x = net[0](torch.cat(batches()))
+    torch.testing.assert_close(net[1].running_mean, x.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "broken",
     [

@@ -98,6 +98,11 @@ def _wanted(findings: Iterable[Finding]) -> list[tuple[set[str], Fix]]:
         codes, one = merged.setdefault(key, (set(), finding.fix))
         sites = dict.fromkeys((*one.sites, *finding.fix.sites))
         merged[key] = (codes | {finding.code}, replace(one, sites=tuple(sites)))
+    resets = [codes for codes, one in merged.values() if one.verb == "reset" and one.safety is Safety.NEEDS_DATA]
+    fresh = {code for codes in resets for code in codes}
+    if fresh and not any(one.verb == "recalibrate" for _, one in merged.values()):
+        anew = Fix("recalibrate", "measure the new statistics", safety=Safety.NEEDS_DATA)
+        merged["recalibrate"] = (fresh, anew)
     rank = {verb: n for n, verb in enumerate(_ORDER)}
     return sorted(merged.values(), key=lambda pair: rank.get(pair[1].verb, len(rank)))
 
@@ -108,7 +113,7 @@ def refusal_of(fix: Fix, how: Fixing) -> str:
         return f"it takes training: {fix.title}"
     if fix.verb not in _ORDER:
         return f"it takes {'your own code' if fix.verb == 'code' else f'bnfix {fix.verb}'}: {fix.title}"
-    if fix.verb == "recalibrate" and how.data is None:
+    if fix.safety is Safety.NEEDS_DATA and how.data is None:
         return "it needs data"
     if fix.verb in _MENDS and not how.whole:
         return f"the code that builds the model sets that, a file of weights does not: {fix.title}"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import re
 import shlex
 from typing import TYPE_CHECKING
 
 from bnfix.cli import options as o
+from bnfix.types import Safety
 
 if TYPE_CHECKING:
     from bnfix.types import FileInfo, Fix
@@ -34,7 +36,9 @@ def line_of(asked: o.Asked, fix: Fix, code: str, info: FileInfo | None, *, mask:
     if fix.verb == "fold" or (fix.verb in ("unshare", "swap") and _is_command(fix.verb)):
         return _line(dataclasses.replace(asked, data=None if asked.input else asked.data), fix.verb, _options(fix))
     if fix.verb == "unshare" or (fix.verb in MENDS and pickled):
-        return _line(asked, "check", ["--select", code, "--fix"])
+        needs_data = fix.safety is Safety.NEEDS_DATA and asked.data is None
+        fed = dataclasses.replace(asked, data=DATA) if needs_data else asked
+        return _line(fed, "check", ["--select", code, "--fix"])
     return ""
 
 
@@ -44,9 +48,13 @@ def _line(asked: o.Asked, verb: str, more: list[str]) -> str:
 
 
 def _options(fix: Fix) -> list[str]:
-    """Single words and numbers as options; what else there is stands in Python."""
-    given = {name: value for name, value in fix.options.items() if isinstance(value, (str, int, float))}
-    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    """Arguments as options: several layers are one regular expression."""
+    words: list[str] = []
+    for name, value in fix.options.items():
+        if isinstance(value, (tuple, list)):
+            value = f"^({'|'.join(re.escape(str(v)) for v in value)})$"
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
 
 
 def _with_arch(asked: o.Asked) -> o.Asked:

@@ -31,6 +31,8 @@ BATCHES = 24
 """Batches that are wanted where there are as many: BN304 needs 20."""
 LEAST = 8
 """Samples that a batch gives at least."""
+APART = 256
+"""Batches that are read at most where they can't be put together: each is run by itself, several times."""
 READ = 6
 """Samples are read at most for each one that is wanted: enough batches of 512, where 2,048 samples are."""
 BYTES = 256 << 20
@@ -101,7 +103,7 @@ def read(
     wanted = SAMPLES if max_samples is None else max_samples
     said = _facts(data)
     with _generators(data):
-        source, step = _spread(data, wanted)
+        source, step = _spread(data, wanted, APART if forward is not None else wanted)
         reader = Reader(source, model, forward, mask)
         chunks, sizes = _kept(reader, wanted, length(source), takes, say)
     if not chunks:
@@ -118,6 +120,8 @@ def _kept(
     sizes: list[int] = []
     room, kept, quota = float(BYTES), 0, wanted
     while kept < wanted and reader.samples < READ * wanted:
+        if len(chunks) >= APART and not splittable(chunks[0]):
+            break
         chunk = reader.next()
         if chunk is None:
             break
@@ -168,28 +172,32 @@ def _facts(data: Iterable[Any]) -> LoaderFacts:
     size, drops = data.batch_size, data.drop_last
     if size is None and isinstance(data.batch_sampler, BatchSampler):
         size, drops = data.batch_sampler.batch_size, data.batch_sampler.drop_last
-    own = data.batch_sampler is None or type(data.batch_sampler) is BatchSampler
-    return LoaderFacts(length(data), size, drops if own else None, dataset, shuffles)
+    stream = isinstance(data.dataset, IterableDataset)
+    known = data.num_workers < 2 if stream else type(data.batch_sampler) is BatchSampler  # each worker has a tail
+    return LoaderFacts(length(data), size, drops if known else None, dataset, shuffles)
 
 
-def _spread(data: Iterable[Any], wanted: int) -> tuple[Iterable[Any], int]:
-    """Every k-th batch of data in a fixed order whose batches can be reached by number, else the data itself; and k."""
+def _spread(data: Iterable[Any], wanted: int, most: int) -> tuple[Iterable[Any], int]:
+    """Every k-th batch of data in a fixed order whose batches can be reached by number, else the data itself; and k.
+
+    ``most`` batches are enough.
+    """
     if isinstance(data, (list, tuple)):
-        step = _step(len(data), _size_of(data[0]) if data else 1, wanted)
+        step = _step(len(data), _size_of(data[0]) if data else 1, wanted, most)
         return (data[::step], step) if step > 1 else (data, 1)
     if type(data) is not DataLoader or type(data.batch_sampler) is not BatchSampler:
         return data, 1
     if not isinstance(data.sampler, SequentialSampler) or isinstance(data.dataset, IterableDataset):
         return data, 1
     batches = list(data.batch_sampler)
-    step = _step(len(batches), len(batches[0]) if batches else 1, wanted)
+    step = _step(len(batches), len(batches[0]) if batches else 1, wanted, most)
     if step == 1:
         return data, 1
     return _numbered(data, batches[::step]), step
 
 
-def _step(batches: int, size: int, wanted: int) -> int:
-    return max(1, batches // max(BATCHES, math.ceil(wanted / max(1, size))))
+def _step(batches: int, size: int, wanted: int, most: int) -> int:
+    return max(1, batches // max(BATCHES, min(most, math.ceil(wanted / max(1, size)))))
 
 
 def _size_of(batch: Any) -> int:

@@ -120,6 +120,7 @@ def measured(
         role=role,
         deployed=None if there is None or deployed is None else _doubted(there, deployed),
         sizes=sample.sizes,
+        kept=tuple(c.samples for c in sample.chunks),
         whole=sample.whole,
         fitted=bool(gauged.stats),
         seen=(f"measured on {sample.seen()}", *(() if deployed is None else (f"deployment: {deployed.seen()}",))),
@@ -159,6 +160,8 @@ def _session(model: nn.Module, norms: Norms, sample: Sample, say: Say) -> Sessio
 
 
 _CPU = torch.device("cpu")
+EACH = 256
+"""Batches whose own moments are kept, of those that are measured: 100 MB for a ResNet-50."""
 
 
 @dataclass
@@ -176,9 +179,10 @@ class _Site:
     def take(self, number: int, chunk: Chunk, x: Tensor) -> None:
         found = pool([sample_sums(x, chunk.samples)], [x])
         self.all = found if self.all is None else self.all.merge(found)
-        self.rows.append((number, float(found.n), float(found.units)))
-        self.means.append(found.mean.cpu())
-        self.variances.append(found.variance(unbiased=False).cpu())
+        if len(self.rows) < EACH:
+            self.rows.append((number, float(found.n), float(found.units)))
+            self.means.append(found.mean.cpu())
+            self.variances.append(found.variance(unbiased=False).cpu())
         if chunk.mask is None or not self.masked:
             self.masked = False
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -88,8 +89,9 @@ def build_norm(spec: Mapping[str, Any], like: Tensor) -> nn.Module:
         raise ValueError(f"no norm is called {spec.get('class')!r}")
     known = inspect.signature(cls).parameters.keys() - {"device", "dtype", "process_group"}
     for name, value in args.items():
-        size = max(value) if isinstance(value, list) and value else value
-        plain = all(type(v) is int for v in value) if isinstance(value, list) else isinstance(value, (int, float))
+        listed = isinstance(value, list)
+        plain = all(type(v) is int and v > 0 for v in value) if listed else isinstance(value, (int, float))
+        size = math.prod(value) if listed and plain else value
         if name not in known or not (plain or (value is None and name == "momentum")):
             raise ValueError(f"{spec['class']} has no setting {name}={value!r}")
         if isinstance(size, int) and not 0 <= size <= MAX_CHANNELS:

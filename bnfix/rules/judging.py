@@ -135,7 +135,7 @@ def _at(finding: Finding, sites: tuple[str, ...]) -> Finding:
 
 def _path(site: str) -> str:
     """The module path of a call site: ``head.bn`` for ``head.bn@1``."""
-    return site.partition("@")[0]
+    return site.partition("@")[0] or "(root)"
 
 
 def _ignored(code: str, site: str, chosen: Selection, layers: Mapping[str, NormState]) -> bool:

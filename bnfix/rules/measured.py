@@ -57,8 +57,7 @@ def batch_values(data: DataEvidence, site: SiteData) -> int:
     """Values a channel and batch at a call site, in the loader's usual batch: not in its tail, nor in a part of it."""
     import numpy
 
-    full = numpy.array([data.sizes[n] for n in site.numbers], dtype=float)
-    values = site.batch_n / numpy.maximum(site.batch_samples, 1) * full
+    values = site.batch_n * numpy.array([data.sizes[n] / data.kept[n] for n in site.numbers])
     usual = values[:-1] if data.whole and len(values) > 1 and site.numbers[-1] == data.batches - 1 else values
     return round(float(numpy.median(usual)))
 

@@ -17,6 +17,14 @@ from bnfix.rules.rule import NEEDS, Rule
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "rules"
 HEADINGS = ("What it does", "Why is this bad", "Example", "Fix")
+_READS = {
+    "norms": "model or weights",
+    "facts": "`--input`",
+    "data": "`--data`",
+    "loop": "`bnfix.watch`",
+    "onnx": "ONNX file",
+    "against": "`--against`",
+}
 _FAMILIES = {
     "BN1": "structure",
     "BN2": "stored statistics and their age",
@@ -61,7 +69,7 @@ def index_of(rules: Sequence[Rule]) -> str:
             if rule.code.startswith(family):
                 off = " (off by default)" if rule.optional else ""
                 finds = summary_of(rule).replace("|", "\\|")
-                reads = ", ".join(rule.needs)
+                reads = ", ".join(_READS[part] for part in rule.needs)
                 lines.append(f"| [{rule.code}]({rule.code}.md) | {rule.name}{off} | {finds} | {reads} |")
     return "\n".join([*lines, ""])
 

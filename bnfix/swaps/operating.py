@@ -114,7 +114,10 @@ def _fill(old: nn.Module, new: nn.Module, move: Move, init: Init) -> None:
         else:
             value = torch.full_like(now.detach(), fresh)
         like = before if isinstance(before, nn.Parameter) else nn.Parameter(now.detach(), requires_grad=False)
-        new._parameters[name] = as_parameter(value.to(like.dtype), like)  # type: ignore[assignment]
+        made = as_parameter(value.to(like.dtype), like)
+        marked = move.site.module._parameters.get(name)
+        vars(made).update(vars(marked) if marked is not None else {})  # a copied parameter has lost what was hung on it
+        new._parameters[name] = made  # type: ignore[assignment]
 
 
 def keys(move: Move, new: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:

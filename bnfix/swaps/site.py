@@ -114,8 +114,8 @@ def out_of_reach(site: Site, owners: Owners, keeps_parameters: bool = False) -> 
         return f"{type(module).__name__} has more than the tensors of a norm: {', '.join(extra)}"
     if "forward" in vars(module):
         return "it has its own forward set on the instance: del module.forward first"
-    if isinstance(module, _BatchNorm) and module.affine and not isinstance(module._parameters.get("weight"), Tensor):
-        return "its weight is no parameter (pruned, or normalised by a hook): make it one first"
+    if isinstance(module, _BatchNorm) and module.affine and site.tensor("weight") is None:
+        return "its weight is computed (pruned, or normalised by a hook): make it a parameter first"
     for name in () if keeps_parameters else ("weight", "bias"):
         tensor = site.tensor(name)
         for slot in owners.tensor_slots.get(id(tensor), ()) if tensor is not None else ():

@@ -67,8 +67,11 @@ class Target(ABC):
         Parameters stay the same objects, so that an optimizer, and whoever else holds them, goes on with them.
         """
         for name in ("weight", "bias"):
-            if old._parameters.get(name) is not None:
-                new._parameters[name] = old._parameters[name]
+            parameter, buffer = old._parameters.get(name), old._buffers.get(name)
+            if parameter is not None:
+                new._parameters[name] = parameter
+            elif buffer is not None:  # a constant, as programs have it
+                new._parameters[name] = nn.Parameter(buffer.detach().clone(), requires_grad=False)
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             if name in old._buffers:
                 new._buffers[name] = old._buffers[name]

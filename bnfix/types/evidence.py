@@ -86,7 +86,7 @@ class SiteData:
     sample_var: Array
     masked: Array | None = None
     numbers: tuple[int, ...] = ()
-    """Which of the batches these are: a call site need not be met in each."""
+    """Which of the batches these are: a call site need not be met in each, and of hundreds only the first are kept."""
 
     @property
     def name(self) -> str:
@@ -128,8 +128,8 @@ class DataEvidence:
     """One measuring pass over a part of the data, the model in evaluation mode and left as it was.
 
     The moments at ``sites`` are those that the model has with the statistics of the data in its norms (``fitted``), or
-    with its own where these could not be had. ``sizes`` (B,) are the samples of the loader's batches, of which a part
-    may have been measured; ``whole`` says that it was read to its end. ``seen`` says it to a person.
+    with its own where these could not be had. ``sizes`` (B,) are the samples of the loader's batches, ``kept`` (B,)
+    those that were measured; ``whole`` says that it was read to its end. ``seen`` says it to a person.
     """
 
     sites: tuple[SiteData, ...]
@@ -141,6 +141,7 @@ class DataEvidence:
     deployed: Drift | None = None
     """The same gate against ``val_data``, the data of deployment."""
     sizes: tuple[int, ...] = ()
+    kept: tuple[int, ...] = ()
     whole: bool = False
     fitted: bool = False
     seen: tuple[str, ...] = ()

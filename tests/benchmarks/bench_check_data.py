@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,8 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.small_nets import RECIPES, Trained, available, train
 
-import bnfix
-from bnfix.types import Diagnosis
+from bnfix.evidence import of_model
+from bnfix.rules import judge
+from bnfix.rules.measured import apart
+from bnfix.types import DataEvidence, Diagnosis, Evidence
 
 Fault = Callable[[str, int], "Trained | None"]
 
@@ -128,9 +131,36 @@ FAULTS: dict[str, tuple[str, Fault]] = {
 }
 
 
+def evidence_of(found: Trained) -> Evidence:
+    """A net and its training loader, as ``check`` sees them."""
+    return of_model(found.model, data=found.train, forward=found.forward)
+
+
 def diagnosed(found: Trained) -> Diagnosis:
-    """What ``check`` says of a net and its training loader."""
-    return bnfix.check(found.model, data=found.train, forward=found.forward)
+    """What ``check`` says of them."""
+    return judge(evidence_of(found))
+
+
+def figures(evidence: Evidence) -> dict[str, float]:
+    """What the rules go by: e and e0 of BN204, F of BN304, d and l of BN303, the fewest values of BN301."""
+    data = evidence.data
+    assert data is not None
+    assert data.drift is not None
+    sites = apart(evidence, data)
+    return {
+        "e": data.drift.change or 0.0,
+        "e0": data.drift.null or 0.0,
+        "F": _ratio(data),
+        "d": max((a.means for a in sites), default=0.0),
+        "l": max((a.spreads for a in sites), default=0.0),
+    }
+
+
+def _ratio(data: DataEvidence) -> float:
+    first = data.sites[0]
+    live = first.sample_var > 1e-12 * (1 + first.mean**2)
+    between = first.batch_mean[:, live].var(0, ddof=1)
+    return float(numpy.median(numpy.median(first.batch_samples) * between / first.sample_var[live]))
 
 
 def alarms(found: Diagnosis) -> list[str]:
@@ -138,20 +168,22 @@ def alarms(found: Diagnosis) -> list[str]:
     return [f"{f.code}{f.severity[0].upper()}" for f in found.findings if f.severity != "info"]
 
 
-def rows(names: list[str], seeds: int) -> Iterator[tuple[str, str, float, float, list[str], bool]]:
-    """Net, fault, accuracy of the healthy net and with the fault, alarms, whether the fault was found."""
+def rows(names: list[str], seeds: int) -> Iterator[tuple[str, str, float, float, dict[str, float], list[str], bool]]:
+    """Net, fault, accuracy of the healthy net and with the fault, figures, alarms, whether the fault was found."""
     for name in names:
         healthy = train(name)
         usual = healthy.accuracy(healthy.model)
         for seed in range(seeds):
             found = train(name, seed)
-            here = alarms(diagnosed(found))
-            yield name, f"none, seed {seed}", usual, found.accuracy(found.model), here, not here
+            evidence = evidence_of(found)
+            here = alarms(judge(evidence))
+            yield name, f"none, seed {seed}", usual, found.accuracy(found.model), figures(evidence), here, not here
         for fault, (code, make) in FAULTS.items():
             broken = make(name, 0)
             if broken is not None:
-                here = alarms(diagnosed(broken))
-                yield name, fault, usual, broken.accuracy(broken.model), here, any(a.startswith(code) for a in here)
+                evidence = evidence_of(broken)
+                here, accuracy = alarms(judge(evidence)), broken.accuracy(broken.model)
+                yield name, fault, usual, accuracy, figures(evidence), here, any(a.startswith(code) for a in here)
 
 
 def main() -> None:
@@ -163,16 +195,22 @@ def main() -> None:
     names = [n for n in available() if not options.nets or n in options.nets.split(",")]
     clean = found = harmful = 0
     false: list[str] = []
-    for name, fault, usual, accuracy, said, right in rows(names, options.seeds):
-        print(f"{name:14} {fault:24} {usual:.3f} -> {accuracy:.3f}  {' '.join(said) or '-'}", flush=True)
+    most: dict[str, float] = {}
+    for name, fault, usual, accuracy, seen, said, right in rows(names, options.seeds):
+        shown = "  ".join(f"{k} {v:.3f}" for k, v in seen.items() if v)
+        print(f"{name:14} {fault:24} {usual:.3f} -> {accuracy:.3f}  {' '.join(said) or '-':20} {shown}", flush=True)
         if fault.startswith("none"):
             clean += 1
             false += said
+            most = {k: max(v, most.get(k, 0.0)) for k, v in seen.items()}
         elif usual - accuracy > 0.02:
             harmful += 1
             found += right
     errors = sum(a.endswith("E") for a in false)
-    print(f"\n{clean} healthy nets: {errors} errors, {len(false) - errors} warnings")
+    print(
+        f"\n{clean} healthy nets: {errors} errors, {len(false) - errors} warnings; at most "
+        + ", ".join(f"{k} {v:.2g}" for k, v in most.items())
+    )
     print(f"{harmful} harmful faults: {found} found")
 
 

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,8 @@ from torch import nn
 
 import bnfix
 from bnfix.cli import run
-from bnfix.cli.fix_lines import line_of
-from bnfix.cli.options import Asked
 from bnfix.rules import judging
-from bnfix.types import Evidence, FileInfo, Finding, Fix
+from bnfix.types import Evidence, Finding
 
 Output = pytest.CaptureFixture[str]
 NET = """
@@ -99,27 +96,6 @@ def test_the_line_to_type_works_as_it_stands(here: Path, capsys: Output) -> None
     assert run(shlex.split(line[line.index("bnfix ") :])[1:]) == 0
     capsys.readouterr()
     assert run(["check", "nan-recalibrated.pt", *ARCH]) == 0
-
-
-@pytest.mark.parametrize(
-    ("fix", "line"),
-    [
-        (Fix("recalibrate", "t"), "bnfix recalibrate m.pt --trust --data d.py:f --forward 'lambda m, b: m(b)'"),
-        (Fix("recalibrate", "t", options={"include_frozen": True}), "--mask k --include-frozen -o m-recalibrated.pt"),
-        (Fix("set", "t", ("a",), {"momentum": 0.1}), "bnfix check m.pt --trust --input 1x3 --data d.py:f"),
-        (Fix("float", "t", ("a",)), "--select BN107 --fix -o m-fixed.pt"),
-        (Fix("fold", "t"), "bnfix fold m.pt --trust --input 1x3 --forward 'lambda m, b: m(b)' -o m-folded.pt"),
-        (Fix("code", "t"), ""),
-    ],
-)
-def test_the_line_of_a_fix(here: Path, fix: Fix, line: str) -> None:
-    asked = Asked("m.pt", trust=True, input=("1x3",), data="d.py:f", forward="lambda m, b: m(b)")
-    info = FileInfo("m.pt", "pickled_module", "zip", 1, "a module", True)
-    said = line_of(asked, fix, "BN107", info, mask="k")
-    assert line in said
-    assert bool(said) is bool(line)
-    if fix.verb in ("set", "float"):  # a file of weights does not hold what they change
-        assert line_of(asked, fix, "BN107", replace(info, kind="state_dict")) == ""
 
 
 def test_the_input_is_no_matter_of_a_recalibration(here: Path, capsys: Output) -> None:

@@ -44,7 +44,7 @@ def test_in_80_columns(name: str, snapshot: object) -> None:
     assert drawn(DIAGNOSES[name], about=ABOUT) == snapshot
 
 
-@pytest.mark.parametrize("format", ["concise", "github", "markdown", "json"])
+@pytest.mark.parametrize("format", ["concise", "github", "markdown"])
 @pytest.mark.parametrize("name", ["diagnosis-ill", "mended-some"])
 def test_formats(name: str, format: str, snapshot: object) -> None:
     assert written(DIAGNOSES[name], format, about=ABOUT) == snapshot

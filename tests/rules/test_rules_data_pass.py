@@ -356,3 +356,28 @@ def test_arguments_are_looked_at() -> None:
         bnfix.check(model, data=[images(8)], role="test")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_samples"):
         bnfix.check(model, data=[images(8)], max_samples=0)
+
+
+def test_ghost_batches_are_call_sites_of_one_distribution() -> None:
+    class Ghost(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.out = nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.cat([self.bn(part) for part in x.split(4)]))
+
+    data = batches(torch.randn(640, 4) * 2 + 3)
+    found = bnfix.check(fit(lived_in(Ghost()), data), data=data)
+    assert [(f.code, f.severity, f.measured["values"]) for f in alarms(found)] == [("BN301", "warning", {"bn": 4})]
+
+
+def test_of_many_batches_the_moments_of_the_first_are_kept() -> None:
+    from bnfix.evidence import measuring
+
+    data = [torch.randn(4, 3) + i for i in range(300)]
+    (site,) = of_data(nn.Sequential(nn.BatchNorm1d(3)).eval(), data).sites
+    assert site.batch_mean.shape == (measuring.EACH, 3)
+    assert site.numbers == tuple(range(measuring.EACH))
+    everything = torch.cat(data).double()
+    assert numpy.allclose(site.mean, everything.mean(0).numpy(), rtol=1e-6)

@@ -174,6 +174,14 @@ def test_a_training_mode_that_is_written_into_the_code() -> None:
     assert check(FunctionalNorm(training=False), IMAGES).findings == ()
 
 
+def test_a_norm_without_statistics_is_told_once() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU())
+    assert only(check(model, IMAGES), "BN104").fix is not None
+    model[1].track_running_stats = True  # type: ignore[assignment]
+    said = check(model, IMAGES)
+    assert {f.code for f in said.findings} == {"BN105"}
+
+
 # ---------------------------------------------------------------------------------------- BN109
 
 
@@ -236,7 +244,16 @@ def test_dropout_on_a_residual_branch_is_diluted_and_not_reported() -> None:
             out: Tensor = self.head(self.norm(x + F.dropout(self.linear(x), 0.2, self.training)))
             return out
 
-    assert check(lived_in(PostNorm()), torch.randn(8, 12)).findings == ()
+    class Skipping(PostNorm):
+        """Dropout in front of the whole residual."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.dropout(x, 0.2, self.training)
+            out: Tensor = self.head(self.norm(y + self.linear(y)))
+            return out
+
+    for model in (PostNorm(), Skipping()):
+        assert check(lived_in(model), torch.randn(8, 12)).findings == ()
 
 
 @settings(max_examples=20, deadline=None)

@@ -137,7 +137,7 @@ def swap(
 
     def one(index: int, steps: Steps) -> Done:
         this, target = asked[index], targets[index]
-        opened, batches = _opened(this, batch_size, device, steps)
+        opened, batches = _opened(this, batch_size, device, steps, target)
         from bnfix import api
 
         with users_code(str(data or "--forward")), _in_options():
@@ -199,11 +199,15 @@ def _groups(text: str) -> Any:
     return int(text)
 
 
-def _opened(asked: o.Asked, batch_size: int, device: str, steps: Steps) -> tuple[Opened, Any]:
-    """The model in the modes it was saved in, on its device, and the batches."""
+def _opened(asked: o.Asked, batch_size: int, device: str, steps: Steps, target: str | None) -> tuple[Opened, Any]:
+    """The model in the modes it was saved in, on its device, and the batches.
+
+    A program is exported on calls, and TorchScript converted on one: then those of the first batch are among them.
+    """
     loaded = load_model(asked, steps, modes_as_saved=True)
     from bnfix import api, formats
-    from bnfix.running import as_call
+    from bnfix.formats.saving import PROGRAM_SUFFIX
+    from bnfix.running import as_call, batch_call, variations
     from bnfix.running.call import fit_call
 
     opened = Opened(loaded, [], loaded.notes)
@@ -226,7 +230,24 @@ def _opened(asked: o.Asked, batch_size: int, device: str, steps: Steps) -> tuple
         with users_code(asked.data), users_words(f"--data {asked.data}"):
             batches, described = api.batches(loaded, asked.data, batch_size=batch_size, seed=asked.seed)
         opened = dataclasses.replace(opened, notes=(*opened.notes, *described))
+    scripted = loaded.info is not None and loaded.info.kind == "torchscript"
+    if not calls and batches is not None and (scripted or (target or "").endswith(PROGRAM_SUFFIX)):
+        with users_code(str(asked.data)):
+            first = next(iter(batches), None)
+            calls = [] if first is None else [batch_call(first, opened.model, way)]
+        if calls and not scripted and way is None:
+            # Positions stay as they are: of a GroupNorm with any number of them, torch writes conditions into the file
+            # that no safe loader reads.
+            calls += [c for c in variations(opened.model, calls[0])[0] if _alike(c, calls[0])]
+    if scripted and calls:
+        converted = api.converted(loaded, calls)
+        opened = dataclasses.replace(opened, loaded=converted, notes=(*opened.notes, *converted.notes[-1:]))
     return dataclasses.replace(opened, calls=calls), batches
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two calls differ in the number of samples only."""
+    return [t.shape[1:] for t in one.tensors()] == [t.shape[1:] for t in other.tensors()]
 
 
 @contextmanager

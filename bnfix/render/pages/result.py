@@ -10,7 +10,7 @@ from dataclasses import replace
 from bnfix.render import proof
 from bnfix.render.numbers import count, ratio, ulp, worst
 from bnfix.render.page import Column, Line, Page, Row, State
-from bnfix.render.pages import PageOf, swap
+from bnfix.render.pages import PageOf
 from bnfix.render.runs import alike, named, together
 from bnfix.types import Edit, Refusal, Result
 
@@ -23,7 +23,7 @@ COLUMNS = (
 )
 PLAN_ONLY = "nothing changed, this is the plan"
 NOT_COMPARED = "outputs NOT compared"
-OTHER_VERBS = ("unshare", "merge_calls")
+OTHER_VERBS = ("swap", "unshare", "merge_calls")
 """Whose results have a page of their own."""
 SOURCES = {
     "symbolic": "read without an example input: with one (--input, example=) more can be folded, and outputs compared",
@@ -42,8 +42,6 @@ class ResultPage(PageOf):
         return isinstance(value, Result) and value.verb not in OTHER_VERBS
 
     def page(self, value: Result) -> Page:
-        if value.verb == "swap":
-            return swap.page(value)
         state, verdict = _verdict(value)
         runs = together(_folds(value))
         parts = Counter(_shared([e.site for e in run]) for run in runs if len(run) > 1)
@@ -64,8 +62,6 @@ class ResultPage(PageOf):
         )
 
     def cells(self, value: Result) -> tuple[str, ...]:
-        if value.verb == "swap":
-            return " · ".join(v for v in swap.verdict(value) if v != PLAN_ONLY), "", ""
         _, said = _verdict(replace(value, parity=None))
         elsewhere = (PLAN_ONLY, *([NOT_COMPARED] if value.parity is not None else []))
         parts = [part for part in said if " ulp" not in part and part not in elsewhere]
@@ -75,8 +71,6 @@ class ResultPage(PageOf):
         return " · ".join(parts), ulp(worst(e.ulp for e in value.edits)), ratio(noise)
 
     def remarks(self, value: Result) -> tuple[str, ...]:
-        if value.verb == "swap":
-            return swap.remarks(value)
         rows = [_kept(*group) for group in alike(value.refusals)]
         kept = [f"kept {row.cells[0]}: {row.cells[2].removeprefix('kept: ')}" for row in rows]
         kept += [f"{named([_name(r) for r in group])}: {what}" for what, group in alike(_others(value))]
@@ -84,8 +78,6 @@ class ResultPage(PageOf):
         return (*kept, *([f"outputs compared on {', '.join(signatures)}"] if signatures else []))
 
     def total(self, values: Sequence[Result]) -> tuple[str, ...]:
-        if all(v.verb == "swap" for v in values):
-            return swap.total(values)
         planned = any(v.dry_run for v in values)
         done, kept = sum(len(_folds(v)) for v in values), sum(len(v.refusals) for v in values)
         changed = sum(bool(v.edits) for v in values)

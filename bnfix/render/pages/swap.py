@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from bnfix.render.numbers import NONE, count
 from bnfix.render.page import Column, Line, Page, Row, State
+from bnfix.render.pages import PageOf
 from bnfix.render.runs import alike, named, together
 from bnfix.types import Edit, Refusal, Result
 
@@ -16,22 +17,43 @@ POOR = 0.5
 """R² below which a norm has lost more than it kept."""
 
 
-def page(value: Result) -> Page:
+class SwapPage(PageOf):
     """One row a norm, or a part of the model where there are many."""
-    runs = together(value.edits)
-    kept = [_kept(reason, group) for reason, group in alike(value.refusals)]
-    return Page(
-        title="the plan" if value.dry_run else "the norms",
-        columns=COLUMNS,
-        rows=(*(_row(run, value.dry_run) for run in runs), *kept),
-        lines=(*(_line(e, value.dry_run) for e in value.edits), *(_refused(r) for r in value.refusals)),
-        state="done" if value.edits else "kept",
-        verdict=verdict(value),
-        notes=value.notes,
-    )
+
+    kind = Result
+
+    def suits(self, value: object) -> bool:
+        """What ``swap`` returned."""
+        return isinstance(value, Result) and value.verb == "swap"
+
+    def page(self, value: Result) -> Page:
+        runs = together(value.edits)
+        return Page(
+            title="the plan" if value.dry_run else "the norms",
+            columns=COLUMNS,
+            rows=(*(_row(run, value.dry_run) for run in runs), *_rows_kept(value)),
+            lines=(*(_line(e, value.dry_run) for e in value.edits), *(_refused(r) for r in value.refusals)),
+            state="done" if value.edits else "kept",
+            verdict=_verdict(value),
+            notes=value.notes,
+        )
+
+    def cells(self, value: Result) -> tuple[str, ...]:
+        return (" · ".join(said for said in _verdict(value) if said != PLAN_ONLY),)
+
+    def remarks(self, value: Result) -> tuple[str, ...]:
+        return tuple(f"kept {row.cells[0]}: {row.cells[2].removeprefix('kept: ')}" for row in _rows_kept(value))
+
+    def total(self, values: Sequence[Result]) -> tuple[str, ...]:
+        planned = any(v.dry_run for v in values)
+        done, norms = sum(len(v.edits) for v in values), sum(v.norms for v in values)
+        kept = f", kept {norms - done}" if norms > done else ""
+        changed = count(sum(bool(v.edits) for v in values), "file")
+        said = f"{'would swap' if planned else 'swapped'} {done} of {count(norms, 'norm')} in {changed}{kept}"
+        return (said, *([PLAN_ONLY] if planned else []))
 
 
-def verdict(value: Result) -> tuple[str, ...]:
+def _verdict(value: Result) -> tuple[str, ...]:
     """How many norms became what, and the lowest R²."""
     if not value.norms:
         return ("found no norm to swap",)
@@ -45,21 +67,6 @@ def verdict(value: Result) -> tuple[str, ...]:
         lowest, where = min(measured)
         parts.append(f"R² {r2(lowest)} at {where}" + (", the lowest" if len(measured) > 1 else ""))
     return (*parts, *([PLAN_ONLY] if value.dry_run and value.edits else []))
-
-
-def total(values: Sequence[Result]) -> tuple[str, ...]:
-    """The same over several files."""
-    planned = any(v.dry_run for v in values)
-    done, norms = sum(len(v.edits) for v in values), sum(v.norms for v in values)
-    kept = norms - done
-    changed = count(sum(bool(v.edits) for v in values), "file")
-    said = f"{'would swap' if planned else 'swapped'} {done} of {count(norms, 'norm')} in {changed}"
-    return (said + (f", kept {kept}" if kept else ""), *([PLAN_ONLY] if planned else []))
-
-
-def remarks(value: Result) -> tuple[str, ...]:
-    """What was kept, and why."""
-    return tuple(f"kept {row.cells[0]}: {row.cells[2].removeprefix('kept: ')}" for row in _rows_kept(value))
 
 
 def r2(value: float | None) -> str:

@@ -14,7 +14,7 @@ FROZEN = "it is frozen by its class: in its place a norm that learns would start
 
 def settings_of(norm: nn.Module, channels: int, eps: float) -> dict[str, Any]:
     """What a batch norm is built with, ``track_running_stats`` by the buffers that are there."""
-    weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
+    weight, bias = (norm._parameters.get(name, norm._buffers.get(name)) for name in ("weight", "bias"))
     return {
         "num_features": channels,
         "eps": eps,
