@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bnfix.api.asked import check_model
 
@@ -20,9 +20,10 @@ def watch(
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     *,
     strict: bool = False,
-    select: Iterable[str] = (),
-    ignore: Iterable[str] = (),
-    options: Mapping[str, Mapping[str, Any]] | None = None,
+    select: str | Iterable[str] = (),
+    ignore: str | Iterable[str] = (),
+    per_layer_ignores: Mapping[str, str | Iterable[str]] | None = None,
+    thresholds: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Watch:
     """Watch the norms of ``model`` while it is trained: changes nothing, and leaves nothing behind.
 
@@ -41,9 +42,7 @@ def watch(
         optimizer: one or several. Steps of all optimizers are heard of without it too; with it the report says so
             where none of them holds parameters of the model.
         strict: raise at the first error instead of only reporting it, at the line of the loop that does it.
-        select: codes of the rules that are wanted (``BN4``); all of them by default.
-        ignore: codes that are not.
-        options: thresholds by code, as in ``[tool.bnfix]``.
+        select, ignore, per_layer_ignores, thresholds: as for :func:`bnfix.check`.
 
     Returns:
         A context manager. ``report()`` is the :class:`bnfix.Diagnosis`, behind the block as inside it; ``log`` what it
@@ -51,22 +50,23 @@ def watch(
 
     Raises:
         TypeError: ``model`` is no module, or ``optimizer`` no optimizer.
-        ValueError: a code that fits no rule.
+        ValueError: a code or a threshold that there is not; names those that are near.
         WatchError: with ``strict``, from inside the loop or at the end of the block.
     """
+    from dataclasses import replace
+
     from bnfix import rules
+    from bnfix.api.checking import _asked
+    from bnfix.api.fixing import python_line, with_lines
     from bnfix.loop import Watch
 
     check_model(model)
-    chosen = rules.Selection(tuple(select), tuple(ignore), loop=True)
-    if unknown := chosen.unknown():
-        raise ValueError(f"no rule is called {', '.join(unknown)}")
-    thresholds = dict(options or {})
+    selection, limits = _asked(select, ignore, per_layer_ignores or {}, thresholds or {})
+    chosen = replace(selection, loop=True)
 
     def judge(evidence: Evidence) -> Diagnosis:
-        from dataclasses import replace
-
-        return rules.judge(replace(evidence, options=thresholds), chosen)
+        found = rules.judge(replace(evidence, options=limits), chosen)
+        return with_lines(found, lambda _, fix: python_line(fix))
 
     given = list(optimizer) if isinstance(optimizer, Iterable) else optimizer
     return Watch(model, given, judge=judge, strict=strict)

@@ -40,16 +40,21 @@ def _kind(filename: str) -> int:
     return 1 if path.startswith(_libraries()) else 0
 
 
-def position(frame: FrameType | None, end: CodeType | None) -> int:
-    """One number for the way from ``frame`` up to the function ``end``: equal where every call on it is the same."""
-    found, depth = 0, 0
+def position(frame: FrameType | None, end: CodeType | None, root: CodeType | None) -> tuple[int, bool]:
+    """One number for the way from ``frame`` up to the function ``end``: equal where every call on it is the same.
+
+    And whether that way leads through ``root``, the forward of the whole model.
+    """
+    found, depth, inside = 0, 0, False
     while frame is not None and depth < _DEEPEST:
         code = frame.f_code
         found = hash((found, code, frame.f_lasti))
+        if code is root:
+            inside = True
         if code is end:
             break
         frame, depth = frame.f_back, depth + 1
-    return found
+    return found, inside
 
 
 def user_spot(frame: FrameType | None, inside: bool = False) -> Spot | None:

@@ -61,15 +61,15 @@ def _measure(records: list[tuple[Tally, Record]], stands: Stands, spots: Spots, 
 
 
 def _add(tally: Tally, record: Record, first: list[Forward], batches: list[Moments | None], eps: float) -> None:
-    start = first[0].call
-    key = (record.own, *((f.place, f.turn, f.call - start) for f in first))
+    calls = calls_of(first)
+    key = (record.own, *((f.place, f.turn, c) for f, c in zip(first, calls, strict=True)))
     pattern = tally.patterns.get(key)
     if pattern is None:
         if len(tally.patterns) >= _PATTERNS:
             return
         pattern = tally.patterns[key] = Pattern(record.own)
         pattern.places = [(f.place, f.turn) for f in first]
-        pattern.calls = [f.call - start for f in first]
+        pattern.calls = calls
         pattern.values = [f.values for f in first]
         pattern.samples = [f.samples for f in first]
         pattern.groups = groups_of(first)
@@ -79,6 +79,12 @@ def _add(tally: Tally, record: Record, first: list[Forward], batches: list[Momen
     if len(complete) == len(batches):
         pattern.values = [min(v, f.values) for v, f in zip(pattern.values, first, strict=True)]
         pattern.add(record.window, complete, eps)
+
+
+def calls_of(forwards: list[Forward]) -> list[int]:
+    """The forward of the whole model, counted from 0, that each is part of; one from outside is one of its own."""
+    known: dict[int, int] = {}
+    return [known.setdefault(f.call if f.inside else -1 - i, len(known)) for i, f in enumerate(forwards)]
 
 
 def groups_of(forwards: list[Forward]) -> list[int]:

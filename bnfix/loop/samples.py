@@ -55,13 +55,15 @@ class Forward:
     """One forward of one norm in a step that is measured."""
 
     __slots__ = (
-        "abandoned", "after", "before", "call", "grad", "input", "mark", "momentum", "place", "samples", "turn",
-        "values",
+        "abandoned", "after", "before", "call", "grad", "input", "inside", "mark", "momentum", "place", "samples",
+        "turn", "values",
     )  # fmt: skip
 
     def __init__(self, grad: bool, samples: int, values: int, call: int) -> None:
         self.grad, self.samples, self.values, self.call = grad, samples, values, call
         self.place = 0
+        self.inside = False
+        """Whether it is part of a forward of the whole model; ``call`` says of which."""
         self.turn = 0
         """Which of several forwards from the same place in one step."""
         self.mark: tuple[int, int] | None = None

@@ -75,6 +75,7 @@ class Session:
         """Why the watch stopped before its end."""
         self._root = weakref.ref(root)
         self._end = end
+        self._forward: CodeType | None = getattr(getattr(root, "forward", None), "__code__", None)
         self._owners: list[Held] = []
         self._waiting = 0
         self._versions = 0
@@ -203,7 +204,9 @@ class Session:
 
     def place(self, forward: Forward, frame: FrameType | None) -> None:
         """Where a forward comes from."""
-        forward.place = place = position(frame, self._end)
+        forward.place, inside = position(frame, self._end, self._forward)
+        forward.inside = inside and self.forwards > 0
+        place = forward.place
         if place not in self.spots and len(self.spots) < 4096:
             self.spots[place] = user_spot(frame), user_spot(frame, inside=True)
 

@@ -29,7 +29,7 @@ class Selection:
 
     def wants(self, rule: Rule) -> bool:
         """Whether a rule runs."""
-        if _named(rule.code, self.ignore) or (self.loop and "loop" not in rule.needs):
+        if _named(rule.code, self.ignore) or (self.loop and "loop" not in (*rule.needs, *rule.also)):
             return False
         return _named(rule.code, self.select) if self.select else not rule.optional
 
@@ -80,7 +80,7 @@ def judge(evidence: Evidence, selection: Selection | None = None) -> Diagnosis:
         if not chosen.wants(rule):
             continue
         missing = [part for part in rule.needs if getattr(evidence, part) is None]
-        if missing:
+        if missing and all(getattr(evidence, part) is None for part in rule.also):
             reasons = {"facts": evidence.facts_missing, "data": evidence.data_missing}
             why = reasons.get(missing[0], "") if len(missing) == 1 else ""
             needs = "; ".join(NEEDS[part] for part in missing)

@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from bnfix.rules.reading import site, some
 from bnfix.types import LoopLog, LoopNorm, Severity, SitePair, Skipped, StepPattern
 
-SHIFT = 0.15
-RATIO = 0.1
+MEANS = 0.3
+SPREADS = 0.5
 ERROR = 0.5
+"""As BN303 has them for data: below, what separate statistics leave out is under 2 % of the variance."""
 BATCHES = 10
 SAME_BATCH = 0.1
 """Scatter between sites over scatter between steps, at the first norm, below which they show one and the same batch
@@ -29,7 +31,7 @@ class Apart:
     capped: str = ""
 
 
-def beyond_noise(pair: SitePair, shift: float = SHIFT, ratio: float = RATIO) -> tuple[bool, bool]:
+def beyond_noise(pair: SitePair, means: float = MEANS, spreads: float = SPREADS) -> tuple[bool, bool]:
     """Whether the means, and whether the variances, differ by more than the limits and by more than chance.
 
     Chance: 4√(2/(K·m)) for d and 4√(1/(K·m)) for l, with m independent values a channel in each of K batches; and
@@ -38,31 +40,33 @@ def beyond_noise(pair: SitePair, shift: float = SHIFT, ratio: float = RATIO) -> 
     if pair.batches < BATCHES:
         return False, False
     values = pair.batches * max(pair.values, 1)
-    shifted = pair.shift > max(shift, 4 * math.sqrt(2 / values), 4 * pair.shift_error)
-    scaled = pair.ratio > max(ratio, 4 * math.sqrt(1 / values), 4 * pair.ratio_error)
+    shifted = pair.shift > max(means, 4 * math.sqrt(2 / values), 4 * pair.shift_error)
+    scaled = pair.ratio > max(spreads, 4 * math.sqrt(1 / values), 4 * pair.ratio_error)
     return shifted, scaled
 
 
-def sites_apart(log: LoopLog, shift: float = SHIFT, ratio: float = RATIO, error: float = ERROR) -> tuple[Apart, ...]:
+def sites_apart(
+    log: LoopLog, means: float = MEANS, spreads: float = SPREADS, error: float = ERROR
+) -> tuple[Apart, ...]:
     """BN303 in a training loop: one entry for each norm whose call sites differ, the worst pair of them; worst first.
 
-    Warning at d > ``shift`` or l > ``ratio``, error at d > ``error``, both beyond noise, over ≥ 10 steps. Never more
+    Warning at d > ``means`` or l > ``spreads``, error at d > ``error``, both beyond noise, over ≥ 10 steps. Never more
     than information for a norm through which optimizers of others step (the discriminator of a GAN sees real and
     generated batches apart by recommended practice) and for one with a momentum teacher (BYOL, whose two augmentations
     are meant to differ).
     """
-    found = [a for norm in log.norms if (a := _worst(log, norm, shift, ratio, error)) is not None]
+    found = [a for norm in log.norms if (a := _worst(log, norm, means, spreads, error)) is not None]
     return tuple(sorted(found, key=lambda a: -max(a.pair.shift, a.pair.ratio)))
 
 
-def _worst(log: LoopLog, norm: LoopNorm, shift: float, ratio: float, error: float) -> Apart | None:
+def _worst(log: LoopLog, norm: LoopNorm, means: float, spreads: float, error: float) -> Apart | None:
     best: Apart | None = None
     capped = why_capped(log, norm)
     for pattern in norm.patterns:
         if not pattern.own or is_one_batch(log, pattern):
             continue
         for pair in pattern.pairs:
-            shifted, scaled = beyond_noise(pair, shift, ratio)
+            shifted, scaled = beyond_noise(pair, means, spreads)
             if not (shifted or scaled):
                 continue
             severity: Severity = "error" if shifted and pair.shift > error else "warning"
@@ -112,9 +116,26 @@ def several_updates(log: LoopLog, norm: LoopNorm) -> Iterator[StepPattern]:
             yield pattern
 
 
+def lines_of(pattern: StepPattern) -> str:
+    """Where its call sites are, for a message."""
+    lines = list(dict.fromkeys(str(s.line) for s in pattern.sites if s.line is not None))
+    return f", from {'; '.join(lines[:3])}" if lines else ""
+
+
+def in_one_forward(norm: LoopNorm) -> int:
+    """How often one forward of the model calls a norm, where that is seen in several steps; else 1."""
+    most = 1
+    for pattern in norm.patterns:
+        if pattern.steps > 1 and pattern.own:
+            forwards = [s.forward for s in pattern.sites]
+            most = max(most, *(forwards.count(f) for f in forwards))
+    return most
+
+
 def not_seen(code: str, log: LoopLog) -> Iterator[Skipped]:
     """Norms whose updates no hook could see: what this rule can't say anything about."""
-    paths = tuple(n.path for n in log.norms if n.unseen)
+    paths = tuple(site(n.path) for n in log.norms if n.unseen)
     if paths:
-        what = f"{len(paths)} norms are updated in a compiled graph, where there are no hooks: counted, not looked at"
-        yield Skipped(code, what, "a model that is not compiled", paths)
+        what = f"{some(paths)}: updated in a compiled graph, where there are no hooks; counted, not looked at"
+        everywhere = len(paths) == len(log.norms)
+        yield Skipped(code, what, "a model that is not compiled", () if everywhere else paths)

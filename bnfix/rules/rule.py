@@ -45,13 +45,14 @@ class Rule(ABC):
 
     The docstring of a rule is its page, in Markdown: a first line, then the headings *What it does*, *Why is this bad*,
     *Example* (bad and good code) and *Fix* (what it is and what it costs). ``needs`` names the parts of the evidence
-    without which nothing can be said; where one is absent the rule is skipped, and the report says so. A rule that is
-    ``optional`` runs only where it is selected.
+    without which nothing can be said; where one is absent the rule is skipped, and the report says so. Each part in
+    ``also`` is enough without them. A rule that is ``optional`` runs only where it is selected.
     """
 
     code: ClassVar[str]
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ("norms",)
+    also: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[bool] = False
 
     @abstractmethod

@@ -157,8 +157,9 @@ def test_noise_floor() -> None:
     assert beyond_noise(SitePair("a", "b", 10, 32, floor * 1.01, 0.0)) == (True, False)
     assert beyond_noise(SitePair("a", "b", 10, 32, floor * 0.99, 0.0)) == (False, False)
     assert beyond_noise(SitePair("a", "b", 9, 4096, 5.0, 5.0)) == (False, False)
-    assert beyond_noise(SitePair("a", "b", 10, 4096, 0.2, 0.2, shift_error=0.06)) == (False, True)
-    assert beyond_noise(SitePair("a", "b", 10, 4096, 0.2, 0.2, ratio_error=0.06)) == (True, False)
+    assert beyond_noise(SitePair("a", "b", 10, 4096, 0.4, 0.6, shift_error=0.11)) == (False, True)
+    assert beyond_noise(SitePair("a", "b", 10, 4096, 0.4, 0.6, ratio_error=0.16)) == (True, False)
+    assert beyond_noise(SitePair("a", "b", 10, 4096, 0.29, 0.49)) == (False, False)
 
 
 def test_which_steps_are_measured() -> None:

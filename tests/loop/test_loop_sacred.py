@@ -313,7 +313,7 @@ def test_layers_that_are_not_watched(kind: type[nn.Module]) -> None:
     assert not w.log.norms
 
 
-def test_select_and_ignore_and_options() -> None:
+def test_select_and_ignore_and_thresholds() -> None:
     def run(**how: Any) -> set[str]:
         model = conv_net()
         optimizer = sgd(model)
@@ -322,9 +322,13 @@ def test_select_and_ignore_and_options() -> None:
                 step(optimizer, model(images()), model(images(shift=3.0)))
         return {f.code + f.severity[0] for f in w.report().findings}
 
-    assert run(ignore=["BN4"]) == set() or all(not c.startswith("BN4") for c in run(ignore=["BN4"]))
-    assert "BN401w" in run(select=["BN401"])
-    assert run(select=["BN401"], options={"BN401": {"shift": 9.0, "ratio": 9.0}}) == {"BN401i"}
+    assert run() == {"BN303e", "BN401w"}
+    assert run(ignore=["BN4"]) == {"BN303e"}
+    assert run(select=["BN401"]) == {"BN401w"}
+    assert run(select="BN401", thresholds={"BN401": {"means": 9.0, "spreads": 9.0}}) == {"BN401i"}
+    assert run(select="BN401", per_layer_ignores={"*": "BN401"}) == set()
+    with pytest.raises(ValueError, match="means"):
+        run(thresholds={"BN401": {"mean": 9.0}})
 
 
 def test_an_inline_ignore() -> None:

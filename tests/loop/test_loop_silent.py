@@ -74,7 +74,7 @@ def test_byol(asymmetric: bool) -> None:
     with watch(model, optimizer) as w:
         for _ in range(20):
             x = images()
-            one, other = augmented(x), augmented(x) * (0.6 if asymmetric else 1.0)
+            one, other = augmented(x), augmented(x) * (0.4 if asymmetric else 1.0)
             with torch.no_grad():
                 t1, t2 = model.key(one), model.key(other)
             step(optimizer, model.query(one) - t2, model.query(other) - t1)

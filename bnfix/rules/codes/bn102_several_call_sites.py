@@ -2,9 +2,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from bnfix.rules.loop_sites import in_one_forward, not_seen, sites_apart
 from bnfix.rules.reading import calls_of, site, some
 from bnfix.rules.rule import Case, Rule
-from bnfix.types import Evidence, Finding, Fix, Safety
+from bnfix.types import Evidence, Finding, Fix, Safety, Skipped
 
 
 class SeveralCallSites(Rule):
@@ -39,9 +40,12 @@ class SeveralCallSites(Rule):
     code = "BN102"
     name = "several-call-sites"
     needs = ("facts",)
+    also = ("loop",)
 
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
+    def check(self, evidence: Evidence) -> Iterator[Finding | Skipped]:
         """One finding for all norms that are called equally often."""
+        if evidence.loop is not None:
+            yield from self._in_a_loop(evidence)
         most: dict[str, int] = {}
         for facts in (evidence.facts, evidence.facts_training):
             for norm in facts.norms if facts is not None else ():
@@ -58,6 +62,23 @@ class SeveralCallSites(Rule):
                 fix=Fix("unshare", "give each call its own norm", paths, safety=Safety.EXACT),
                 calls=calls,
             )
+
+    def _in_a_loop(self, evidence: Evidence) -> Iterator[Finding | Skipped]:
+        """What a watch saw; a warning where BN303 finds that the calls differ."""
+        yield from not_seen(self.code, evidence.loop)
+        calls = {n.path: c for n in evidence.loop.norms if (c := in_one_forward(n)) > 1}
+        differ = {a.norm.path for a in sites_apart(evidence.loop) if a.severity != "info"}
+        for severity, wanted in (("warning", True), ("info", False)):
+            for times in sorted({c for p, c in calls.items() if (p in differ) is wanted}, reverse=True):
+                paths = tuple(site(p) for p, c in calls.items() if c == times and (p in differ) is wanted)
+                what = "on inputs that differ" if wanted else "and all calls share one set of statistics"
+                yield self.found(
+                    severity,  # type: ignore[arg-type]
+                    f"{some(paths)}: called {times} times in one forward{',' * (not wanted)} {what}",
+                    paths,
+                    fix=Fix("unshare", "give each call its own norm", paths, safety=Safety.EXACT),
+                    calls=times,
+                )
 
     def bad(self) -> Case:
         """A norm behind each of two layers."""

@@ -3,7 +3,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from bnfix.rules.loop_sites import lines_of, not_seen, sites_apart
 from bnfix.rules.measured import ENOUGH_BATCHES, Apart, Limits, apart, averaged, differing
+from bnfix.rules.reading import site, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, Safety, Skipped
 
@@ -17,7 +19,8 @@ class CallSitesDiffer(Rule):
     of these calls over at least ten batches: d, the largest over pairs of calls of the channel median of
     |μi − μj|/σ, and l, that of ½|ln vi/vj|. A warning for d > .3 or l > .5. An error for d > .5 where the norm has
     indeed stored what separate calls leave: a variance that misses what lies between the calls (more than 5 % of all).
-    Calls alone are no fault: views of one distribution differ by .02.
+    Calls alone are no fault: views of one distribution differ by .02. In a training loop (`bnfix.watch`) the calls of
+    one optimizer step are compared in the same way, beyond what chance does; there d > .5 alone is the error.
 
     ## Why is this bad
 
@@ -43,11 +46,15 @@ class CallSitesDiffer(Rule):
     code = "BN303"
     name = "call-sites-differ"
     needs = ("norms", "data")
+    also = ("loop",)
 
     def check(self, evidence: Evidence) -> Iterator[Finding | Skipped]:
-        """One finding a severity, the worst norms first."""
+        """One finding a severity, the worst norms first; for the data, and for a training loop."""
+        if evidence.loop is not None:
+            yield from self._in_a_loop(evidence)
         data = evidence.data
-        assert data is not None
+        if data is None:
+            return
         several = apart(evidence, data)
         few = [a for a in several if a.batches < ENOUGH_BATCHES]
         if few:
@@ -66,6 +73,27 @@ class CallSitesDiffer(Rule):
         for severity, found in (("error", severe), ("warning", others)):
             if found:
                 yield self._said(severity, sorted(found, key=lambda a: -max(a.means, a.spreads)))
+
+    def _in_a_loop(self, evidence: Evidence) -> Iterator[Finding | Skipped]:
+        """The batches of one optimizer step, by the place in the code that they come from."""
+        yield from not_seen(self.code, evidence.loop)
+        means, spreads = self.option(evidence, "means", 0.3), self.option(evidence, "spreads", 0.5)
+        found = sites_apart(evidence.loop, means, spreads, self.option(evidence, "error", 0.5))
+        for severity in ("error", "warning"):
+            here = [a for a in found if a.severity == severity]
+            if here:
+                pair, names = here[0].pair, tuple(site(a.norm.path) for a in here)
+                yield self.found(
+                    here[0].severity,
+                    f"{some(names)}: {len(here[0].pattern.sites)} calls in a step on inputs that differ (means by "
+                    f"{pair.shift:.2g} σ, ½|ln var| by {pair.ratio:.2g}, over {pair.batches} steps)"
+                    f"{lines_of(here[0].pattern)}: one set of statistics fits none of them",
+                    names,
+                    fix=Fix("joint", "one forward for all: bnfix.joint(net)(a, b); train again", names),
+                    means={n: a.pair.shift for n, a in zip(names, here, strict=True)},
+                    spreads={n: a.pair.ratio for n, a in zip(names, here, strict=True)},
+                    batches=pair.batches,
+                )
 
     def _said(self, severity: str, found: list[Apart]) -> Finding:
         worst = found[0]

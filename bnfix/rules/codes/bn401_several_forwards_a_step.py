@@ -4,9 +4,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from bnfix.rules.loop_cases import batch, net, sgd, step
-from bnfix.rules.loop_sites import BATCHES, ERROR, RATIO, SHIFT, Apart, not_seen, several_updates, sites_apart
+from bnfix.rules.loop_sites import (
+    BATCHES,
+    ERROR,
+    MEANS,
+    SPREADS,
+    Apart,
+    lines_of,
+    not_seen,
+    several_updates,
+    sites_apart,
+)
+from bnfix.rules.reading import site, some
 from bnfix.rules.rule import Case, Rule
-from bnfix.types import Evidence, Finding, Fix, Line, LoopLog, LoopNorm, Skipped, StepPattern
+from bnfix.types import Evidence, Finding, Fix, LoopLog, LoopNorm, Skipped, StepPattern
 
 
 class SeveralForwardsAStep(Rule):
@@ -25,9 +36,9 @@ class SeveralForwardsAStep(Rule):
     Where they differ it is a warning: `running_var` then ends near the mean of the variances within a forward and
     misses what lies between them, so the network that is evaluated is another one than the one that was trained.
     Measured on triplets with negatives of another modality: loss .054 in training mode, 1.033 in evaluation mode.
-    Beyond d = .15 (means, in standard deviations) or l = .1 (½ ln of the variances' ratio), and beyond chance over ten
-    steps, this rule warns, and BN303 says how far apart the call sites are. For the discriminator of a GAN, whose
-    separate batches are recommended practice, and next to a momentum teacher it stays information.
+    The limits are those of BN303, which says how far apart the batches are. For the discriminator of a GAN, whose
+    separate batches are recommended practice, and next to a momentum teacher it stays information. A norm that one
+    forward of the model calls repeatedly is the business of BN102.
 
     ## Example
 
@@ -47,61 +58,63 @@ class SeveralForwardsAStep(Rule):
     needs = ("loop",)
 
     def check(self, evidence: Evidence) -> Iterator[Finding | Skipped]:
-        """One finding for the norms whose batches differ, one for the others."""
+        """One finding for the norms whose batches differ; where there are none, one for all others."""
         log: LoopLog = evidence.loop
         yield from not_seen(self.code, log)
-        shift, ratio = self.option(evidence, "shift", SHIFT), self.option(evidence, "ratio", RATIO)
-        apart = {a.norm.path: a for a in sites_apart(log, shift, ratio, self.option(evidence, "error", ERROR))}
-        several = [(n, p) for n in log.norms if (p := next(several_updates(log, n), None)) is not None and p.steps > 1]
+        means, spreads = self.option(evidence, "means", MEANS), self.option(evidence, "spreads", SPREADS)
+        apart = {a.norm.path: a for a in sites_apart(log, means, spreads, ERROR)}
+        several = [
+            (n, p)
+            for n in log.norms
+            if (p := next(several_updates(log, n), None)) is not None and p.steps > 1 and _forwards(p) > 1
+        ]
         differing = [(n, p, apart[n.path]) for n, p in several if n.path in apart and apart[n.path].severity != "info"]
-        differing.sort(key=lambda found: -max(found[2].pair.shift, found[2].pair.ratio))
         if differing:
-            yield self._warning(differing)
-        alike = [(n, p) for n, p in several if n.path not in {d[0].path for d in differing}]
-        if alike and not differing:
-            yield self._information(alike, apart)
+            differing.sort(key=lambda found: -max(found[2].pair.shift, found[2].pair.ratio))
+            yield self._warning(differing, means, spreads)
+        elif several:
+            yield self._information(several, apart)
 
-    def _warning(self, differing: list[tuple[LoopNorm, StepPattern, Apart]]) -> Finding:
+    def _warning(self, differing: list[tuple[LoopNorm, StepPattern, Apart]], means: float, spreads: float) -> Finding:
         norm, pattern, apart = differing[0]
-        paths = tuple(n.path for n, _, _ in differing)
-        where = _lines(apart.pattern)
+        paths = tuple(site(n.path) for n, _, _ in differing)
         return self.found(
             "warning",
-            f"{_name(norm)} is updated {len(pattern.sites)} times in an optimizer step by batches that differ: "
-            f"d = {apart.pair.shift:.2f} between the means (limit .15), l = {apart.pair.ratio:.2f} between the spreads "
-            f"(.1), over {apart.pair.batches} steps{_others(len(differing))}{where}; evaluation mode can't normalise "
-            "both as training did",
+            f"{some(paths)}: {len(pattern.sites)} forwards in an optimizer step on batches that differ, d = "
+            f"{apart.pair.shift:.2f} between the means (limit {means:g}), l = {apart.pair.ratio:.2f} between the "
+            f"spreads ({spreads:g}), over {apart.pair.batches} steps{lines_of(apart.pattern)}: evaluation mode can't "
+            "normalise them all as training did",
             paths,
             fix=Fix("joint", "one forward for all batches: bnfix.joint(net)(a, b)", paths),
             per_step=dict(norm.per_step),
             shift=apart.pair.shift,
             ratio=apart.pair.ratio,
             batches=apart.pair.batches,
-            first_step=0,
         )
 
-    def _information(self, alike: list[tuple[LoopNorm, StepPattern]], apart: dict[str, Apart]) -> Finding:
-        norm, pattern = alike[0]
+    def _information(self, several: list[tuple[LoopNorm, StepPattern]], apart: dict[str, Apart]) -> Finding:
+        norm, pattern = several[0]
+        paths = tuple(site(n.path) for n, _ in several)
         steps = sum(norm.per_step.values())
         often = sum(n for k, n in norm.per_step.items() if k > 1)
         measured: dict[str, Any] = {"per_step": dict(norm.per_step)}
+        capped = [apart[n.path] for n, _ in several if n.path in apart]
+        pairs = [a.pair for a in capped] or [p.pairs[0] for _, p in several if p.pairs]
         said = ""
-        capped = [apart[n.path] for n, _ in alike if n.path in apart]
-        pairs = [a.pair for a in capped] or [p.pairs[0] for _, p in alike if p.pairs]
         if pairs:
             pair = max(pairs, key=lambda p: p.shift)
             measured.update(shift=pair.shift, ratio=pair.ratio, batches=pair.batches)
-            far = f"d = {pair.shift:.2f}, l = {pair.ratio:.2f}"
+            figures = f"d = {pair.shift:.2f}, l = {pair.ratio:.2f}"
             if capped:
-                said = f"; their batches differ ({far}), but {capped[0].capped}"
+                said = f"; their batches differ ({figures}), but {capped[0].capped}"
             else:
                 enough = pair.batches >= BATCHES
-                said = f"; {'their batches are alike' if enough else 'too few steps to compare'} ({far})"
+                said = f"; {'their batches are alike' if enough else 'too few steps to compare'} ({figures})"
         return self.found(
             "info",
-            f"{_name(norm)} is updated {len(pattern.sites)} times in an optimizer step, in {often} of {steps} steps"
-            f"{_others(len(alike))}{_lines(pattern)}{said}",
-            [n.path for n, _ in alike],
+            f"{some(paths)}: {len(pattern.sites)} forwards in an optimizer step, in {often} of {steps} steps"
+            f"{lines_of(pattern)}{said}",
+            paths,
             **measured,
         )
 
@@ -114,17 +127,8 @@ class SeveralForwardsAStep(Rule):
         return Case(loop=lambda watch: _siamese(watch, joint=True))
 
 
-def _name(norm: LoopNorm) -> str:
-    return norm.path or "(root)"
-
-
-def _others(n: int) -> str:
-    return f" (and {n - 1} more norms)" if n > 1 else ""
-
-
-def _lines(pattern: StepPattern) -> str:
-    lines: list[Line] = list(dict.fromkeys(s.line for s in pattern.sites if s.line is not None))
-    return f", from {'; '.join(str(line) for line in lines[:3])}" if lines else ""
+def _forwards(pattern: StepPattern) -> int:
+    return len({s.forward for s in pattern.sites})
 
 
 def _siamese(watch: Any, joint: bool) -> Any:

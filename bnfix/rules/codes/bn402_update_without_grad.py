@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from bnfix.rules.loop_cases import batch, net, sgd, step
-from bnfix.rules.loop_sites import RATIO, SHIFT, beyond_noise, not_seen
+from bnfix.rules.loop_sites import MEANS, SPREADS, beyond_noise, not_seen
+from bnfix.rules.reading import count, site, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Episodes, Evidence, Finding, Fix, LoopLog, LoopNorm, Severity, Skipped
 
@@ -61,7 +62,7 @@ class UpdateWithoutGrad(Rule):
         """One finding for each way in which it happens."""
         log: LoopLog = evidence.loop
         yield from not_seen(self.code, log)
-        shift, ratio = self.option(evidence, "shift", SHIFT), self.option(evidence, "ratio", RATIO)
+        means, spreads = self.option(evidence, "means", MEANS), self.option(evidence, "spreads", SPREADS)
         trained = [n for n in log.norms if n.updates]
         now_and_then = [n for n in trained if _occasional(n.resumed)]
         if now_and_then:
@@ -70,17 +71,17 @@ class UpdateWithoutGrad(Rule):
         if given_up:
             yield self._found(given_up, "abandoned", "with gradients that nobody took")
         left = [n for n in trained if n not in now_and_then and n not in given_up]
-        other_data = [n for n in left if n.in_step is not None and any(beyond_noise(n.in_step, shift, ratio))]
+        other_data = [n for n in left if n.in_step is not None and any(beyond_noise(n.in_step, means, spreads))]
         if other_data:
-            yield self._other_data(other_data)
+            yield self._other_data(other_data, means, spreads)
         last = [n for n in left if n.trailing > 1 and n not in other_data and not n.resumed.times]
         if last:
             lines = _where(last[0].gradless_lines)
             yield self.found(
                 "info",
-                f"the last {last[0].trailing} updates of {_names(last)} came without gradient{lines}, and nothing came "
+                f"{_names(last)}: the last {last[0].trailing} updates came without gradient{lines}, and nothing came "
                 "after: validation without eval()? A calibration is declared by w.expected('calibration')",
-                [n.path for n in last],
+                _paths(last),
                 fix=_FIX,
                 updates=last[0].trailing,
             )
@@ -92,10 +93,9 @@ class UpdateWithoutGrad(Rule):
         severity: Severity = "info" if updates < 2 or all(n.adversarial for n in norms) else "warning"
         return self.found(
             severity,
-            f"{_names(norms)} ran in training mode {how}: {updates} updates in {episodes.times} "
-            f"run{'s' * (episodes.times != 1)} between training steps, since step {episodes.first}"
-            f"{_where(episodes.lines)}: eval() forgotten?",
-            [n.path for n in norms],
+            f"{_names(norms)}: {updates} updates {how}, in {count(episodes.times, 'run')} in training mode between "
+            f"training steps, since step {episodes.first}{_where(episodes.lines)}: eval() forgotten?",
+            _paths(norms),
             fix=_FIX,
             updates=updates,
             runs=episodes.times,
@@ -104,16 +104,16 @@ class UpdateWithoutGrad(Rule):
             steps=episodes.of,
         )
 
-    def _other_data(self, norms: list[LoopNorm]) -> Finding:
+    def _other_data(self, norms: list[LoopNorm], means: float, spreads: float) -> Finding:
         pairs = [n.in_step for n in norms if n.in_step is not None]
         worst = max(pairs, key=lambda p: max(p.shift, p.ratio))
         severity: Severity = "info" if all(n.adversarial for n in norms) else "warning"
         return self.found(
             severity,
-            f"in every step {_names(norms)} learns from forwards without gradient whose data differ from those of "
-            f"training: d = {worst.shift:.2f} (limit .15), l = {worst.ratio:.2f} (.1), over {worst.batches} steps"
-            f"{_where(norms[0].gradless_lines)}",
-            [n.path for n in norms],
+            f"{_names(norms)}: in every step there are forwards without gradient, in training mode, on data that "
+            f"differ from those of training, d = {worst.shift:.2f} (limit {means:g}), l = {worst.ratio:.2f} "
+            f"({spreads:g}), over {worst.batches} steps{_where(norms[0].gradless_lines)}",
+            _paths(norms),
             fix=_FIX,
             shift=worst.shift,
             ratio=worst.ratio,
@@ -136,9 +136,12 @@ def _occasional(episodes: Episodes) -> bool:
     return episodes.times > 0 and 2 * episodes.times <= episodes.of
 
 
+def _paths(norms: list[LoopNorm]) -> tuple[str, ...]:
+    return tuple(site(n.path) for n in norms)
+
+
 def _names(norms: list[LoopNorm]) -> str:
-    first = norms[0].path or "(root)"
-    return first if len(norms) == 1 else f"{first} and {len(norms) - 1} more norms"
+    return some(_paths(norms))
 
 
 def _where(lines: tuple[Any, ...]) -> str:

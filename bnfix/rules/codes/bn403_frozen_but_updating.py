@@ -5,6 +5,7 @@ from typing import Any
 
 from bnfix.rules.loop_cases import batch, net, step
 from bnfix.rules.loop_sites import not_seen
+from bnfix.rules.reading import count, site, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, Line, LoopLog, LoopNorm, Safety, Skipped
 
@@ -52,24 +53,24 @@ class FrozenButUpdating(Rule):
     needs = ("loop",)
 
     def check(self, evidence: Evidence) -> Iterator[Finding | Skipped]:
-        """One finding for frozen norms, one for those whose eval() was undone."""
+        """One finding for each way to freeze that did not hold."""
         log: LoopLog = evidence.loop
         yield from not_seen(self.code, log)
         # What is written from outside is a teacher; a copy of a trained part may be one whose time has not come.
         own = [n for n in log.norms if not n.written and not n.twin]
         frozen = [n for n in own if n.frozen.updates]
         if frozen:
-            undone = [n for n in frozen if n.held_at_start or n.held]
-            also = f"; {len(undone)} of them had been in evaluation mode, train() undid it" if undone else ""
-            yield self._found(frozen, f"has no parameter that is trained, but learned statistics{also}", "frozen")
+            undone = sum(n.held_at_start or n.held > 0 for n in frozen)
+            also = f"; {undone} had been in evaluation mode, train() undid it" if undone else ""
+            yield self._found(frozen, "no parameter is trained, but statistics are", "frozen", also)
         idle = [n for n in own if n not in frozen and _never_trained(n, log)]
         if idle:
-            norm, paths = idle[0], tuple(n.path for n in idle)
+            norm, paths = idle[0], tuple(site(n.path) for n in idle)
             yield self.found(
                 "warning",
-                f"{_names(paths)} runs without gradient in every step, nobody writes its weights, and it learns "
-                f"statistics in training mode: {norm.without_grad} updates in {norm.gradless_steps} of "
-                f"{log.steps} steps{_where(norm.gradless_lines)}",
+                f"{some(paths)}: forwards without gradient only, nobody writes the weights, but training mode learns "
+                f"statistics: {norm.without_grad} updates in {norm.gradless_steps} of {log.steps} steps"
+                f"{_where(norm.gradless_lines)}",
                 paths,
                 fix=_fix(paths),
                 updates=norm.without_grad,
@@ -77,17 +78,17 @@ class FrozenButUpdating(Rule):
             )
         rest = [n for n in log.norms if n not in frozen and n.thawed.times]
         if rest:
-            held = rest[0].held
-            how = f"was held in evaluation mode for {held} steps of training, then train() undid it, and it learned"
-            yield self._found(rest, f"{how} statistics", "thawed")
+            held = f"held in evaluation mode for {count(rest[0].held, 'step')} of training, then train() undid it"
+            yield self._found(rest, held, "thawed")
 
-    def _found(self, norms: list[LoopNorm], what: str, kind: str) -> Finding:
+    def _found(self, norms: list[LoopNorm], what: str, kind: str, also: str = "") -> Finding:
         norm = max(norms, key=lambda n: getattr(n, kind).updates)
         episodes = getattr(norm, kind)
-        paths = tuple(n.path for n in norms)
+        paths = tuple(site(n.path) for n in norms)
         return self.found(
             "warning",
-            f"{_names(paths)} {what}: {episodes.updates} updates since step {episodes.first}{_where(episodes.lines)}",
+            f"{some(paths)}: {what}, {count(episodes.updates, 'update')} since step {episodes.first}"
+            f"{_where(episodes.lines)}{also}",
             paths,
             fix=_fix(paths),
             updates=episodes.updates,
@@ -107,10 +108,6 @@ class FrozenButUpdating(Rule):
 def _never_trained(norm: LoopNorm, log: LoopLog) -> bool:
     """Whether it sits behind a no_grad() in most of the steps and learns nothing but statistics."""
     return not norm.updates and log.steps >= 4 and 2 * norm.gradless_steps >= log.steps
-
-
-def _names(paths: tuple[str, ...]) -> str:
-    return f"{paths[0] or '(root)'}{f' (and {len(paths) - 1} more norms)' if len(paths) > 1 else ''}"
 
 
 def _where(lines: tuple[Line, ...]) -> str:

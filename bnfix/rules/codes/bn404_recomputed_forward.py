@@ -5,8 +5,9 @@ from typing import Any
 
 from bnfix.rules.loop_cases import batch, net, sgd, step
 from bnfix.rules.loop_sites import not_seen
+from bnfix.rules.reading import count, site, some
 from bnfix.rules.rule import Case, Rule
-from bnfix.types import Evidence, Finding, Fix, LoopLog, Safety, Skipped
+from bnfix.types import Evidence, Finding, Fix, LoopLog, LoopNorm, Safety, Skipped
 
 
 class RecomputedForward(Rule):
@@ -39,27 +40,31 @@ class RecomputedForward(Rule):
     needs = ("loop",)
 
     def check(self, evidence: Evidence) -> Iterator[Finding | Skipped]:
-        """One finding for all of them."""
+        """One finding for all norms of one momentum."""
         log: LoopLog = evidence.loop
         yield from not_seen(self.code, log)
         norms = [n for n in log.norms if n.recomputed]
-        if not norms:
-            return
+        for alpha in dict.fromkeys(n.momentum for n in norms):
+            yield self._found([n for n in norms if n.momentum == alpha], alpha)
+
+    def _found(self, norms: list[LoopNorm], alpha: float | None) -> Finding:
         norm = max(norms, key=lambda n: n.recomputed)
-        alpha = norm.momentum
-        paths = tuple(n.path for n in norms)
-        momentum = {n.path: 1 - (1 - n.momentum) ** 0.5 for n in norms if n.momentum}
+        paths = tuple(site(n.path) for n in norms)
+        again = norm.recomputing
         acts = f": momentum {alpha:.3g} acts as {1 - (1 - alpha) ** 2:.3g}" if alpha else ""
-        where = f", from {norm.recomputing.lines[0]}" if norm.recomputing.lines else ""
-        yield self.found(
+        where = f", from {again.lines[0]}" if again.lines else ""
+        fix = None
+        if alpha:
+            options = {"momentum": 1 - (1 - min(alpha, 1.0)) ** 0.5}
+            fix = Fix("set", "momentum 1 − √(1 − α)", paths, options, Safety.EXACT)
+        return self.found(
             "info",
-            f"{len(norms)} norm{'s are' if len(norms) > 1 else ' is'} updated a second time when the backward pass "
-            f"recomputes the forward ({paths[0] or '(root)'}: {norm.recomputed} times, since step "
-            f"{norm.recomputing.first}{where}){acts}",
+            f"{some(paths)}: updated a second time when the backward pass recomputes the forward "
+            f"({count(norm.recomputed, 'time')}, since step {again.first}{where}){acts}",
             paths,
-            fix=Fix("set", "momentum 1 − √(1 − α)", paths, {"momentum": momentum}, Safety.EXACT) if momentum else None,
+            fix=fix,
             recomputed=norm.recomputed,
-            first_step=norm.recomputing.first,
+            first_step=again.first,
         )
 
     def bad(self) -> Case:

@@ -5,6 +5,7 @@ from typing import Any
 
 from bnfix.rules.loop_cases import batch, net, sgd
 from bnfix.rules.loop_sites import not_seen
+from bnfix.rules.reading import site, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, LoopLog, LoopNorm, Skipped
 
@@ -52,13 +53,12 @@ class AccumulationIsNoBatch(Rule):
             return
         found.sort(key=lambda nk: nk[0].values or 0)
         norm, k = found[0]
-        paths = tuple(n.path for n, _ in found)
-        more = f" (and {len(paths) - 1} more norms)" if len(paths) > 1 else ""
+        paths = tuple(site(n.path) for n, _ in found)
         yield self.found(
             "info",
-            f"gradients are accumulated over {k} backward passes, but {norm.path or '(root)'}{more} normalises each "
-            f"forward by itself, with {norm.values} values a channel: the relative error of its variance is "
-            f"{noise(norm.values):.2f} (limit {limit:.2f})",
+            f"{some(paths)}: gradients are accumulated over {k} backward passes, but each forward is normalised by "
+            f"itself, with {norm.values} values a channel: the relative error of a variance is "
+            f"{noise(norm.values):.2f} (limit {limit:g})",
             paths,
             fix=Fix("swap", "a norm that needs no batch, for these layers", paths, {"to": "group", "only": paths}),
             backwards=k,

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bnfix.rules.loop_cases import batch, net, sgd, step
+from bnfix.rules.reading import count, site, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, LoadedState, LoopLog
 
@@ -51,13 +52,12 @@ class StatsNotLoaded(Rule):
         if not lost:
             return
         first = lost[0]
-        paths = tuple(load.path for load in lost)
-        more = f" and {len(paths) - 1} more norms" if len(paths) > 1 else ""
+        paths = tuple(site(load.path) for load in lost)
         where = f", from {first.line}" if first.line else ""
         yield self.found(
             "error",
-            f"load_state_dict brought the weights of {first.path or '(root)'}{more} without "
-            f"{' and '.join(first.missing)}, at step {first.step}{where}; {first.updates_since} updates came since",
+            f"{some(paths)}: load_state_dict brought weights without {' and '.join(first.missing)}, at step "
+            f"{first.step}{where}; {count(first.updates_since, 'update')} came since",
             paths,
             fix=Fix("code", "load a state dict with its buffers; or bnfix.recalibrate(model, loader)", paths),
             missing=list(first.missing),

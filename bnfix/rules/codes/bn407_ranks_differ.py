@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bnfix.rules.loop_cases import batch, net, on_ranks, sgd, step
+from bnfix.rules.reading import site, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, LoopLog, LoopNorm, RankDistance, Skipped
 
@@ -55,12 +56,12 @@ class RanksDiffer(Rule):
             return
         far.sort(key=lambda d: -max(d.stored, d.batch or 0.0))
         worst = far[0]
-        paths = tuple(d.path for d in far)
+        paths = tuple(site(d.path) for d in far)
         batches = f", {worst.batch:.2f} σ between their batches" if worst.batch is not None else ""
         yield self.found(
             "warning",
-            f"ranks {worst.a} and {worst.b} differ at step {worst.step}: {worst.path or '(root)'} by "
-            f"{worst.stored:.2f} σ in its statistics{batches} (limit {limit:.2f}); those of one rank are saved",
+            f"{some(paths)}: ranks {worst.a} and {worst.b} differ at step {worst.step}, by {worst.stored:.2f} σ in "
+            f"their statistics{batches} (limit {limit:g}); those of one rank are saved",
             paths,
             fix=Fix("code", "shuffle before sharding, or SyncBatchNorm; bnfix.recalibrate for a trained model", paths),
             stored=worst.stored,

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bnfix.rules.loop_cases import batch, net, on_ranks, sgd, step
+from bnfix.rules.reading import site, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, LoopLog
 
@@ -49,13 +50,11 @@ class SmallBatchPerRank(Rule):
         if not few:
             return
         few.sort(key=lambda n: n.values or 0)
-        norm, paths = few[0], tuple(n.path for n in few)
-        more = f" (and {len(paths) - 1} more norms)" if len(paths) > 1 else ""
+        norm, paths = few[0], tuple(site(n.path) for n in few)
         yield self.found(
             "warning",
-            f"{norm.path or '(root)'}{more} sees {norm.values} values a channel on each of {log.ranks.world} ranks and "
-            f"is not synchronised: the relative error of its variance is {_noise(norm.values or 0):.2f} "
-            f"(limit {limit:.2f})",
+            f"{some(paths)}: {norm.values} values a channel on each of {log.ranks.world} ranks, not synchronised: the "
+            f"relative error of a variance is {_noise(norm.values or 0):.2f} (limit {limit:g})",
             paths,
             fix=Fix("swap", "statistics over all ranks", paths, {"to": "sync", "only": paths}),
             values=norm.values,

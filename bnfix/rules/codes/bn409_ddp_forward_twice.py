@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bnfix.rules.loop_cases import batch, net, on_ranks, sgd, step
+from bnfix.rules.reading import site
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, LoopLog, Skipped
 
@@ -55,7 +56,7 @@ class DdpForwardTwice(Rule):
             f"{forwards.updates / forwards.times:.0f} forwards of the DDP model share one backward pass in "
             f"{forwards.times} of {log.steps} steps, since step {forwards.first}{where}; each one replaces the buffers "
             "of all ranks by those of rank 0",
-            [n.path for n in log.norms if n.updates and not n.sync],
+            [site(n.path) for n in log.norms if n.updates and not n.sync],
             fix=Fix("joint", "one forward for all batches: bnfix.joint(ddp)(a, b)"),
             steps=forwards.times,
             first_step=forwards.first,
