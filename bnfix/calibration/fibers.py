@@ -61,27 +61,36 @@ class FiberStrand(ParkedStrand):
         self._coordinator.switch()
 
 
+class WaitedError(BaseException):
+    """Leaves a wait in the user's forward; no ``except Exception`` of theirs stops it."""
+
+
+def _raise(_number: int, _frame: object) -> None:
+    raise WaitedError
+
+
 class Guard:
     """Ends the wait of a fiber that waits for another one: it has the thread that the other would need.
 
-    A wait in the main thread ends where a signal comes: the one of Ctrl-C, while it has Python's own handler, which
-    raises in the forward that waits. Active inside ``with``, as often as need be.
+    A wait in the main thread ends where a signal comes whose handler raises: SIGURG, which does nothing where nobody
+    has asked for it. Active inside ``with``, as often as need be.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._turn, self._active, self._fired, self._ended = 0, False, False, threading.Event()
         self._main = threading.get_ident()
+        signal.signal(signal.SIGURG, _raise)
         self._thread = threading.Thread(target=self._watch, daemon=True, name="bnfix guard")
         self._thread.start()
 
     @staticmethod
     def possible() -> bool:
-        """Whether it could end a wait here: in the main thread, with Python's own handler of Ctrl-C."""
+        """Whether it could end a wait here: in the main thread, where nobody else uses its signal."""
         return (
             threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-            and hasattr(signal, "pthread_kill")
+            and hasattr(signal, "SIGURG")
+            and signal.getsignal(signal.SIGURG) is signal.SIG_DFL
         )
 
     def __enter__(self) -> None:
@@ -98,7 +107,7 @@ class Guard:
         """Whether the wait just over was ended from here."""
         fired, self._fired = self._fired, False
         if fired:
-            with contextlib.suppress(KeyboardInterrupt):  # should it come only now
+            with contextlib.suppress(WaitedError):  # should it come only now
                 time.sleep(0.01)
         return fired
 
@@ -106,6 +115,7 @@ class Guard:
         """No more."""
         self._ended.set()
         self._thread.join()
+        signal.signal(signal.SIGURG, signal.SIG_DFL)
 
     def _watch(self) -> None:
         left, turn = patience.Patience(self._main), 0
@@ -117,5 +127,5 @@ class Guard:
                 with self._lock:
                     if self._active and turn == self._turn:
                         self._fired = True
-                        signal.pthread_kill(self._main, signal.SIGINT)
+                        signal.pthread_kill(self._main, signal.SIGURG)
                 left.start()

@@ -6,6 +6,7 @@ that fails does so for all.
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -79,6 +80,27 @@ def test_under_a_profiler_that_is_the_users() -> None:
     assert sys.getprofile() is None
 
 
+def test_where_ctrl_c_is_ignored_as_in_the_background_of_a_shell() -> None:
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert exact(Two(), images(), as_is).engine == "fibers"
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def test_where_somebody_else_uses_the_signal() -> None:
+    mine = lambda _n, _f: None  # noqa: E731 -- to be compared
+    signal.signal(signal.SIGURG, mine)
+    try:
+        assert exact(Two(), images(), as_is).engine == "threads"
+        assert signal.getsignal(signal.SIGURG) is mine
+    finally:
+        signal.signal(signal.SIGURG, signal.SIG_DFL)
+    assert exact(Two(), images(), as_is).engine == "fibers"
+    assert signal.getsignal(signal.SIGURG) is signal.SIG_DFL
+
+
 def test_in_another_thread_than_the_main_one() -> None:
     found: list[Any] = []
     worker = threading.Thread(target=lambda: found.append(exact(Two(), images(), as_is).engine))
@@ -110,7 +132,7 @@ def test_a_wait_is_ended_by_the_guard_alone(monkeypatch: pytest.MonkeyPatch) -> 
     guard = fibers.Guard()
     lock = threading.Lock()
     lock.acquire()
-    with pytest.raises(KeyboardInterrupt), guard:
+    with pytest.raises(fibers.WaitedError), guard:
         lock.acquire()
     assert guard.fired()
     assert not guard.fired()
