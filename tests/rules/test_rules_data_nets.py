@@ -50,8 +50,10 @@ def test_a_fault_is_found_where_it_does_harm(name: str, fault: str) -> None:
     said = bench.diagnosed(broken)
     if lost > 0.05:  # points of accuracy; two seeds differ by one
         assert any(a.startswith(code) for a in bench.alarms(said)), said.findings
-        assert said.findings[0].code == code
-        fix = said.findings[0].fix
+        first = next(f for f in said.findings if f.code.startswith(code))
+        # Before it stand at most those that tell the same by stored values alone.
+        assert {f.code for f in said.findings[: said.findings.index(first)]} <= {"BN202", "BN203"}
+        fix = first.fix
         assert fix is not None
         if fix.verb == "recalibrate":
             bnfix.recalibrate(broken.model, broken.train, forward=broken.forward)
