@@ -73,6 +73,8 @@ def swap(
         TraceError: the model can't be copied; the message says why.
         TypeError, ValueError: wrong arguments.
     """
+    import torch
+
     from bnfix import swaps
     from bnfix.graph import no_footprints, unwrap
     from bnfix.running import preserved
@@ -83,7 +85,7 @@ def swap(
         _check_inplace(model)
     say = progress or silent
     model, notes = unwrap(model)
-    with preserved(model), no_footprints(model, forward):
+    with torch.inference_mode(False), preserved(model), no_footprints(model, forward):
         samples = None
         if data is not None:
             say("reading the data")
@@ -104,7 +106,8 @@ def swap(
             dry_run=dry_run,
         )
         planned = swaps.plan(model, options, examples, samples.calls if samples else [], say)
-    result = planned.finish(model)  # outside: what leaves a model as it was would take this back
+    with torch.inference_mode(False):  # parameters made in inference mode could never be trained
+        result = planned.finish(model)  # not above: what leaves a model as it was would take this back
     return replace(result, notes=(*notes, *why, *assumed, *result.notes))
 
 

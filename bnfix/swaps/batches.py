@@ -104,6 +104,14 @@ def fitting(calls: list[Call], model: nn.Module, budget: int) -> list[Call]:
     return kept or calls[:1]
 
 
+def counted(calls: list[Call]) -> str:
+    """How much that is, for a reader: samples where they can be told apart."""
+    sizes = [size(call) for call in calls]
+    known = [s for s in sizes if s is not None]
+    number, what = (sum(known), "sample") if len(known) == len(sizes) else (len(calls), "batch")
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}{'es' if what == 'batch' else 's'}"
+
+
 def joined(calls: list[Call]) -> Call | None:
     """All samples in one call; None where they can't be put together."""
     return calls[0] if len(calls) == 1 else join(calls)

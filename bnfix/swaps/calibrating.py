@@ -146,6 +146,7 @@ class Calibration:
         """Fit the norm that comes next, on all calls that come to it. True if there was none."""
         found: dict[int, list[Paired]] = {}
         chosen: int | None = None
+        empty: int | None = None
         for call in calls:
             stop: list[tuple[Key, Tensor]] = []
 
@@ -157,6 +158,9 @@ class Calibration:
             if self._forward(self.new, self.new_norms, call, halt):
                 continue
             key, x = stop[0]
+            if not x.numel():  # nothing of this batch comes by
+                empty = key[0]
+                continue
             chosen = key[0] if chosen is None else chosen
             if key[0] != chosen:
                 continue
@@ -168,6 +172,8 @@ class Calibration:
             pairs = self._pairs(key[0], old, x)
             have = found.get(chosen)
             found[chosen] = pairs if have is None else [a.merge(b) for a, b in zip(have, pairs, strict=True)]
+        if chosen is None and empty is not None:
+            raise UnfitError(empty, "its input is empty on every batch")
         if chosen is None:
             return True
         self._fit(chosen, found[chosen])

@@ -32,10 +32,11 @@ _NAMES: Mapping[Any, tuple[str, ...]] = {
 }
 """Functions that normalise with running statistics, and the names of their first arguments by position."""
 
-ROUNDINGS = 256
+ROUNDINGS, OF_HALVES = 32, 4
 """In units of the output's eps and of the largest terms: how far two ways to compute one norm may be apart."""
 
-_FEW = 8
+_FEW, _FAR, _MOST = 8, 10.0, 1e4
+"""Of a probe: samples, standard deviations (what clips or activates shows there), and the largest value."""
 
 
 class NormCalls(TorchFunctionMode):
@@ -106,7 +107,7 @@ def look(copy: nn.Module, copies: Mapping[int, nn.Module], sites: Sequence[Site]
         for site in sites:
             site.calls = max(site.calls, watcher.counts.get(id(site), 0))
     with evaluating(copy):
-        watcher.train()
+        watcher.probe()
     return watcher.survey
 
 
@@ -246,11 +247,32 @@ class _Watcher:
             self._asking = False
         return x
 
-    def train(self) -> None:
-        """The same in training mode, once the hooks are off: normalised with the batch, or frozen."""
+    def probe(self) -> None:
+        """Once the hooks are off: the same far from the mean, and in training mode, with the batch or frozen."""
         for key, (site, module, x) in self._inputs.items():
-            if key not in self.survey.refused and (why := self._in_training(site, module, x)):
+            if key in self.survey.refused:
+                continue
+            why = self._far_away(site, module, x) or self._in_training(site, module, x)
+            if why:
                 self.survey.refused[key] = why
+
+    def _far_away(self, site: Site, module: nn.Module, like: Tensor) -> str:
+        affine = site.affine
+        if affine is None:
+            return ""
+        shape = (1, -1, *(1,) * (like.dim() - 2))
+        noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        scale = torch.where(affine.scale == 0, torch.ones_like(affine.scale), affine.scale)
+        z = noise.to(like.device) * _FAR - affine.shift.reshape(shape)
+        x = (z / scale.reshape(shape)).clamp(-_MOST, _MOST).to(like.dtype)
+        try:
+            out = module.forward(x.clone())
+        except FAILURES:  # it runs on what the model gives it
+            return ""
+        amplitude, expected = _normalised(site, module, x, on_batch=False)
+        if _close(out, self._behind(module, site.after, expected.to(out.dtype)), amplitude):
+            return ""
+        return f"{type(module).__name__} does more in its forward than normalise, seen on inputs far from the mean"
 
     def _in_training(self, site: Site, module: nn.Module, x: Tensor) -> str:
         buffers = [(b, b.clone()) for b in module._buffers.values() if b is not None]
@@ -300,6 +322,7 @@ def _close(found: Tensor, expected: Tensor, amplitude: Tensor) -> bool:
     if found.shape != expected.shape:
         return False
     unit = torch.finfo(found.dtype).eps if found.is_floating_point() else 0.0
+    unit *= ROUNDINGS if unit < 1e-5 else OF_HALVES
     distance = (found.double() - expected.double()).abs()
-    same = distance <= ROUNDINGS * unit * (amplitude + expected.double().abs())
+    same = distance <= unit * (amplitude + expected.double().abs())
     return bool((same | (found.isnan() & expected.isnan())).all())

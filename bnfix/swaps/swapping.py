@@ -14,7 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from bnfix.graph import Surgeon, all_or_nothing, build_norm, copy_model, describe_norm, find_owners, norm_modules
 from bnfix.graph.owners import Owners
 from bnfix.running import Call
-from bnfix.swaps.batches import budget_of, fitting
+from bnfix.swaps.batches import budget_of, counted, fitting
 from bnfix.swaps.calibrating import Calibration, UnfitError
 from bnfix.swaps.operating import Move, keys, operate, recipe
 from bnfix.swaps.optimizers import bring_along, kept_if_failed
@@ -116,8 +116,7 @@ def plan(
     calls = list(samples)
     if target.calibrated and planned and options.fitted:
         calls = fitting(calls, old, budget_of(old))
-        count = sum(c.tensors()[0].shape[0] for c in calls if c.tensors() and c.tensors()[0].dim())
-        notes.append(f"calibrated on {count:,} samples, layer by layer in the order of their calls")
+        notes.append(f"calibrated on {counted(calls)}, layer by layer in the order of their calls")
     moves: list[Move] = []
     tried: list[str] = []
     while planned:

@@ -150,8 +150,8 @@ def _compared(before: Sequence[Tensor], after: Sequence[Tensor], call: Call, *, 
             raise CalibrationError(f"the swapped model gives NaN or Inf on {on}, where the old one has numbers")
     if [t.shape for t in before] != [t.shape for t in after]:
         return [f"on {on} the outputs have other shapes than before: not compared"]
-    if not before:
-        return [f"on {on} the model returns no floating tensor: outputs not compared"]
+    if not any(t.numel() for t in before):
+        return [f"on {on} the model returns no floating values: outputs not compared"]
     if exact:
         return [_same(before, after, on)]
     apart = max(_distance(a, b) for a, b in zip(before, after, strict=True))
