@@ -10,6 +10,7 @@ import pytest
 import timm.layers
 import torch
 from nets import lived_in
+from safetensors.torch import load_file
 from swaps.swap_nets import Activated, Head, Small, batches, fitted
 from torch import nn
 
@@ -64,6 +65,20 @@ def test_a_raw_strict_load_fails(to: str, tmp_path: Path) -> None:
     path = bnfix.save(result.model, tmp_path / "swapped.pt", recipe=result.recipe)
     with pytest.raises(RuntimeError, match="__bnfix__"):
         Small().load_state_dict(torch.load(path, weights_only=True))
+
+
+def test_a_raw_load_of_safetensors_fails_on_statistics_or_is_the_same_function(tmp_path: Path) -> None:
+    model = fitted(Small(), DATA)
+    for to in ("group", "frozen"):
+        result = bnfix.swap(model, to, data=DATA)
+        weights = load_file(bnfix.save(result.model, tmp_path / f"{to}.safetensors", recipe=result.recipe))
+        if to == "group":
+            with pytest.raises(RuntimeError, match="running_mean"):
+                Small().load_state_dict(weights)
+        else:
+            plain = Small().eval()
+            plain.load_state_dict(weights)
+            assert torch.equal(plain(DATA[0]), model(DATA[0]))
 
 
 def test_a_root_that_is_a_norm(tmp_path: Path) -> None:
