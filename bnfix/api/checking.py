@@ -75,6 +75,8 @@ def check(
 
     if role not in ("train", "val"):
         raise ValueError(f'role is what data is, "train" or "val", not {role!r}')
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples is at least 1, not {max_samples}")
     selection, limits = _asked(select, ignore, per_layer_ignores or {}, thresholds or {})
     known = baseline if baseline is None or isinstance(baseline, rules.Baseline) else rules.read_baseline(baseline)
     bound = {"data": data, "val_data": val_data, "mask": mask, "max_samples": max_samples, "forward": forward}
