@@ -39,13 +39,14 @@ def _bare(given: Any) -> Optimizer:
 class Held:
     """What one optimizer holds: the norms (by number) whose parameters are in it, and whether any of the model's."""
 
-    __slots__ = ("any", "groups", "norms")
+    __slots__ = ("any", "groups", "ids", "norms")
 
     def __init__(self, optimizer: Optimizer, own: dict[int, int], every: set[int]) -> None:
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.groups = sum(len(group["params"]) for group in optimizer.param_groups)
         self.norms = frozenset(own[i] for i in ids if i in own)
-        self.any = not ids.isdisjoint(every)
+        self.ids = ids & every
+        self.any = bool(self.ids)
 
 
 class Steps:
@@ -58,7 +59,8 @@ class Steps:
         self._every = {id(p) for p in model.parameters()}
         self._held: weakref.WeakKeyDictionary[Optimizer, Held] = weakref.WeakKeyDictionary()
         self._heard = heard
-        self.counted = 0
+        self._holders = 0
+        self._ids: set[int] = set()
         attached.add(register_optimizer_step_post_hook(self._stepped))
 
     def _stepped(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -66,15 +68,19 @@ class Steps:
 
     def of(self, optimizer: Optimizer) -> Held:
         """What it holds; looked up once, and again when parameters were added to it."""
-        held = self._held.get(optimizer)
-        if held is None or held.groups != sum(len(group["params"]) for group in optimizer.param_groups):
-            held = self._held[optimizer] = Held(optimizer, self._own, self._every)
+        known = self._held.get(optimizer)
+        if known is not None and known.groups == sum(len(group["params"]) for group in optimizer.param_groups):
+            return known
+        held = self._held[optimizer] = Held(optimizer, self._own, self._every)
+        # Noted here: at the end the optimizer may be gone.
+        self._holders += held.any and not (known is not None and known.any)
+        self._ids |= held.ids
         return held
 
     def holding(self) -> int:
-        """How many that took a step hold parameters of the model."""
-        return sum(h.any for h in self._held.values())
+        """How many that were heard of hold parameters of the model."""
+        return self._holders
 
     def ids(self) -> set[int]:
-        """The ids of all parameters in any optimizer that is known."""
-        return {id(p) for o in self._held for group in o.param_groups for p in group["params"]}
+        """The ids of the model's parameters that are in any of them."""
+        return self._ids

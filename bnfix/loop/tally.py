@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, is_grad_enabled, nn
 from torch._C import _current_graph_task_id as running_backward
+from torch._C import _get_tracing_state as get_tracing_state
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 
 from bnfix.loop.frames import Spot, here, user_spot
@@ -290,7 +293,7 @@ class NormHook(Hook):
 def sample(session: Session, tally: Tally, module: nn.Module, args: tuple[Any, ...], grad: bool) -> None:
     """Look more closely at one forward: its size, where it comes from, and what it does to the statistics."""
     x = args[0] if args else None
-    if not isinstance(x, Tensor) or x.dim() < 2:
+    if not isinstance(x, Tensor) or _recorded() or x.dim() < 2:
         return
     record = tally.record
     if record is None or record.window != session.window:
@@ -312,6 +315,11 @@ def sample(session: Session, tally: Tally, module: nn.Module, args: tuple[Any, .
     if tally.multi or session.every_batch or tally.n + tally.m > 1:
         session.place(forward, here())
         record.begin(forward, module)
+
+
+def _recorded() -> bool:
+    """Whether somebody takes down every operation (jit.trace, make_fx, a counter of FLOPs): none is to be ours."""
+    return get_tracing_state() is not None or _len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None
 
 
 def _notice_its_end(session: Session, tally: Tally, forward: Forward, x: Tensor) -> None:

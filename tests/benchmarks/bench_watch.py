@@ -1,7 +1,8 @@
 """What ``bnfix.watch`` costs a training step: ResNet18, CIFAR-like and at 224 pixels, with and without, side by side.
 
-Run: ``python tests/benchmarks/bench_watch.py [--readme] [--rounds N]``. Process CPU time (user and system), one thread,
-both ways in turn in one process, the least of all rounds; aim: at most 1 % of a step. On a CPU a step takes so long
+Run: ``python tests/benchmarks/bench_watch.py [--readme] [--rounds N] [--device cuda]``. Process CPU time (user and
+system; on a GPU wall-clock time to the end of all kernels), one thread, both ways in turn in one process, the least of
+all rounds; aim: at most 1 % of a step. On a CPU a step takes so long
 that microseconds drown in its noise: so the guard's own time is measured a second way, on a chain of norms with
 ResNet18's widths that compute nothing but their counter (the guard alone), over steps of which one in 16 is measured.
 That figure holds beside any step: the last column is the step time at which it would be 1 %.
@@ -53,11 +54,17 @@ class Loop:
         self.optimizer.step()
 
     def seconds(self, n: int) -> float:
-        """CPU seconds of a step, over n of them."""
-        start = time.process_time()
+        """Seconds of a step, over n of them."""
+        start = self._now()
         for _ in range(n):
             self.step()
-        return (time.process_time() - start) / n
+        return (self._now() - start) / n
+
+    def _now(self) -> float:
+        if self.x.is_cuda:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
 
     def both(self, steps: int, rounds: int, warm: int) -> tuple[float, float]:
         """The least of each: plain, watched. ``warm`` steps bring the watch past its first, dense ones."""
@@ -87,9 +94,11 @@ class Chain(nn.Module):
         super().__init__()
         widths = [m.num_features for m in resnet18(32).modules() if isinstance(m, nn.BatchNorm2d)]
         self.norms = nn.ModuleList(Idle(w) for w in widths)
-        self.inputs = [torch.zeros(4, w, 2, 2) for w in widths]
+        self.widths = widths
+        self.inputs: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
+        self.inputs = self.inputs or [torch.zeros(4, w, 2, 2, device=x.device) for w in self.widths]
         for norm, given in zip(self.norms, self.inputs, strict=True):
             norm(given)
         return x
@@ -108,17 +117,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    device = torch.device(options.device)
+    # A GPU needs batches as large as are usual there, and so many steps that the dense ones at the start fade.
+    cases = CASES if device.type == "cpu" else tuple((name, pixels, 32 * batch) for name, pixels, batch in CASES)
+    many, warm = (2, 1) if device.type == "cpu" else (64, 32)
     rows = []
     for forwards in FORWARDS:
         torch.manual_seed(0)
-        plain, watched = Alone(Chain(), torch.zeros(1), forwards).both(160, 3 * options.rounds, 32)
+        idle = Alone(Chain().to(device), torch.zeros(1, device=device), forwards)
+        plain, watched = idle.both(160, 3 * options.rounds, 32)
         guard = watched - plain
-        for name, pixels, batch in CASES:
+        for name, pixels, batch in cases:
             torch.manual_seed(0)
-            loop = Loop(resnet18(pixels), torch.randn(batch, 3, pixels, pixels), forwards)
-            step, with_watch = loop.both(2, options.rounds if forwards == 1 else 3, 1)
+            x = torch.randn(batch, 3, pixels, pixels, device=device)
+            loop = Loop(resnet18(pixels).to(device), x, forwards)
+            step, with_watch = loop.both(many, options.rounds if forwards == 1 else 3, warm)
             rows.append(
                 (
                     f"{name}, {pixels} px, batch {batch}",
@@ -135,13 +151,14 @@ def main() -> None:
         "training step of ResNet18",
         "forwards a step",
         "step",
-        "with watch, its first steps (all measured)",
+        "with watch" if device.type != "cpu" else "with watch, its first steps (all measured)",
         "guard alone, later",
         "of the step",
         "1 % of a step of",
     )
     note = (
-        f"Process CPU time, in turn in one process, least of {options.rounds} rounds; {machine()}. "
+        f"{'Process CPU' if device.type == 'cpu' else 'Wall-clock'} time, in turn in one process, least of "
+        f"{options.rounds} rounds; {machine()}. "
         "`python tests/benchmarks/bench_watch.py`"
     )
     publish("watch-overhead", f"{table(head, rows)}\n\n{note}", options.readme)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from loop_nets import bad, codes, conv_net, images, loader, sgd, step, train, watch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from bnfix.loop import tally as tally_module
 
@@ -259,3 +261,37 @@ def test_a_scripted_model() -> None:
     report = w.report()
     assert not report.findings
     assert report.notes
+
+
+def test_tracing_within_a_watch_records_nothing_of_it() -> None:
+    """TensorBoard's add_graph traces; FLOPs are counted, graphs are made: with the same result as without a watch."""
+
+    def results(model: nn.Module) -> tuple[list[str], list[str], dict[str, int]]:
+        x = torch.ones(2, 3, 8, 8)
+        traced = [n.kind() for n in torch.jit.trace(model, x, check_trace=False).inlined_graph.nodes()]
+        made = [str(n.target) for n in make_fx(model)(x).graph.nodes]
+        with FlopCounterMode(display=False) as counter:
+            model(x)
+        return traced, made, {str(k): v for k, v in counter.get_flop_counts()["Global"].items()}
+
+    model = conv_net()
+    plain = results(model)
+    optimizer = sgd(model)
+    with watch(model, optimizer) as w:
+        for _ in range(3):
+            step(optimizer, model(images()), model(images()))
+        assert results(model) == plain
+        step(optimizer, model(images()), model(images()))
+    assert not w.report().notes
+
+
+def test_an_optimizer_that_is_gone_at_the_end() -> None:
+    """Who held what is known all the same: a frozen norm beside trained layers is no teacher."""
+    model = conv_net()
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.requires_grad_(False)
+    with watch(model) as w:
+        train(model, sgd(model), 6)
+    assert w.log.optimizers == 1
+    assert bad(w.report()) == {"BN403"}
