@@ -173,6 +173,20 @@ def test_fragile_takes_what_the_rules_flagged(monkeypatch: pytest.MonkeyPatch) -
     assert [e.site for e in bnfix.swap(model, only=Diagnosis((FRAGILE,)), data=DATA).edits] == ["top"]
 
 
+@pytest.mark.parametrize("once", [False, True])
+def test_fragile_with_the_rules_themselves(once: bool) -> None:
+    """At batch size 2 the norm on vectors sees two values a channel, the convolution's seventy-two; at 32 neither."""
+    samples = torch.cat(batches(8, 3, 8, 8, count=8))
+    model = fitted(Head(64), DATA)
+    two = list(samples.split(2))
+    result = bnfix.swap(model, only="fragile", data=iter(two) if once else two)
+    assert [e.site for e in result.edits] == ["top"]
+    assert type(result.model.bn) is nn.BatchNorm2d
+    assert not bnfix.swap(model, only="fragile", data=list(samples.split(32))).edits
+    diagnosis = bnfix.check(model, data=two)
+    assert [e.site for e in bnfix.swap(model, only=diagnosis, data=two).edits] == ["top"]
+
+
 def test_fragile_is_never_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fitted(Head(64), DATA)
     _checking(monkeypatch, Diagnosis((), skipped=(Skipped("BN301", "no data"),)))
