@@ -5,7 +5,7 @@ vectors) for the handwritten digits of scikit-learn. First table: trained with B
 two epochs more. Second table: trained at batch size 2 from scratch, with BatchNorm, with the norms swapped that
 ``check`` calls fragile, with all of them swapped.
 
-Opacus, if it is there. Its wheel brings a package ``benchmarks`` of its own, which would hide this folder: install it with
+Opacus, if it is there. Its wheel brings a package ``benchmarks`` of its own, which would hide this folder: install with
 ``pip install --no-deps --target FOLDER opacus``, remove ``FOLDER/benchmarks``, put FOLDER on ``PYTHONPATH``.
 """
 
