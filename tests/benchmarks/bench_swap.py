@@ -4,6 +4,9 @@ Run: ``python tests/benchmarks/bench_swap.py [--readme] [--seeds 3]``. A small R
 vectors) for the handwritten digits of scikit-learn. First table: trained with BatchNorm, swapped, tested, trained for
 two epochs more. Second table: trained at batch size 2 from scratch, with BatchNorm, with the norms swapped that
 ``check`` calls fragile, with all of them swapped.
+
+Opacus, if it is there. Its wheel brings a package ``benchmarks`` of its own, which would hide this folder: install with
+``pip install --no-deps --target FOLDER opacus``, remove ``FOLDER/benchmarks``, put FOLDER on ``PYTHONPATH``.
 """
 
 from __future__ import annotations
