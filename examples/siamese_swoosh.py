@@ -34,8 +34,7 @@ from bnfix.errors import MissingDependencyError
 Triplet = tuple[Tensor, Tensor, Tensor]
 Curve = list[tuple[int, float, float]]  # step, loss in train mode, loss in eval mode
 EVERY = 20  # steps between two points of a curve
-BROKEN, PARTED = "none", "unshare + recalibrate"
-BATCHWISE = "unshare + recalibrate, batchwise"
+BROKEN, PARTED, BATCHWISE = "none", "unshare + recalibrate", "unshare + recalibrate, batchwise"
 
 
 class Siamese(nn.Module):
@@ -266,10 +265,9 @@ def main() -> None:
     for seed in reversed(range(options.seeds)):  # seed 0 is last: it is the one that is told
         models, digits, watched, checked, curve = cross_modal(seed, options.steps)
         others, of_class, checked_too = class_batches(seed, options.steps)
-        for name, model in models.items():
-            crossed[name].append(score(model, digits))
-        for name, model in others.items():
-            classed[name].append(score(model, of_class))
+        for scores, repaired, of in ((crossed, models, digits), (classed, others, of_class)):
+            for name, model in repaired.items():
+                scores[name].append(score(model, of))
         absurd.append(triplet_loss(others[BATCHWISE], of_class.absurd).item())
     step, in_train, in_eval = curve[-1]
     print(f"seed 0 after {step} steps: loss {in_train:.3f} in train(), {in_eval:.3f} in eval()")
@@ -289,9 +287,9 @@ def main() -> None:
     print(f"negatives of the anchor's own class the loss is {statistics.mean(absurd):.3f}: who looks at digits has 1.")
     pictures = (options.out / "swoosh.png", options.out / "repairs.png")
     draw_swoosh(curve, pictures[0])
-    repaired = "Modalities differ: one norm for each call repairs without training"
+    healed = "Modalities differ: one norm for each call repairs without training"
     cheated = "Class batches: a low loss can be a cheat (orange), its 5-NN tells"
-    draw_repairs({repaired: crossed, cheated: classed}, pictures[1])
+    draw_repairs({healed: crossed, cheated: classed}, pictures[1])
     file = ship(models[PARTED], digits, options.out)
     numbers = {who: [f.code for f in d.findings] for who, d in (("watch", watched), ("check", checked))}
     numbers |= {"curve": curve, "cross_modal": crossed, "class_batches": classed}
