@@ -273,8 +273,7 @@ def main() -> None:
     print(f"seed 0 after {step} steps: loss {in_train:.3f} in train(), {in_eval:.3f} in eval()")
     tell("watch", watched)
     tell("check", checked)
-    print("seed 0, class batches")
-    tell("check", checked_too)
+    tell("check, class batches:", checked_too)
     table("Modalities differ", crossed)
     table("Class batches", classed)
     (before, knn_before), (after, knn_after) = (
