@@ -154,8 +154,12 @@ def _decider(model: nn.Module, select: Select, include_frozen: bool) -> Callable
     def decide(path: str, module: nn.Module) -> tuple[str, bool]:
         if not chosen(path, module):
             return "not selected", False
-        if model.training and not module.training and not include_frozen:
+        if include_frozen:
+            return "", False
+        if model.training and not module.training:
             return FROZEN, True
+        if "frozen" in type(module).__name__.lower() and not isinstance(module, nn.modules.batchnorm._NormBase):
+            return f"a {type(module).__name__} is frozen by its class (include_frozen=True takes it along)", True
         return "", False
 
     return decide

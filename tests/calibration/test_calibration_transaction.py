@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from calib_nets import distances, residual
 from nets import bits, lived_in, same_bits
 from torch import Tensor, nn
@@ -291,6 +292,30 @@ def test_no_more_threads(monkeypatch: pytest.MonkeyPatch, parked: str) -> None:
 
 
 # Frozen norms, modes, momentum.
+
+
+def test_norms_that_are_frozen_by_their_class() -> None:
+    """Detectron2's and bnfix's own normalise by F.batch_norm: that alone does not ask for new statistics."""
+
+    class FrozenNorm(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.register_buffer("running_mean", torch.zeros(channels))
+            self.register_buffer("running_var", torch.ones(channels))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(x, self.running_mean, self.running_var)  # type: ignore[arg-type]
+
+    model = Two()
+    model.bn1 = FrozenNorm(4)
+    model = lived_in(model)
+    before = bits(model)
+    report = bnfix.recalibrate(model, images())
+    assert report.frozen == ("bn1",)
+    assert {k for k, v in bits(model).items() if not torch.equal(v, before[k])} >= {"bn2.running_mean"}
+    assert all(torch.equal(v, before[k]) for k, v in bits(model).items() if k.startswith("bn1."))
+    assert bnfix.recalibrate(model, images(), include_frozen=True).frozen == ()
+    assert not torch.equal(bits(model)["bn1.running_mean"], before["bn1.running_mean"])
 
 
 def test_frozen_norms_and_the_modes_of_all_modules() -> None:
