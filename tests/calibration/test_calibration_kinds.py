@@ -196,7 +196,6 @@ def _frozen(channels: int) -> nn.Module:
 
 LEFT: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "arithmetic of its own": (ByHand, "ByHand normalises by itself"),
-    "FrozenBatchNorm2d": (_frozen, "FrozenBatchNorm2d normalises by itself"),
     "InstanceNorm": (lambda c: nn.InstanceNorm2d(c, track_running_stats=True), "InstanceNorm averages"),
     "no running statistics": (lambda c: nn.BatchNorm2d(c, track_running_stats=False), "keeps no running statistics"),
     "the batch's own": (
@@ -204,6 +203,15 @@ LEFT: dict[str, tuple[Callable[..., nn.Module], str]] = {
         "normalises with the batch",
     ),
 }
+
+
+def test_frozen_batch_norm_of_torchvision_stays() -> None:
+    model = lived_in(net(_frozen))
+    before = bits(model[1])
+    report = bnfix.recalibrate(model, images())
+    assert report.frozen == ("1",)
+    assert [s.site for s in report.layers] == ["4"]
+    assert same_bits(model[1], before)
 
 
 @pytest.mark.parametrize("kind", list(LEFT))
