@@ -11,6 +11,9 @@ from torch.compiler import is_compiling
 
 _TABLES = ("_forward_pre_hooks", "_load_state_dict_pre_hooks")
 
+Modules = list["weakref.ref[nn.Module]"]
+"""Not a WeakSet: modules may be equal without being the same."""
+
 # What stands for a hook in a pickle: functions of Python's own that do nothing there, so the file needs no bnfix.
 # {}.get(module, args) gives args back, which a pre-hook may; "".format takes whatever it gets.
 FORWARD: tuple[Any, str] = ({}, "get")
@@ -28,7 +31,7 @@ class Hook:
 
     __slots__ = ("__weakref__", "_copies", "_module", "_stand_in")
 
-    def __init__(self, module: nn.Module, copies: weakref.WeakSet[nn.Module], stand_in: tuple[Any, str]) -> None:
+    def __init__(self, module: nn.Module, copies: Modules, stand_in: tuple[Any, str]) -> None:
         self._module = weakref.ref(module)
         self._copies = copies
         self._stand_in = stand_in
@@ -39,7 +42,7 @@ class Hook:
         copied = memo.get(id(original)) if original is not None else None
         if not isinstance(copied, nn.Module):  # copied without its module: by a protocol of the user's own
             return Spent(nn.Identity(), self._copies, self._stand_in)
-        self._copies.add(copied)
+        self._copies.append(weakref.ref(copied))
         return Spent(copied, self._copies, self._stand_in)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -54,7 +57,7 @@ class Call(Hook):
     def __init__(
         self,
         module: nn.Module,
-        copies: weakref.WeakSet[nn.Module],
+        copies: Modules,
         stand_in: tuple[Any, str],
         seen: Callable[..., None],
     ) -> None:
@@ -76,20 +79,23 @@ class Spent(Hook):
 
 
 class Attached:
-    """All hooks of one watch."""
+    """All hooks of one watch. They are found again on the modules themselves, also after an interrupt half-way."""
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
-        self.copies: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._hung: Modules = []
+        self.copies: Modules = []
 
     def forward(self, module: nn.Module, hook: Hook) -> None:
         """``hook(module, args)`` in front of each forward of ``module``."""
-        self._handles.append(module.register_forward_pre_hook(hook))  # type: ignore[arg-type]
+        self._hung.append(weakref.ref(module))
+        module.register_forward_pre_hook(hook)  # type: ignore[arg-type]
 
     def load(self, module: nn.Module, seen: Callable[..., None]) -> None:
         """``seen(module, state_dict, prefix, …)`` in front of each load of ``module``'s own tensors."""
+        self._hung.append(weakref.ref(module))
         hook = Call(module, self.copies, LOAD, seen)
-        self._handles.append(module.register_load_state_dict_pre_hook(hook))  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
 
     def add(self, handle: Any) -> None:
         """Something else with a ``remove``."""
@@ -97,18 +103,22 @@ class Attached:
 
     def remove(self) -> None:
         """Take everything off, also from copies."""
+        for reference in [*self._hung, *self.copies]:
+            module = reference()
+            if module is not None:
+                _clean(module, self.copies)
         while self._handles:
-            self._handles.pop().remove()
-        for module in list(self.copies):
-            clean(module)
+            self._handles[-1].remove()
+            self._handles.pop()
+        self._hung.clear()
         self.copies.clear()
 
 
-def clean(module: nn.Module) -> None:
-    """Take spent hooks off a copy."""
+def _clean(module: nn.Module, copies: Modules) -> None:
+    """Take the hooks of one watch off a module."""
     for table in _TABLES:
         hooks = getattr(module, table)
-        for key in [k for k, h in hooks.items() if isinstance(getattr(h, "hook", h), Spent)]:
+        for key in [k for k, h in hooks.items() if getattr(getattr(h, "hook", h), "_copies", None) is copies]:
             del hooks[key]
 
 

@@ -131,6 +131,50 @@ def test_an_exception_while_entering_leaves_nothing(monkeypatch: pytest.MonkeyPa
     assert not hung_on(model.modules())
 
 
+def test_an_interrupt_right_behind_a_registration_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hook hangs already, and nobody has its handle yet."""
+    model = conv_net()
+    real = nn.Module.register_forward_pre_hook
+    seen: list[int] = []
+
+    def interrupted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        real(self, *args, **kwargs)
+        seen.append(1)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(nn.Module, "register_forward_pre_hook", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        watch(model).__enter__()
+    monkeypatch.undo()
+    assert len(seen) == 2
+    assert clean(model)
+
+
+class Same(nn.Module):
+    """All of a kind are equal."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self)
+
+    def __hash__(self) -> int:
+        return 1
+
+
+class SameNorm(Same, nn.BatchNorm1d):
+    pass
+
+
+def test_copies_that_compare_by_value_are_all_cleaned() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), SameNorm(8), nn.Linear(8, 1))
+    optimizer = sgd(model)
+    with watch(model, optimizer) as w:
+        copies = [copy.deepcopy(model) for _ in range(3)]
+        step(optimizer, model(torch.randn(8, 8)))
+    assert w.log.norms[0].updates == 1
+    assert all(clean(m) for m in (model, *copies))
+
+
 def test_nothing_is_kept_alive() -> None:
     model = conv_net()
     optimizer = sgd(model)
