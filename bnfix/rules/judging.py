@@ -33,10 +33,6 @@ class Selection:
             return False
         return _named(rule.code, self.select) if self.select else not rule.optional
 
-    def unknown(self) -> tuple[str, ...]:
-        """Codes that fit no rule."""
-        return unknown_codes([*self.select, *self.ignore, *(c for codes_ in self.by_site.values() for c in codes_)])
-
 
 def _named(code: str, names: Iterable[str]) -> bool:
     return any(n and code.startswith(n) for n in names)
