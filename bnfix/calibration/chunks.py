@@ -17,9 +17,11 @@ TARGET = 128
 LEAST = 16
 """Samples a chunk at least: with fewer, PyTorch takes slower convolutions in one thread, and switching costs more than
 it saves."""
-LARGEST = 8 << 20
+LARGEST = 16 << 20
 """Bytes of the largest activation of a chunk: memory of larger ones goes back to the system with each use (glibc), and
 fresh pages cost more time than the rest of a norm."""
+LARGEST_IN_THREADS = 8 << 20
+"""The same in threads, whose heaps are smaller."""
 LARGEST_ON_DEVICE = 256 << 20
 """The same on a GPU, which keeps its memory: there each chunk costs time on the host."""
 PROBED = 2

@@ -26,6 +26,7 @@ from bnfix.calibration.staged import ElsewhereError, FailedError, MemoryFullErro
 from bnfix.calibration.strands import ParkedStrand, RerunStrand, Strand, StuckError
 from bnfix.calibration.threads import ThreadStrand
 from bnfix.errors import BnfixError, CalibrationError
+from bnfix.running import kept_heap
 from bnfix.stats import Moments
 from bnfix.types import Residual
 
@@ -166,6 +167,8 @@ def _parked(
     first: list[Tensor] = []
     bounded = session.options.memory_budget is not None or spiller is not None
     with ExitStack() as stack:
+        if scouted is not None and ways is not None and not bounded and session.device.type == "cpu":
+            stack.enter_context(kept_heap(int(scouted.parked * sum(c.samples for c in chunks[1:]))))
         kind: Callable[..., ParkedStrand] = partial(ThreadStrand, ambient=Ambient(session.device))
         if ways is not None:
             guard = Guard()

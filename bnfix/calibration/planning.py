@@ -11,6 +11,7 @@ from torch import nn
 
 from bnfix.calibration.chunks import (
     LARGEST,
+    LARGEST_IN_THREADS,
     LARGEST_ON_DEVICE,
     LEAST,
     MOST,
@@ -23,6 +24,7 @@ from bnfix.calibration.chunks import (
     pieces,
     splittable,
 )
+from bnfix.calibration.fibers import Guard
 from bnfix.calibration.reading import Reader, length
 from bnfix.calibration.scouting import Scouted, mixed, scout
 from bnfix.calibration.session import Session
@@ -224,7 +226,9 @@ def _chunks(session: Session, held: list[Chunk], scouted: Scouted | None, apart:
         return held
     total = sum(c.samples for c in held)
     room = session.options.memory_budget or free_bytes(session.device) // 4
-    largest = LARGEST if session.device.type == "cpu" else LARGEST_ON_DEVICE
+    largest = LARGEST_ON_DEVICE
+    if session.device.type == "cpu":
+        largest = LARGEST if scouted.ways is not None and Guard.possible() else LARGEST_IN_THREADS
     target = min(TARGET, int(largest / max(scouted.largest, 1.0)), int(room / 4 / max(scouted.forward, 1.0)))
     target = max(target, LEAST, -(-total // MOST))
     return centred(pieces(held, target), PROBED)

@@ -4,6 +4,7 @@ from bnfix.running.batches import Bound, batch_call, bind
 from bnfix.running.call import Call, as_call, fit_call, map_tensors
 from bnfix.running.garbage import young_garbage_only
 from bnfix.running.guess import FAILURES, accepts, guess_call, random_call, variations
+from bnfix.running.heap import kept_heap
 from bnfix.running.memory import Footprint, free_bytes, give_back, parse_bytes
 from bnfix.running.preserved import preserved
 from bnfix.running.samples import check_finite, join, replayable, size, split
@@ -23,6 +24,7 @@ __all__ = [
     "give_back",
     "guess_call",
     "join",
+    "kept_heap",
     "map_tensors",
     "parse_bytes",
     "preserved",

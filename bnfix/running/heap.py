@@ -1,0 +1,64 @@
+"""Memory for many tensors that come and go, asked of the system once.
+
+glibc gives the free end of its heap back whenever that is large, and takes it again at the next layer: fresh pages,
+each with a fault of its own, took a fifth of the time of a MobileNet whose samples go from layer to layer together. A
+block at the end of the heap keeps what lies below it, and pages that are asked for all at once cost a third of that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_BLOCK = 1 << 20
+_MAPPED = (32 << 20) - (16 << 10)
+"""The largest block whose release makes glibc take such ones from its heap from then on; larger ones never are."""
+_POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE of Linux 5.14; an older one says no, and each page is fetched when it is first used."""
+
+
+@contextmanager
+def kept_heap(count: int) -> Iterator[None]:
+    """``count`` bytes of the heap are ready for tensors on the CPU inside, and go back to the system afterwards.
+
+    Nothing is promised: where the C library or the kernel is another one, all is as it was.
+    """
+    last = _prepared(count) if sys.platform == "linux" and count >= _BLOCK else None
+    try:
+        yield
+    finally:
+        del last
+
+
+def _prepared(count: int) -> Tensor:
+    _block(_MAPPED)
+    blocks = sorted((_block(_BLOCK) for _ in range(-(-count // _BLOCK) + 1)), key=Tensor.data_ptr)
+    last = blocks.pop()
+    _populate([block.data_ptr() for block in blocks])
+    return last
+
+
+def _block(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.uint8, device="cpu")
+
+
+def _populate(starts: list[int]) -> None:
+    """Fetch the pages of blocks that begin there, those of neighbours together."""
+    advise = getattr(ctypes.CDLL(None), "madvise", None)
+    runs: list[list[int]] = []
+    for start in starts:
+        if runs and start - runs[-1][1] < _BLOCK:
+            runs[-1][1] = start + _BLOCK
+        else:
+            runs.append([start, start + _BLOCK])
+    if advise is None:
+        return
+    for start, end in runs:
+        page = 1 << 12
+        first = -(-start // page) * page
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(end // page * page - first), _POPULATE_WRITE)

@@ -1,0 +1,62 @@
+"""Memory asked of the system once: it is there inside, all of it goes back, and nothing else is touched."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bnfix.running import kept_heap
+
+MB = 1 << 20
+GLIBC = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
+ALONE = """
+import resource, torch
+from bnfix.running import give_back, kept_heap
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def waves():
+    for size in (9, 5, 10, 4, 11) * 3:  # MB: as activations grow and shrink from norm to norm
+        held = [torch.ones(size << 20, dtype=torch.uint8) for _ in range(20)]
+        del held
+waves()
+give_back()
+before = resident()
+with kept_heap(240 << 20):
+    inside, start = resident(), faults()
+    waves()
+    within = faults() - start
+give_back()
+print(within, (inside - before) >> 20, (resident() - before) >> 20)
+"""
+
+
+@pytest.mark.skipif(not GLIBC, reason="glibc's allocator")
+def test_pages_are_fetched_once_and_go_back() -> None:
+    """In a process of its own: what other tests left in the heap would be used first."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=True, env=plain)
+    within, gained, kept = map(int, done.stdout.split())
+    pages = 220 * MB // resource.getpagesize()  # what the largest wave needs
+    if gained < 200:
+        pytest.skip("the kernel does not fetch pages at once")
+    assert gained < 260
+    assert within < pages / 10  # each page of the first wave, at least, without
+    assert kept < 10
+
+
+def test_values_inside_are_those_written() -> None:
+    with kept_heap(8 * MB):
+        held = [torch.full((MB,), i, dtype=torch.uint8) for i in range(12)]
+    assert all(bool((t == i).all()) for i, t in enumerate(held))
+
+
+@pytest.mark.parametrize("count", [0, 5, MB, 3 * MB + 17])
+def test_any_count_and_an_exception(count: int) -> None:
+    with pytest.raises(KeyError), kept_heap(count):
+        raise KeyError
