@@ -22,7 +22,13 @@ def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """A Markdown table.
+
+    Raises:
+        SystemExit: nothing was measured; a table in the README is not to be replaced by an empty one.
+    """
+    if not rows:
+        raise SystemExit("nothing was measured: no table")
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
     lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines)
