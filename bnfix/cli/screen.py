@@ -21,6 +21,7 @@ EVERY = 10.0
 """Seconds between two lines of one kind where there is no terminal."""
 READABLE = 100
 """Columns of a text at most: longer lines are hard to read."""
+_LISTENERS: list[list[tuple[Any, About]]] = []
 _LINK = re.compile(r"\[(\w+)\]\(\w+\.md\)")
 _COUNTED = re.compile(r"(?<=\s)\d[\d,]*(?=\W|$)")
 
@@ -124,6 +125,17 @@ def show_markdown(text: str, file: TextIO) -> None:
         raise BnfixError(f"the page can't be written: {error.strerror}") from error
 
 
+@contextlib.contextmanager
+def overheard() -> Iterator[list[tuple[Any, About]]]:
+    """What the reports inside are made of, in their order, beside being written: for a page that quotes them."""
+    heard: list[tuple[Any, About]] = []
+    _LISTENERS.append(heard)
+    try:
+        yield heard
+    finally:
+        del _LISTENERS[-1]
+
+
 def report(values: Sequence[Any], format: OutputFormat, about: Sequence[About], overall: About | None = None) -> None:
     """Write the report of a command to standard output; ``overall`` is about all of several files.
 
@@ -133,6 +145,9 @@ def report(values: Sequence[Any], format: OutputFormat, about: Sequence[About], 
         BnfixError: standard output can't be written (a full disk).
     """
     from rich.console import Console
+
+    for heard in _LISTENERS:
+        heard.extend(zip(values, about, strict=True))
 
     class Output(Console):
         def on_broken_pipe(self) -> None:
