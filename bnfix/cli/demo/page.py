@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -44,6 +44,7 @@ class Telling:
 
 
 TITLE = "Fine in train(), lost in eval()"
+NAMING = ("watch", "check")
 LEAD = (
     "A Siamese network learns on digits: anchors as they are, positives and negatives inverted, one after the other "
     "through one encoder. In training, batch normalization normalizes each forward by itself. In evaluation it has one "
@@ -61,9 +62,9 @@ def document(telling: Telling) -> str:
         f"<style>\n{style}</style></head>\n<body><main>",
         f'<header><p class="brand">bnfix demo</p><h1>{escape(TITLE)}</h1><p class="lead">{escape(LEAD)}</p></header>',
         _tiles(telling),
-        f'<figure>{swoosh(telling.curve)}<figcaption>The loss on the same unseen triplets after every tenth step, with '
+        f"<figure>{swoosh(telling.curve)}<figcaption>The loss on the same unseen triplets after every tenth step, with "
         "the same weights, in both modes.</figcaption></figure>",
-        _section("Named", "By a guard around the training loop, and from the file it left.", telling, ("watch", "check")),
+        _section("Named", "By a guard around the training loop, and from the file it left.", telling, NAMING),
         _section(
             "Repaired, without training",
             "Each call gets a norm of its own, with the same outputs to the bit; then each norm gets the statistics of "
@@ -79,7 +80,7 @@ def document(telling: Telling) -> str:
             ("fold", "export", "verify"),
         ),
         "<section><h2>In short</h2>",
-        _scores(telling.scores),
+        _scores(telling),
         '<p class="soft">A low loss can also be a cheat, where the batches themselves give the answer away: that case, '
         "the other repairs and three seeds are in <code>examples/siamese_swoosh.py</code>.</p></section>",
         "</main></body>\n</html>\n",
@@ -104,8 +105,8 @@ def _tiles(telling: Telling) -> str:
 
 
 def _section(title: str, lead: str, telling: Telling, verbs: Sequence[str]) -> str:
-    cards = [_card(said, said.verb in ("watch", "check")) for verb in verbs for said in telling.said if said.verb == verb]
-    return f'<section><h2>{escape(title)}</h2><p>{escape(lead)}</p>{"".join(cards)}</section>'
+    cards = [_card(said, verb in NAMING) for verb in verbs for said in telling.said if said.verb == verb]
+    return f"<section><h2>{escape(title)}</h2><p>{escape(lead)}</p>{''.join(cards)}</section>"
 
 
 def _card(said: Said, opened: bool) -> str:
@@ -115,19 +116,21 @@ def _card(said: Said, opened: bool) -> str:
     prompt = "" if said.verb == "watch" else "$ "
     typed = f'<pre class="typed">{prompt}{escape(said.line)}</pre>'
     return (
-        f'<details{" open" if opened else ""}><summary><code>{"bnfix." if said.verb == "watch" else "bnfix "}'
+        f"<details{' open' if opened else ''}><summary><code>{'bnfix.' if said.verb == 'watch' else 'bnfix '}"
         f"{escape(said.verb)}</code>{verdict}</summary><div>{typed}{to_html(said.value, said.about)}</div></details>"
     )
 
 
-def _scores(scores: Iterable[Score]) -> str:
+def _scores(telling: Telling) -> str:
     rows = []
-    for score in scores:
-        loss = "" if score.loss is None else _bar(score.loss, f"{score.loss:.2f}", "bad" if score.loss > 0.5 else "good")
+    for score in telling.scores:
+        state = "bad" if score is telling.scores[0] else "good"
+        loss = "" if score.loss is None else _bar(score.loss, f"{score.loss:.2f}", state)
         changed = "" if score.changed is None else f"{score.changed} of {len(score.answers)}"
-        know = _bar(score.accuracy, f"{score.accuracy:.1%}", "bad" if score.accuracy < 0.9 else "good")
+        know = _bar(score.accuracy, f"{score.accuracy:.1%}", state)
         rows.append(f"<tr><th>{escape(score.name)}</th><td>{loss}</td><td>{know}</td><td>{changed}</td></tr>")
-    head = "<tr><th></th><th>loss in eval()</th><th>accuracy of the 5 nearest neighbours</th><th>answers changed</th></tr>"
+    titles = ("", "loss in eval()", "accuracy of the 5 nearest neighbours", "answers changed")
+    head = f"<tr>{''.join(f'<th>{title}</th>' for title in titles)}</tr>"
     return f'<div class="wide"><table class="scores"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
@@ -168,7 +171,9 @@ def swoosh(curve: Sequence[tuple[int, float, float]]) -> str:
         points = [at(point[0], point[which]) for point in curve]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         x, y = points[-1]
-        drawn.append(f'<polyline class="{kind}" points="{path}"/><circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>')
+        drawn.append(
+            f'<polyline class="{kind}" points="{path}"/><circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>'
+        )
         drawn.append(f'<text class="{kind}" x="{x + 10:.1f}" y="{y + 5:.1f}">{mode} {curve[-1][which]:.2f}</text>')
     told = f"Loss by step: {curve[-1][1]:.2f} in train(), {curve[-1][2]:.2f} in eval() after {last} steps"
     return f'<svg viewBox="0 0 {WIDE} {HIGH}" role="img" aria-label="{escape(told)}">{"".join(drawn)}</svg>'

@@ -8,6 +8,7 @@ called three times a step, so each of its norms sees both kinds, one after the o
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 import torch
@@ -24,28 +25,32 @@ Point = tuple[int, float, float]
 EVERY = 10
 
 
-class Encoder(nn.Module):
+class Skip(nn.Sequential):
+    """What the layers make of their input, and the input itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return x + made
+
+
+class Encoder(nn.Sequential):
     """A vector [N, 32] for each image [N, 1, 8, 8]: encoder, projection and prediction, four norms.
 
-    Three of them follow a linear layer and fold away. The input of ``mix_bn`` is also what the skip connection carries
+    Three of them follow a linear layer and fold away. The input of ``mix.bn`` is also what the skip connection carries
     on: there is no layer that could take it up.
     """
 
     def __init__(self, width: int = 128) -> None:
-        super().__init__()
-        self.stem, self.stem_bn = nn.Linear(64, width), nn.BatchNorm1d(width)
-        self.mix_bn, self.mix = nn.BatchNorm1d(width), nn.Linear(width, width)
-        self.project, self.project_bn = nn.Linear(width, 64), nn.BatchNorm1d(64)
-        self.predict, self.predict_bn = nn.Linear(64, 32), nn.BatchNorm1d(32)
-        self.out = nn.Linear(32, 32)
+        mix = Skip(OrderedDict(bn=nn.BatchNorm1d(width), relu=nn.ReLU(), linear=nn.Linear(width, width)))
+        encoder = {"flat": nn.Flatten(), **layers("stem", 64, width), "mix": mix}
+        heads = {**layers("project", width, 64), **layers("predict", 64, 32)}
+        super().__init__(OrderedDict(encoder | heads | {"out": nn.Linear(32, 32)}))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem_bn(self.stem(x.flatten(1))))
-        x = x + self.mix(F.relu(self.mix_bn(x)))
-        x = F.relu(self.project_bn(self.project(x)))
-        x = F.relu(self.predict_bn(self.predict(x)))
-        vector: Tensor = self.out(x)
-        return vector
+
+def layers(name: str, inputs: int, outputs: int) -> dict[str, nn.Module]:
+    """A linear layer, its norm, and what makes it bend."""
+    norm = nn.BatchNorm1d(outputs)
+    return {name: nn.Linear(inputs, outputs), f"{name}_bn": norm, f"{name}_relu": nn.ReLU()}
 
 
 class Siamese(nn.Module):
@@ -117,8 +122,9 @@ def train(model: Siamese, steps: int, progress: Callable[[str], None] = print) -
             value.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         if step % EVERY == 0 or step == steps:
-            curve.append((step, *in_both_modes(model, probe, unseen)))
-            progress("training, step {} of {}: loss {:.2f} in train(), {:.2f} in eval()".format(step, steps, *curve[-1][1:]))
+            in_train, in_eval = in_both_modes(model, probe, unseen)
+            curve.append((step, in_train, in_eval))
+            progress(f"training, step {step} of {steps}: loss {in_train:.2f} in train(), {in_eval:.2f} in eval()")
     model.eval()
     return curve
 

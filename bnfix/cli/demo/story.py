@@ -10,19 +10,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bnfix.cli import run
 from bnfix.cli.demo import NET
 from bnfix.cli.demo.chart import Curve, chart
 from bnfix.cli.demo.page import Said, Score, Telling, document
-from bnfix.cli.door import DONE, FAILED
+from bnfix.cli.door import DONE, FAILED, leave_quietly
 from bnfix.cli.options import OutputFormat
-from bnfix.cli.screen import overheard, report, working
+from bnfix.cli.screen import output, overheard, report, working
 from bnfix.errors import BnfixError
 from bnfix.files import atomic_path
 from bnfix.render import About
 from bnfix.render.terminal import to_ascii
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 STEPS = 600
 WATCHED = "with bnfix.watch(model) as w:\n    train(model)\nprint(w.report())"
@@ -41,13 +44,15 @@ class Story:
     def tell(self) -> int:
         """All of it; the exit code of the first command that did not end as it should, or 0."""
         began = time.monotonic()
-        self._say("A Siamese network that is fine in train() and lost in eval()\n")
-        self._say("1  Train it on digits: anchors as they are, positives and negatives inverted, three forwards a step\n")
+        self._say("A Siamese network that is fine in train() and lost in eval()\n", "bold")
+        self._say(
+            "1  Train it on digits: anchors as they are, positives and negatives inverted, in three forwards\n", "bold"
+        )
         with working() as steps:
             steps("importing torch")
             net, curve, found = self._train(steps)
         self._draw(curve)
-        self._say("2  What was wrong with the loop? bnfix.watch was around it\n")
+        self._say("2  What was wrong with the loop? bnfix.watch was around it\n", "bold")
         for line in WATCHED.splitlines():
             self._say(f"{'...' if line.startswith(' ') else '>>>'} {line}")
         with overheard() as heard:
@@ -57,7 +62,7 @@ class Story:
         code = self._repair(net) or self._ship(net)
         if code:
             return code
-        self._say("In short:\n")
+        self._say("In short\n", "bold")
         self._say(f"  {'':<25}{'eval loss':>9}   accuracy of the 5 nearest neighbours")
         for score in self.scores:
             loss = "" if score.loss is None else f"{score.loss:.2f}"
@@ -67,7 +72,7 @@ class Story:
         with atomic_path(page) as beside:
             Path(beside).write_text(document(Telling(curve, self.scores, self.said)), encoding="utf-8")
         self._say("\nA low loss can also be a cheat: examples/siamese_swoosh.py has that case, and the other repairs.")
-        self._say(f"{time.monotonic() - began:.0f} s in all. Every command above can be pasted; the files are in {self.folder}.")
+        self._say(f"{time.monotonic() - began:.0f} s in all. Every command above can be pasted.")
         self._say(f"The story as a page, with the picture: {page}")
         return DONE
 
@@ -92,8 +97,6 @@ class Story:
         return net, curve, w.report()
 
     def _draw(self, curve: Sequence[tuple[int, float, float]]) -> None:
-        from rich.console import Console
-
         step, in_train, in_eval = curve[-1]
         lines = chart(
             [
@@ -104,10 +107,12 @@ class Story:
             unit="steps",
             dots=_draws_all(),
         )
-        console = Console(file=sys.stdout)
         for line in lines:
-            console.print(line, soft_wrap=True, highlight=False)
-        self._say("\n   The loss of the same weights on the same unseen triplets; at 1 nothing is learned.")
+            _print(line)
+        self._say(
+            "\n   The loss of the same weights on the same unseen triplets; at 1 nothing is learned. In train() each"
+        )
+        self._say("   forward is normalized by itself, in eval() by one set of running statistics for all three.")
         self._say(f"   Saved after {step} steps as {self._path('siamese.pt')}\n")
 
     def _repair(self, net: Any) -> int:
@@ -115,10 +120,11 @@ class Story:
 
         arch = ["--arch", f"{self._path(NET)}:Siamese", "--data", f"{self._path(NET)}:triplets"]
         trained, apart, repaired = (self._path(f"{name}.pt") for name in ("siamese", "unshared", "repaired"))
+        title = "4  Repair it, without training: a norm for each call"
         code = (
             self._command("3  What is wrong with the file?", ["check", trained, *arch], FAILED)
-            or self._command("4  Repair it, without training: a norm for each call", ["unshare", trained, *arch, "-o", apart])
-            or self._command("   ... and in each the statistics of its own call", ["recalibrate", apart, *arch, "-o", repaired])
+            or self._command(title, ["unshare", trained, *arch, "-o", apart])
+            or self._command("   ... with the statistics of its call", ["recalibrate", apart, *arch, "-o", repaired])
         )
         if code:
             return code
@@ -136,10 +142,10 @@ class Story:
 
         arch = ["--arch", f"{self._path(NET)}:Encoder", "--data", f"{self._path(NET)}:images"]
         encoder, folded, onnx = (self._path(f"encoder{name}") for name in (".pt", "-folded.pt", ".onnx"))
-        title = f"5  Ship it: the encoder with the norms of the anchors, {encoder}, is folded"
+        title = f"5  Ship it: {encoder} is the encoder with the norms of the anchors"
         code = (
             self._command(title, ["fold", encoder, *arch, "-o", folded])
-            or self._command("   ... exported", ["export", folded, *arch, "-o", onnx])
+            or self._command("   ... as ONNX", ["export", folded, *arch, "-o", onnx])
             or self._command("   ... and the file compared with the encoder", ["verify", encoder, onnx, *arch])
         )
         if code:
@@ -152,7 +158,8 @@ class Story:
     def _command(self, title: str, argv: list[str], expected: int = DONE) -> int:
         """Show a command and run it; 0 if it ended as ``expected``."""
         line = shlex.join(["bnfix", *argv])
-        self._say(f"{title}\n\n$ {line}")
+        self._say(f"{title}\n", "bold")
+        self._say(f"$ {line}")
         with overheard() as heard:
             code = run(argv)
         self.said += [Said(argv[0], line, value, about) for value, about in heard]
@@ -172,8 +179,22 @@ class Story:
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
-    def _say(self, text: str) -> None:
-        print(text if _draws_all() else to_ascii(text), flush=True)
+    def _say(self, text: str, style: str = "") -> None:
+        from rich.text import Text
+
+        _print(Text(text if _draws_all() else to_ascii(text), style))
+
+
+def _print(text: Text) -> None:
+    """A line as it is, in its colours where there is a terminal."""
+    try:
+        output().print(text, soft_wrap=True, highlight=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        leave_quietly()
+        raise BnfixError(f"the story can't be written: {error.strerror}") from error
 
 
 def _draws_all() -> bool:
