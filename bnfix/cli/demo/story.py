@@ -71,7 +71,7 @@ class Story:
         page = self._path("report.html")
         with atomic_path(page) as beside:
             Path(beside).write_text(document(Telling(curve, self.scores, self.said)), encoding="utf-8")
-        self._say("\nA low loss can also be a cheat: examples/siamese_swoosh.py has that case, and the other repairs.")
+        self._say("\nA low loss can also be a cheat: examples/siamese_swoosh.py has that case and other repairs.")
         self._say(f"{time.monotonic() - began:.0f} s in all. Every command above can be pasted.")
         self._say(f"The story as a page, with the picture: {page}")
         return DONE
