@@ -33,7 +33,7 @@ from bnfix.errors import BnfixError
 TRAIN = 1280
 RATE, FINE = 1e-3, 2e-4
 """Of Adam: in training, and afterwards."""
-OPACUS = "Opacus takes min(32, C) groups and a fresh affine: on the vectors of the head, two values a group. "
+OPACUS = "Opacus takes gcd(32, C) groups and a fresh affine: on the vectors of the head, two values a group. "
 Way = Callable[[nn.Module, list[tuple[Tensor, Tensor]]], nn.Module]
 
 
