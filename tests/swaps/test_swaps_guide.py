@@ -58,7 +58,7 @@ def test_how_it_is_shown() -> None:
     assert "kept: mean and variance of 8 values" in said
     assert "calibrated on 512 samples" in said
     assert "? swapped" in said  # not a green light
-    assert "R² is below 0.5 at 1 norm: more is lost there than kept, so train the new model on; where one" in said
+    assert "R² is below 0.5 at 1 norm: more is lost there than kept, so train the new model further; where one" in said
     assert "fold" not in said
     plan = " ".join(to_text(result(dry_run=True)).split())
     assert "would swap 2 of 3 norms" in plan
