@@ -62,7 +62,8 @@ def _doubts(value: Result) -> tuple[str, ...]:
     poor = [e for e in value.edits if _state(e) == "unsure"]
     if not poor:
         return ()
-    what = f"R² is below {POOR} at {count(len(poor), 'norm')}: more is lost there than kept, so train the new model further"
+    where = count(len(poor), "norm")
+    what = f"R² is below {POOR} at {where}: more is lost there than kept, so train the new model further"
     several = "; where one norm serves several calls that differ, un-share it before"
     return (what + (several if any(len(e.calls) > 1 for e in poor) else ""),)
 
