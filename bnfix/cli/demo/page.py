@@ -166,7 +166,7 @@ def swoosh(curve: Sequence[tuple[int, float, float]]) -> str:
     x, y = at(last / 2, 0)
     drawn.append(f'<text x="{x:.1f}" y="{y + 37:.1f}" text-anchor="middle">optimizer step</text>')
     x, y = at(last, 1)
-    drawn.append(f'<text x="{x + 10:.1f}" y="{y + 4:.1f}">nothing learned</text>')
+    drawn.append(f'<text class="aside" x="{x + 10:.1f}" y="{y + 4:.1f}">nothing learned</text>')
     for which, mode, kind in ((2, "eval()", "bad"), (1, "train()", "blue")):
         points = [at(point[0], point[which]) for point in curve]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
