@@ -140,7 +140,7 @@ def _bar(share: float, figure: str, state: str) -> str:
 
 # ------------------------------------------------------------------------------------- the picture
 
-LEFT, RIGHT, TOP, BOTTOM, WIDE, HIGH = 40, 124, 10, 46, 860, 340
+LEFT, RIGHT, TOP, BOTTOM, WIDE, HIGH = 48, 124, 10, 46, 860, 340
 
 
 def swoosh(curve: Sequence[tuple[int, float, float]]) -> str:
