@@ -176,7 +176,7 @@ def test_nothing_that_needs_training_is_ever_applied(verb: str) -> None:
         (Fix("recalibrate", "t"), "bnfix.recalibrate(model, data)"),
         (Fix("recalibrate", "t", options={"tol": 0.1}), "bnfix.recalibrate(model, data, tol=0.1)"),
         (Fix("unshare", "t"), "model = bnfix.unshare(model, example).model"),
-        (Fix("swap", "t", options={"to": "group"}), "model = bnfix.swap(model, to='group').model"),
+        (Fix("swap", "t", options={"to": "group"}), "model = bnfix.swap(model, data=data, to='group').model"),
         (Fix("set", "t", ("a.bn",), {"momentum": 0.1}), "model.get_submodule('a.bn').momentum = 0.1"),
         (Fix("set", "t", ("a.bn", "b.bn"), {"momentum": 0.1}), ""),
         (Fix("float", "t", ("(root)",)), "model.get_submodule('').float()"),

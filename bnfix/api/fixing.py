@@ -125,7 +125,7 @@ def python_line(fix: Fix) -> str:
     if fix.verb == "recalibrate":
         return f"bnfix.recalibrate(model, data{_arguments(fix.options)})"
     if fix.verb in (*_RESULTS, "fold", "swap"):
-        given = "" if fix.verb == "swap" else ", example"
+        given = ", data=data" if fix.verb == "swap" else ", example"
         return f"model = bnfix.{fix.verb}(model{given}{_arguments(fix.options)}).model"
     where = [f"model.get_submodule({_path(s)!r})" for s in fix.sites]
     if fix.verb == "set" and len(where) == 1:

@@ -182,7 +182,8 @@ def _check_fits(model: nn.Module, only: Any, chosen: Chosen) -> None:
     owners = find_owners(model)
     paths = [(owners.paths(m), m) for m in norm_modules(owners)]
     if not any(chosen(p, m) for p, m in paths):
-        raise ValueError(f"only={only!r} fits no norm of the model: {', '.join(p[0] for p, _ in paths[:5])} …")
+        more = " …" if len(paths) > 5 else ""
+        raise ValueError(f"only={only!r} fits no norm of the model: {', '.join(p[0] for p, _ in paths[:5])}{more}")
 
 
 def _diagnosed(model: nn.Module, data: Any, samples: Any, forward: Forward | None, say: Progress) -> Diagnosis:

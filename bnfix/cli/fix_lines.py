@@ -34,7 +34,10 @@ def line_of(asked: o.Asked, fix: Fix, code: str, info: FileInfo | None, *, mask:
         more += ["--include-frozen"] if fix.options.get("include_frozen") else []
         return _line(fed, "recalibrate", more)
     if fix.verb == "fold" or (fix.verb in ("unshare", "swap") and _is_command(fix.verb)):
-        return _line(dataclasses.replace(asked, data=None if asked.input else asked.data), fix.verb, _options(fix))
+        fed = dataclasses.replace(asked, data=None) if asked.input else asked
+        if fix.verb == "swap":  # the new norms are fitted to data, and which are fragile is asked of it
+            fed = dataclasses.replace(asked, input=(), data=asked.data or DATA)
+        return _line(fed, fix.verb, _options(fix))
     if fix.verb == "unshare" or (fix.verb in MENDS and pickled):
         needs_data = fix.safety is Safety.NEEDS_DATA and asked.data is None
         fed = dataclasses.replace(asked, data=DATA) if needs_data else asked

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from bnfix.cli.door import leave_quietly
 from bnfix.cli.options import OutputFormat
@@ -17,10 +17,14 @@ from bnfix.errors import BnfixError
 from bnfix.render import About, render_all
 from bnfix.render.legible import legible
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 EVERY = 10.0
 """Seconds between two lines of one kind where there is no terminal."""
 READABLE = 100
 """Columns of a text at most: longer lines are hard to read."""
+_LISTENERS: list[list[tuple[Any, About]]] = []
 _LINK = re.compile(r"\[(\w+)\]\(\w+\.md\)")
 _COUNTED = re.compile(r"(?<=\s)\d[\d,]*(?=\W|$)")
 
@@ -124,6 +128,28 @@ def show_markdown(text: str, file: TextIO) -> None:
         raise BnfixError(f"the page can't be written: {error.strerror}") from error
 
 
+def output() -> Console:
+    """Standard output as rich draws on it; a reader that left is a BrokenPipeError, as everywhere."""
+    from rich.console import Console as RichConsole
+
+    class Output(RichConsole):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Output(file=sys.stdout)
+
+
+@contextlib.contextmanager
+def overheard() -> Iterator[list[tuple[Any, About]]]:
+    """What the reports inside are made of, in their order, beside being written: for a page that quotes them."""
+    heard: list[tuple[Any, About]] = []
+    _LISTENERS.append(heard)
+    try:
+        yield heard
+    finally:
+        del _LISTENERS[-1]
+
+
 def report(values: Sequence[Any], format: OutputFormat, about: Sequence[About], overall: About | None = None) -> None:
     """Write the report of a command to standard output; ``overall`` is about all of several files.
 
@@ -132,14 +158,10 @@ def report(values: Sequence[Any], format: OutputFormat, about: Sequence[About], 
     Raises:
         BnfixError: standard output can't be written (a full disk).
     """
-    from rich.console import Console
-
-    class Output(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError
-
+    for heard in _LISTENERS:
+        heard.extend(zip(values, about, strict=True))
     try:
-        render_all(values, format.value, Output(file=sys.stdout), about, overall)
+        render_all(values, format.value, output(), about, overall)
         sys.stdout.flush()
     except BrokenPipeError:
         leave_quietly()

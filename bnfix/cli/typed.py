@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 _typed: ContextVar[tuple[str, ...]] = ContextVar("typed", default=())
+_DONE = {"recalibrate": "recalibrated", "swap": "swapped", "unshare": "unshared"}
+_OTHERWISE = re.compile(r"bnfix fold (weights\.pt .*)-o folded\.pt")
 _OPENING = ("check", "fold", "recalibrate", "swap", "unshare", "export", "verify")
 
 
@@ -25,9 +28,13 @@ def own(line: str) -> str:
     """A line of a hint with the user's own command in place of a general one.
 
     ``if you trust it   bnfix fold net.pt --trust -o …`` becomes ``if you trust it   bnfix export net.pt -o net.onnx
-    --trust`` where that was typed without ``--trust``. Every other line stays as it is.
+    --trust`` where that was typed without ``--trust``; and what is to be done with weights once they are saved becomes
+    what was to be done. Every other line stays as it is.
     """
     typed = _typed.get()
+    done = _DONE.get(typed[0]) if typed else None
+    if done is not None:
+        line = _OTHERWISE.sub(rf"bnfix {typed[0]} \1-o {done}.pt", line)
     label, gap, general = line.partition("   ")
     words = _words(general.strip() if gap else line)
     if typed[:1] not in {(verb,) for verb in _OPENING} or len(words) < 3 or words[0] != "bnfix":

@@ -57,6 +57,10 @@ _FUNCTIONS = words(
     "Add Mul Rational Float Equality Unequality StrictLessThan LessThan StrictGreaterThan GreaterThan "
     "IsNonOverlappingAndDenseIndicator Identity max min"
 )
+_DOTTED = frozenset(
+    ["torch.sym_max", "torch.sym_min", "torch.sym_float", "torch._sym_sqrt", "math.floor", "math.ceil", "math.trunc"]
+)
+"""What torch itself writes into conditions on sizes, beside operators: arithmetic on one or two numbers."""
 _METHODS = frozenset(["size", "stride", "dim", "storage_offset", "numel", "ndim", "dtype", "device", "shape"])
 _POWERS = frozenset(["Pow", "PowByNatural"])
 _MAX_POWER = 8
@@ -183,10 +187,10 @@ def _harmless_node(node: ast.AST, guard: bool) -> bool:
     if isinstance(node, ast.Call):
         return all(isinstance(k.value, ast.Constant) for k in node.keywords) and (
             (isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS)
-            or (guard and isinstance(node.func, ast.Attribute) and node.func.attr in _METHODS)
+            or (guard and isinstance(node.func, ast.Attribute) and _harmless_node(node.func, guard))
         )
     if isinstance(node, ast.Attribute):
-        return guard and node.attr in _METHODS
+        return guard and (node.attr in _METHODS or _dotted(node) in _DOTTED)
     if isinstance(node, ast.Subscript):
         return guard
     if isinstance(node, ast.Constant):  # a string may be evaluated in its turn
@@ -194,6 +198,10 @@ def _harmless_node(node: ast.AST, guard: bool) -> bool:
             return bool(_WORD.fullmatch(node.value))
         return not isinstance(node.value, bytes)
     return True
+
+
+def _dotted(node: ast.Attribute) -> str:
+    return f"{node.value.id}.{node.attr}" if isinstance(node.value, ast.Name) else ""
 
 
 def _small_power(base: ast.expr, exponent: ast.expr) -> bool:

@@ -128,7 +128,7 @@ def first_run(copy: nn.Module, call: Any, key_of: Callable[[Tensor], int | None]
     except Exception as error:  # the user's own forward may raise anything
         raise PassError(
             f"the model's forward failed on {call.signature}: {one_line(error)}",
-            hint=f"its forward takes {inspect.signature(copy.forward)}: give an example that it accepts",
+            hint=what_it_takes(copy),
         ) from error
     finally:
         at_end.remove()
@@ -142,6 +142,11 @@ def first_run(copy: nn.Module, call: Any, key_of: Callable[[Tensor], int | None]
     ]
     thrown = "its forward draws Python's or NumPy's random numbers: it may go another way each time"
     return FirstRun(frozenset(held), tuple(wrote), () if dice == _dice() else (thrown,))
+
+
+def what_it_takes(model: nn.Module) -> str:
+    """What to do where its forward failed on an example."""
+    return f"its forward takes {inspect.signature(model.forward)}: give an example that it accepts"
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, int]]:

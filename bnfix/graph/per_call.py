@@ -148,7 +148,8 @@ def arguments_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
         names = _NATIVE
     else:
         return None
-    given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+    given = {names[i]: value for i, value in enumerate(args)}
+    given.update(kwargs or {})
     given.pop("cudnn_enabled", None)
     return given
 
@@ -160,20 +161,23 @@ _NATIVE = ("input", "weight", "bias", "running_mean", "running_var", "training",
 class _Around:
     """A hook of a model that has norms for each call: at ``paths`` in it, or ``loose`` where no path is registered."""
 
-    __slots__ = ("loose", "paths")
-
     def __init__(self, paths: tuple[str, ...], loose: tuple[NormPerCall, ...]) -> None:
         self.paths, self.loose = paths, loose
 
     def norms(self, model: nn.Module) -> list[NormPerCall]:
         """Those of ``model``: of the very one that runs, which may be a replica."""
-        return [*(model.get_submodule(path) for path in self.paths), *self.loose]  # type: ignore[list-item]
+        found: list[Any] = []  # in plain loops, as all here: Dynamo of torch 2.7 reads little else
+        for path in self.paths:
+            module: Any = model
+            for name in path.split("."):
+                module = getattr(module, name)
+            found.append(module)
+        found.extend(self.loose)
+        return found
 
 
 class BeginForward(_Around):
     """Before a forward: the next call of each norm is its first."""
-
-    __slots__ = ()
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         """Begin."""
@@ -184,8 +188,6 @@ class BeginForward(_Around):
 class EndForward(_Around):
     """Behind a forward, also one that failed: each norm has had all its calls, or none."""
 
-    __slots__ = ()
-
     def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
         """End all, then complain of the first that did not come out even."""
         failed = output is None and sys.exc_info()[0] is not None  # such hooks are called while it is on its way
@@ -194,7 +196,8 @@ class EndForward(_Around):
             try:
                 norm.end(failed=failed)
             except RuntimeError as error:
-                complaint = complaint or error
+                if complaint is None:
+                    complaint = error
         if complaint is not None:
             raise complaint
 

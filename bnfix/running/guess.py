@@ -52,7 +52,8 @@ def input_hint(model: nn.Module) -> str:
     required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if len(required) > 1:
         named = ",".join(f"{name}=1x8" for name in required)
-        return f"its forward takes ({', '.join(required)}); give a shape for each:  --input {named}"
+        example = f"in Python:  ({', '.join(required)}) as the example, a tuple of tensors"
+        return f"its forward takes ({', '.join(required)}); give a shape for each:  --input {named}\n{example}"
     shape = (1, *next(iter(_candidates(model)), (3, 224, 224)))
     return f"give one:  --input {'x'.join(map(str, shape))}\nin Python:  bnfix.fold(model, torch.randn{shape})"
 

@@ -143,7 +143,7 @@ def _class(base: type[nn.Module], bodies: Bodies) -> type[nn.Module]:
         given = bound(own, (self, *args), kwargs)
         given.pop(next(iter(given)))
         try:
-            same = flat(given, tensors) == body.inputs
+            same = _same(flat(given, tensors), body.inputs)
         except TypeError:
             same = False
         if not same:
@@ -151,7 +151,8 @@ def _class(base: type[nn.Module], bodies: Bodies) -> type[nn.Module]:
                 f"{base.__name__}: its calls were merged for a forward on {_told(body.inputs)}, and this is another "
                 "one; merge the calls of the original model again, with an example of it"
             )
-        if settings(self, tuple(body.attributes)) != body.attributes:
+        now = {name: _plain(getattr(self, name, None), 3) for name in body.attributes}
+        if not _same(now, body.attributes):
             raise RuntimeError(
                 f"{base.__name__}: {', '.join(body.attributes)} was read when its calls were merged, and has changed "
                 "since; merge the calls of the original model again"
@@ -187,6 +188,18 @@ def _compiled(body: Body) -> Any:
     space: dict[str, Any] = {"call_together": call_together}
     exec(compile(f"{body.imports}\n{body.source}", "<merged by bnfix>", "exec"), space)  # written by torch.fx
     return space["forward"]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """``one == other``, spelt out: Dynamo of torch 2.7 can't compare dicts."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return len(one) == len(other) and all(key in other and _same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        alike = isinstance(one, list) == isinstance(other, list) and len(one) == len(other)
+        return alike and all(_same(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, Leaf) or isinstance(other, Leaf):
+        return isinstance(one, Leaf) and isinstance(other, Leaf) and one.index == other.index
+    return bool(one == other)
 
 
 def _told(inputs: Mapping[str, Any]) -> str:

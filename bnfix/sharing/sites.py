@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from bnfix.errors import PassError, one_line
 from bnfix.graph import copy_model, find_owners, norm_modules
+from bnfix.graph.first_run import what_it_takes
 from bnfix.graph.owners import Owners
 from bnfix.graph.per_call import arguments_of
 from bnfix.running import FAILURES, Call
@@ -76,7 +77,8 @@ def forwards(model: nn.Module, calls: Sequence[Call]) -> tuple[list[Forward], tu
                     call.run(copy)
             except FAILURES as error:
                 if not training:
-                    raise PassError(f"the model's forward failed on {call.signature}: {one_line(error)}") from error
+                    said = f"the model's forward failed on {call.signature}: {one_line(error)}"
+                    raise PassError(said, hint=what_it_takes(copy)) from error
                 notes.append(
                     f"in training mode the forward fails on {call.signature} ({one_line(error, 100)}): whether it "
                     "calls its norms as often there is not known"

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from bnfix.errors import PassError, one_line
 from bnfix.graph import copy_model, find_owners, norm_modules
+from bnfix.graph.first_run import what_it_takes
 from bnfix.running import FAILURES, Call
 
 Modes = tuple[Any, ...]
@@ -93,7 +94,8 @@ def watch(model: nn.Module, call: Call, *, training: bool) -> Watched:
         with torch.enable_grad(), watching.hooked():
             call.run(copy)
     except FAILURES as error:
-        raise PassError(f"the model's forward failed on {call.signature}: {one_line(error)}") from error
+        said = f"the model's forward failed on {call.signature}: {one_line(error)}"
+        raise PassError(said, hint=what_it_takes(copy)) from error
     wrote = {paths[i]: what for i, m in owners.modules.items() if (what := _changed(state[i], _state(m)))}
     return Watched(
         call.signature,

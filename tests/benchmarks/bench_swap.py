@@ -33,6 +33,7 @@ from bnfix.errors import BnfixError
 TRAIN = 1280
 RATE, FINE = 1e-3, 2e-4
 """Of Adam: in training, and afterwards."""
+OPACUS = "Opacus takes gcd(32, C) groups and a fresh affine: on the vectors of the head, two values a group. "
 Way = Callable[[nn.Module, list[tuple[Tensor, Tensor]]], nn.Module]
 
 
@@ -158,7 +159,8 @@ def of_trained(seeds: int, epochs: int) -> str:
     note = (
         f"Accuracy on {len(test)} digits, mean of {seeds} seeds and the worst; with BatchNorm {told(before)}. All ten "
         f"norms swapped, then trained with Adam at {FINE:g} (before: {RATE:g}). bnfix fits them to 512 training images "
-        f"in {statistics.mean(seconds):.1f} s. {machine()}. `python tests/benchmarks/bench_swap.py`"
+        f"in {statistics.mean(seconds):.1f} s. {OPACUS if found['Opacus ModuleValidator.fix'] else ''}{machine()}. "
+        "`python tests/benchmarks/bench_swap.py`"
     )
     return f"{table(['swapped by', 'before any training', 'after two epochs'], rows)}\n\n{note}"
 
@@ -188,7 +190,7 @@ def at_two(seeds: int, epochs: int) -> str:
     rows = [[name, told(values) if values else "not measured"] for name, values in found.items()]
     note = (
         f"Trained from scratch at batch size 2, {epochs} epochs, accuracy on {len(test)} digits, mean of {seeds} seeds "
-        f"and the worst. Fragile: {', '.join(swapped)}."
+        f"and the worst. Fragile: {', '.join(swapped)}. {machine()}. `python tests/benchmarks/bench_swap.py`"
     )
     return f"{table(['norms swapped', 'accuracy'], rows)}\n\n{note}"
 

@@ -38,4 +38,18 @@ def test_the_line_of_a_swap_names_its_layers(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("bnfix.cli.fix_lines._is_command", lambda verb: True)
     fix = Fix("swap", "t", options={"to": "group", "only": ("a.bn", "b.bn")})
     words = shlex.split(line_of(Asked("m.pt2"), fix, "BN301", None))
-    assert words == ["bnfix", "swap", "m.pt2", "--to", "group", "--only", r"^(a\.bn|b\.bn)$", "-o", "m-swapped.pt2"]
+    assert words == [
+        "bnfix",
+        "swap",
+        "m.pt2",
+        "--data",
+        "train_images/",
+        "--to",
+        "group",
+        "--only",
+        r"^(a\.bn|b\.bn)$",
+        "-o",
+        "m-swapped.pt2",
+    ]
+    words = shlex.split(line_of(Asked("m.pt2", input=("1x3",), data="d.py:f"), fix, "BN301", None))
+    assert words[:5] == ["bnfix", "swap", "m.pt2", "--data", "d.py:f"]  # a shape alone fits nothing

@@ -19,7 +19,6 @@ from torch import nn
 
 import bnfix
 from bnfix.cli import run
-from bnfix.cli.demo import _prepare
 
 Output = pytest.CaptureFixture[str]
 ROOT = Path(bnfix.__file__).parents[1]
@@ -211,55 +210,3 @@ def test_examples_run(script: str, tmp_path: Path) -> None:
     argv = [*runner, str(EXAMPLES / script)]
     done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_demo_and_every_command_that_it_shows(tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert run(["demo"]) == 0
-    out = capsys.readouterr().out
-    accuracy = [float(a) for a in re.findall(r"accuracy (\d+\.\d+) %", out)]
-    assert len(accuracy) == 5
-    assert len(set(accuracy[:4])) == 1
-    assert accuracy[4] < 50  # pale images, as trained
-    assert float(re.findall(r"(\d+\.\d+) % recalibrated", out)[0]) > 95
-    assert accuracy[0] > 95  # a wrong fold or an untrained network is near 10
-    assert "folded 4 of 5 norms, kept 1" in out
-    shown = [shlex.split(line[2:]) for line in out.splitlines() if line.startswith("$ ")]
-    assert [words[1] for words in shown] == ["info", "fold", "export", "verify", "recalibrate"]
-    for words in shown:
-        assert run(words[1:]) == 0
-    assert _prepare(Path("bnfix-demo")) is False  # its own folder may be used again, and is not taken away
-
-
-def test_the_demo_touches_no_folder_that_it_did_not_make(
-    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("bnfix-demo").mkdir()
-    Path("bnfix-demo/thesis.txt").write_text("mine")
-    assert run(["demo"]) == 2
-    assert "the demo did not make it" in capsys.readouterr().err
-    assert os.listdir("bnfix-demo") == ["thesis.txt"]
-
-
-def test_the_demo_names_the_extra_that_it_needs(
-    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    found = __import__("importlib.util").util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "sklearn" else found(name, *a))
-    assert run(["demo"]) == 2
-    assert capsys.readouterr().err == "error: bnfix demo needs scikit-learn\n  pip install 'bnfix[demo]'\n"
-    assert os.listdir() == []
-
-
-def test_an_interrupted_demo_leaves_nothing(tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-    def interrupted(*args: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", interrupted)
-    monkeypatch.setattr("bnfix.cli.demo.EPOCHS", 1)
-    assert run(["demo"]) == 130
-    assert os.listdir() == []

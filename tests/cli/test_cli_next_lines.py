@@ -49,6 +49,17 @@ def offered(text: str) -> list[list[str]]:
     return [words for words in map(shlex.split, found) if words[1] in ("fold", "export", "verify")]
 
 
+def test_what_to_do_with_saved_weights_is_what_was_to_be_done() -> None:
+    general = "safer: save model.state_dict() as weights.pt, then   bnfix fold weights.pt --arch n.py:N -o folded.pt"
+    with typing(["unshare", "m.pt", "-o", "u.pt"]):
+        assert own(general).endswith("then   bnfix unshare weights.pt --arch n.py:N -o unshared.pt")
+        assert own(general.replace("then   ", "then: ")).endswith("unshare weights.pt --arch n.py:N -o unshared.pt")
+    for verb in ("fold", "check", "verify"):
+        with typing([verb, "m.pt"]):
+            assert own(general) == general
+    assert own(general) == general
+
+
 def test_the_own_command_with_what_was_missing() -> None:
     general = "if you trust it   bnfix fold w.pt --trust -o w-folded.pt"
     with typing(["export", "w.pt", "--input=1x3", "-o", "my file.onnx"]):

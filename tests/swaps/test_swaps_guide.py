@@ -57,6 +57,8 @@ def test_how_it_is_shown() -> None:
     assert "now GroupNorm(1, 8, eps=0.001)" in said
     assert "kept: mean and variance of 8 values" in said
     assert "calibrated on 512 samples" in said
+    assert "? swapped" in said  # not a green light
+    assert "R² is below 0.5 at 1 norm: more is lost there than kept, so train the new model further; where one" in said
     assert "fold" not in said
     plan = " ".join(to_text(result(dry_run=True)).split())
     assert "would swap 2 of 3 norms" in plan
@@ -71,4 +73,6 @@ def test_many_norms_are_told_by_the_part_of_the_model() -> None:
     assert "layer0.0.bn … layer0.9.bn (10 norms)" in said
     assert "now 10 × GroupNorm" in said
     assert "R² 0.90 at layer0.0.bn, the lowest" in said
+    assert "✓ swapped" in said
+    assert "is below" not in said
     assert to_text(Result(None, (), (), verb="swap")).strip().endswith("found no norm to swap")

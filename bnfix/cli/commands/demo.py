@@ -1,4 +1,4 @@
-"""``bnfix demo``: the whole way once, on a model trained on the spot."""
+"""``bnfix demo``: the story that bnfix began with, on a model trained on the spot."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ def demo(
     dir: Annotated[str, typer.Option("--dir", metavar="FOLDER", help="Where its files go.")] = "bnfix-demo",
     traceback: o.TracebackOption = False,
 ) -> int:
-    """Train a small CNN on handwritten digits; fold, export, verify and recalibrate it: offline, in under a minute.
+    """A Siamese network is fine in train() and lost in eval(): trained, found out, repaired, shipped. Under a minute.
 
-    Each step is shown as the command that you would type; the files stay, and every command can be pasted.
+    Offline, on handwritten digits: watch and check name the fault, unshare and recalibrate repair it without training,
+    then fold, export and verify. Each step is shown as the command that you would type; the files stay, every command
+    can be pasted, and report.html tells it with pictures.
     """
     from bnfix.cli.demo import play
 

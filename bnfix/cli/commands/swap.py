@@ -27,6 +27,16 @@ if TYPE_CHECKING:
     from bnfix.types import Result
 
 ORDER = 18
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="SPEC",
+        help="What the new norms are fitted to (group, layer and instance need it): file.py:callable, "
+        "pkg.mod:callable, a folder of images, or a .npy/.npz/.safetensors file.",
+        rich_help_panel=o.RUN_ON,
+    ),
+]
 EPILOG = """**Examples**
 
 `bnfix swap weights.pt --arch timm:resnet50 --to group --data train_images/ -o swapped.pt`
@@ -113,7 +123,7 @@ def swap(
     arch: o.ArchOption = None,
     arch_kw: o.ArchKwOption = None,
     trust: o.TrustOption = False,
-    data: c.CalibrationDataOption = None,
+    data: DataOption = None,
     batch_size: c.BatchSizeOption = 64,
     max_samples: c.MaxSamplesOption = None,
     input: o.InputOption = None,

@@ -33,9 +33,9 @@ class SwapPage(PageOf):
             columns=COLUMNS,
             rows=(*(_row(run, value.dry_run) for run in runs), *_rows_kept(value)),
             lines=(*(_line(e, value.dry_run) for e in value.edits), *(_refused(r) for r in value.refusals)),
-            state="done" if value.edits else "kept",
+            state=_worst(value),
             verdict=_verdict(value),
-            notes=value.notes,
+            notes=(*value.notes, *_doubts(value)),
         )
 
     def cells(self, value: Result) -> tuple[str, ...]:
@@ -51,6 +51,21 @@ class SwapPage(PageOf):
         changed = count(sum(bool(v.edits) for v in values), "file")
         said = f"{'would swap' if planned else 'swapped'} {done} of {count(norms, 'norm')} in {changed}{kept}"
         return (said, *([PLAN_ONLY] if planned else []))
+
+
+def _worst(value: Result) -> State:
+    return "kept" if not value.edits else "unsure" if any(_state(e) == "unsure" for e in value.edits) else "done"
+
+
+def _doubts(value: Result) -> tuple[str, ...]:
+    """What to do where R² is poor."""
+    poor = [e for e in value.edits if _state(e) == "unsure"]
+    if not poor:
+        return ()
+    where = count(len(poor), "norm")
+    what = f"R² is below {POOR} at {where}: more is lost there than kept, so train the new model further"
+    several = "; where one norm serves several calls that differ, un-share it before"
+    return (what + (several if any(len(e.calls) > 1 for e in poor) else ""),)
 
 
 def _verdict(value: Result) -> tuple[str, ...]:

@@ -67,17 +67,18 @@ class TooFewValues(Rule):
         for severity, paths in found.items():
             if paths:
                 names = tuple(p or "(root)" for p in paths)
+                heals = Fix(
+                    "swap",
+                    "a norm that needs no batch, in these layers alone",
+                    names,
+                    {"only": "fragile"},
+                    Safety.NEEDS_TRAINING,
+                )
                 yield self.found(
                     severity,
                     f"{shown(names)}: {self._said([least[p] for p in paths])}",
                     names,
-                    fix=Fix(
-                        "swap",
-                        "a norm that needs no batch, in these layers alone",
-                        names,
-                        {"only": "fragile"},
-                        Safety.NEEDS_TRAINING,
-                    ),
+                    fix=None if severity == "info" else heals,  # what does no harm that shows needs no healing
                     values={n: least[p] for n, p in zip(names, paths, strict=True)},
                 )
 
