@@ -27,7 +27,7 @@ import bnfix
 
 MODELS = ("resnet18@96", "resnet50@64", "mobilenetv2_100@96")
 BATCHES = (2, 16, 64)
-IMAGES = 256
+IMAGES = 512
 
 
 def plain(model: nn.Module, batches: list[Tensor]) -> None:
@@ -69,7 +69,7 @@ def measure(name: str, size: int, rounds: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME@PIXELS")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     options = parser.parse_args()
