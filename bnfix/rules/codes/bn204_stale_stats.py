@@ -56,6 +56,7 @@ class StaleStats(Rule):
     code = "BN204"
     name = "stale-stats"
     needs = ("norms", "data")
+    behind = ("BN305",)
 
     def check(self, evidence: Evidence) -> Iterator[Finding | Skipped]:
         """One finding for the whole model."""
