@@ -24,7 +24,7 @@ def _on(found: Trained, model: nn.Module | None = None) -> Diagnosis:
 
 @bug("BN304", "happynear/NormFace#4")
 def batches_of_one_class(fixed: bool) -> Diagnosis:
-    """"If you do not shuffle the data, all the data in one batch may have the same label"."""
+    """ "If you do not shuffle the data, all the data in one batch may have the same label"."""
 
     def by_label(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         order = y.argsort(stable=True)
@@ -62,7 +62,7 @@ class Pooled(nn.Module):
 
 @bug("BN301", "yu-changqian/TorchSeg#95")
 def batches_of_two_images(fixed: bool) -> Diagnosis:
-    """"When the size of batch_size is too small, the model test is very bad"."""
+    """ "When the size of batch_size is too small, the model test is very bad"."""
     return _on(train_digits("plain_cnn", build=Pooled, batch=48 if fixed else 2, epochs=6 if fixed else 2, lr=1e-3))
 
 

@@ -21,7 +21,7 @@ def _discriminator(watch: Any, joint: bool) -> Diagnosis:
     torch.manual_seed(dist.get_rank())
     with watch(model, optimizer) as w:
         for _ in range(8):
-            real, fake = images(), images()
+            real, fake = images(64), images(64)
             step(optimizer, *(model(torch.cat([real, fake])).chunk(2) if joint else (model(real), model(fake))))
     return w.report()
 

@@ -20,8 +20,8 @@ class FrozenButUpdating(Rule):
 
     Looks for norms none of whose parameters asks for a gradient and whose running statistics change all the same,
     because they are in training mode; for norms behind a `torch.no_grad()` in every step, and for those that no
-    optimizer holds (a new head is trained, or a network inside a loss), which are other ways to freeze; and for norms that were held in evaluation mode while the model trained, until
-    somebody's `model.train()` undid it.
+    optimizer holds (a new head is trained, or a network inside a loss), which are other ways to freeze; and for norms
+    that were held in evaluation mode while the model trained, until somebody's `model.train()` undid it.
 
     ## Why is this bad
 
@@ -91,7 +91,7 @@ class FrozenButUpdating(Rule):
                 updates=updates,
                 steps=log.steps,
             )
-        rest = [n for n in log.norms if n not in frozen and n.thawed.times]
+        rest = [n for n in log.norms if n not in frozen and n.thawed.updates]
         if rest:
             held = f"held in evaluation mode for {count(rest[0].held, 'step')} of training, then train() undid it"
             yield self._found(rest, held, "thawed")
