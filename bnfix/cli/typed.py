@@ -35,7 +35,7 @@ def own(line: str) -> str:
     if words[1] not in _OPENING:
         return line
     if words[2] not in typed:
-        return f"{label}{gap}{_on_weights(words)}" if gap and _is_another_way(words, typed) else line
+        return f"{label}{gap}{_on_weights(words)}" if label.startswith("safer") and _is_another(words, typed) else line
     missing = ["--trust"] if "--trust" in words and "--trust" not in typed else []
     if "--arch" in words and not was_typed("--arch"):
         missing += words[words.index("--arch") :][:2]
@@ -44,8 +44,8 @@ def own(line: str) -> str:
     return f"{label}{gap}{command(missing)}" if gap and missing else line
 
 
-def _is_another_way(words: Sequence[str], typed: Sequence[str]) -> bool:
-    """Whether a hint goes on from weights that are yet to be saved, with another command than the one that was typed."""
+def _is_another(words: Sequence[str], typed: Sequence[str]) -> bool:
+    """Whether a hint goes on from weights yet to be saved, with another command than the one that was typed."""
     return "--arch" in words and words[1] != typed[0] and len(typed) > 1 and not typed[1].startswith("-")
 
 
