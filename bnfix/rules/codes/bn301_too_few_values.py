@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.measured import batch_values, by_path, learns, not_for_training, shown
+from bnfix.rules.measured import batch_values, by_path, learns, not_for_training
+from bnfix.rules.reading import some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, Safety, Severity, Skipped
 
@@ -69,7 +70,7 @@ class TooFewValues(Rule):
                 names = tuple(p or "(root)" for p in paths)
                 yield self.found(
                     severity,
-                    f"{shown(names)}: {self._said([least[p] for p in paths])}",
+                    f"{some(names)}: {self._said([least[p] for p in paths])}",
                     names,
                     fix=Fix(
                         "swap",
