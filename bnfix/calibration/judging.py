@@ -45,7 +45,11 @@ def outputs(session: Session, chunk: Chunk, stats: dict[int, Stats]) -> Any:
 
 
 def change(before: Any, after: Any) -> float | None:
-    """The worst over all floating outputs; None where there are none to compare, inf where shapes differ."""
+    """The worst over all floating outputs; None where there are none to compare.
+
+    Infinite where shapes differ, or where one of the two is a finite number and the other is none: a NaN that goes, or
+    comes. What is not finite on both sides (a mask of −inf) is passed over.
+    """
     pairs = list(zip(_floating(before), _floating(after), strict=False))
     if not pairs:
         return None
@@ -54,6 +58,12 @@ def change(before: Any, after: Any) -> float | None:
         if a.shape != b.shape:
             return float("inf")
         a, b = a.double(), b.double()
+        finite = a.isfinite()
+        if not torch.equal(finite, b.isfinite()):
+            return float("inf")
+        a, b = a[finite], b[finite]
+        if not len(b):
+            continue
         spread = b.std(unbiased=False).item()
         moved = (a - b).square().mean().sqrt().item()
         worst = max(worst, moved / spread if spread > 0 else (0.0 if moved == 0 else float("inf")))

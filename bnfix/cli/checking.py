@@ -51,6 +51,8 @@ class Subject:
     against: Any = None
     notes: tuple[str, ...] = ()
     kind: str = ""
+    reference: str = ""
+    """Of an ONNX file: what it was exported from, as it was typed."""
 
     @property
     def onnx(self) -> bool:
@@ -170,10 +172,9 @@ def _onnx(asked: Asked, given: Evidence, steps: Steps, *, whole: bool) -> Subjec
         )
     if given.against is None:
         if asked.arch or asked.input or asked.data:
-            model = given.against or "weights.pt"
             raise UsageError(
                 f"{asked.model} is an ONNX file: --arch, --input and --data are for the model to compare it with",
-                hint=f"name that model:   --against {model}",
+                hint="name that model:   --against weights.pt",
             )
         return Subject(asked.model, kind="onnx")
     reference = dataclasses.replace(asked, model=given.against)
@@ -190,7 +191,9 @@ def _onnx(asked: Asked, given: Evidence, steps: Steps, *, whole: bool) -> Subjec
         )
     loaded = api.converted(loaded, calls)
     notes = (*loaded.notes, *assumed)
-    return Subject(asked.model, example=list(calls), against=loaded.value, notes=notes, kind="onnx")
+    return Subject(
+        asked.model, example=list(calls), against=loaded.value, notes=notes, kind="onnx", reference=given.against
+    )
 
 
 def _reference(asked: Asked, given: Evidence, steps: Steps) -> Any:

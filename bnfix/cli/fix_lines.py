@@ -22,10 +22,16 @@ _DONE = {
 }  # fmt: skip
 
 
-def line_of(asked: o.Asked, fix: Fix, code: str, info: FileInfo | None, *, mask: str | None = None) -> str:
-    """The command that does ``fix`` on the model that was asked about; empty where none does."""
+def line_of(
+    asked: o.Asked, fix: Fix, code: str, info: FileInfo | None, *, mask: str | None = None, reference: str = ""
+) -> str:
+    """The command that does ``fix`` on the model that was asked about; empty where none does.
+
+    An ONNX file is exported again from its ``reference``, where that was named.
+    """
     if asked.model.endswith(".onnx"):
-        return ""
+        again = asked.next("export", reference, trust=asked.trust)
+        return f"{again} -o {o.quoted(os.path.splitext(asked.model)[0] + '-exported.onnx')}" if reference else ""
     asked = _with_arch(asked)
     pickled = info is not None and info.kind == "pickled_module"
     if fix.verb == "recalibrate":

@@ -39,14 +39,27 @@ def own(line: str) -> str:
     words = _words(general.strip() if gap else line)
     if typed[:1] not in {(verb,) for verb in _OPENING} or len(words) < 3 or words[0] != "bnfix":
         return line
-    if words[1] not in _OPENING or words[2] not in typed:
+    if words[1] not in _OPENING:
         return line
+    if words[2] not in typed:
+        return f"{label}{gap}{_on_weights(words)}" if label.startswith("safer") and _is_another(words, typed) else line
     missing = ["--trust"] if "--trust" in words and "--trust" not in typed else []
     if "--arch" in words and not was_typed("--arch"):
         missing += words[words.index("--arch") :][:2]
         if "--data" in words and not was_typed("--data", "--input"):
             missing += words[words.index("--data") :][:2]
     return f"{label}{gap}{command(missing)}" if gap and missing else line
+
+
+def _is_another(words: Sequence[str], typed: Sequence[str]) -> bool:
+    """Whether a hint goes on from weights yet to be saved, with another command than the one that was typed."""
+    return "--arch" in words and words[1] != typed[0] and len(typed) > 1 and not typed[1].startswith("-")
+
+
+def _on_weights(words: Sequence[str]) -> str:
+    """What was typed, on the weights and with the architecture that a hint names."""
+    verb, _, *options = (w for w in _typed.get() if w != "--trust")
+    return shlex.join(["bnfix", verb, words[2], "--arch", words[words.index("--arch") + 1], *options])
 
 
 def command(more: Sequence[str] = ()) -> str:

@@ -7,7 +7,8 @@ import os
 import site
 import sys
 import sysconfig
-from functools import cache
+from functools import cache, lru_cache
+from itertools import islice
 from types import CodeType, FrameType
 
 import torch
@@ -40,6 +41,19 @@ def _kind(filename: str) -> int:
     return 1 if path.startswith(_libraries()) else 0
 
 
+@lru_cache(maxsize=4096)
+def _source(code: CodeType, lasti: int) -> tuple[int | None, ...]:
+    """Lines and columns of the expression that is running.
+
+    Not the instruction itself: once the interpreter has specialised a call (``tuple(net(x) for x in xs)``, from the
+    eighth time on), the same expression runs at another one.
+    """
+    if sys.version_info < (3, 11):  # which specialises nothing
+        return (lasti,)
+    found = next(islice(code.co_positions(), lasti // 2, None), (None,))
+    return (lasti,) if None in found else found
+
+
 def position(frame: FrameType | None, end: CodeType | None, root: CodeType | None) -> tuple[int, bool]:
     """One number for the way from ``frame`` up to the function ``end``: equal where every call on it is the same.
 
@@ -48,7 +62,7 @@ def position(frame: FrameType | None, end: CodeType | None, root: CodeType | Non
     found, depth, inside = 0, 0, False
     while frame is not None and depth < _DEEPEST:
         code = frame.f_code
-        found = hash((found, code, frame.f_lasti))
+        found = hash((found, code, _source(code, frame.f_lasti)))
         if code is root:
             inside = True
         if code is end:

@@ -89,6 +89,7 @@ def _norm(tally: Tally, session: Session, origins: Origins, held: set[int], load
         held_at_start=tally.held_at_start,
         written=origins.written(tally, held),
         twin=origins.twin(tally, session.tallies),
+        left_out=origins.left_out(tally, held),
         counted=counted,
         unseen=unseen,
         per_step=dict(sorted(tally.per_step.items())),

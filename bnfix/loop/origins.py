@@ -20,13 +20,17 @@ class Origins:
     def __init__(self) -> None:
         self._first: dict[int, list[tuple[weakref.ref[nn.Parameter], Tensor]]] = {}
         self._prints: dict[int, frozenset[bytes]] = {}
+        self._printed: dict[int, frozenset[int]] = {}
+        self._around: dict[int, list[weakref.ref[nn.Parameter]]] = {}
 
     def note(self, tally: Tally, module: nn.Module, parent: nn.Module | None) -> None:
         """Remember the values around one norm. Reads from the device."""
         own = [p for p in module._parameters.values() if p is not None]
         beside = _beside(module, parent)
+        self._around[tally.index] = [weakref.ref(p) for p in [*own, *_next_to(module, parent)]] if own else []
         known = [p for p in [*own, *beside] if _readable(p)]
         self._first[tally.index] = [(weakref.ref(p), _some(p)) for p in known]
+        self._printed[tally.index] = frozenset(map(id, beside))
         # Weights of norms begin at 1 and 0 everywhere: only others tell a copy from a coincidence.
         self._prints[tally.index] = frozenset(
             s.numpy().tobytes() + str(tuple(p.shape)).encode()
@@ -44,13 +48,20 @@ class Origins:
                     return True
         return False
 
+    def left_out(self, tally: Tally, held: set[int]) -> bool:
+        """Whether no optimizer holds its parameters, nor those of the layer next to it. A norm without any: no."""
+        known = [p for r in self._around.get(tally.index, ()) if (p := r()) is not None]
+        return bool(known) and bool(held) and not any(id(p) in held for p in known)
+
     def twin(self, tally: Tally, others: Sequence[Tally]) -> bool:
         """Whether it began with the same values as a part that has been trained."""
         mine = self._prints.get(tally.index)
         if not mine:
             return False
-        trained = (o for o in others if o is not tally and o.updates and o.trained)
-        return any(mine == self._prints.get(o.index) for o in trained)
+        # Norms that are beside each other have the same neighbours, and are no copies for that.
+        trained = (o for o in others if o.updates and o.trained and o is not tally)
+        apart = (o for o in trained if self._printed[o.index].isdisjoint(self._printed[tally.index]))
+        return any(mine == self._prints.get(o.index) for o in apart)
 
 
 def _beside(module: nn.Module, parent: nn.Module | None) -> list[nn.Parameter]:
@@ -61,6 +72,17 @@ def _beside(module: nn.Module, parent: nn.Module | None) -> list[nn.Parameter]:
         if child is not None and child is not module:
             found += [p for p in child._parameters.values() if p is not None and _readable(p) and p.dim() > 1]
     return found[:_NEIGHBOURS]
+
+
+def _next_to(module: nn.Module, parent: nn.Module | None) -> list[nn.Parameter]:
+    """The parameters of the nearest layer with any in front of a norm, or else behind it, as the parent lists them."""
+    children = [c for c in parent._modules.values() if c is not None] if parent is not None else []
+    at = next((i for i, c in enumerate(children) if c is module), 0)
+    for child in [*reversed(children[:at]), *children[at + 1 :]]:
+        found = list(child.parameters())
+        if found:
+            return found
+    return []
 
 
 def _readable(parameter: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -88,7 +88,7 @@ def judge(evidence: Evidence, selection: Selection | None = None) -> Diagnosis:
             whole = whole and (isinstance(said, Finding) or bool(said.sites))
         if whole:  # what was skipped without a site was skipped everywhere
             checked.append(rule.code)
-    findings.sort(key=lambda f: (SEVERITIES.index(f.severity), f.code))
+    findings.sort(key=_order(findings))
     kept, ignored = _sifted(findings, chosen, evidence)
     return Diagnosis(
         tuple(kept),
@@ -99,6 +99,18 @@ def judge(evidence: Evidence, selection: Selection | None = None) -> Diagnosis:
         evidence.seen,
         evidence.notes,
     )
+
+
+def _order(findings: Iterable[Finding]) -> Callable[[Finding], tuple[int, str, bool, str]]:
+    """The worst first, then by code; a finding that another one explains comes behind that one."""
+    behind = {rule.code: rule.behind for rule in all_rules()}
+    there = {(f.severity, f.code) for f in findings}
+
+    def key(finding: Finding) -> tuple[int, str, bool, str]:
+        why = [c for c in behind.get(finding.code, ()) if (finding.severity, c) in there]
+        return SEVERITIES.index(finding.severity), max((finding.code, *why)), bool(why), finding.code
+
+    return key
 
 
 def _sifted(findings: list[Finding], chosen: Selection, evidence: Evidence) -> tuple[list[Finding], list[Finding]]:

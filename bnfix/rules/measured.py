@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _TINY = 1e-30
 ENOUGH_BATCHES = 10
 """Batches without which nothing is said about call sites."""
+SEVERE = (0.5, 6.0)
+"""From where on BN204 calls a change of the outputs an error: so much of their spread, and so many times chance."""
 _PAIRS = 8
 """Call sites of one norm that are compared with each other: a recurrent cell has dozens."""
 

@@ -46,7 +46,8 @@ class Rule(ABC):
     The docstring of a rule is its page, in Markdown: a first line, then the headings *What it does*, *Why is this bad*,
     *Example* (bad and good code) and *Fix* (what it is and what it costs). ``needs`` names the parts of the evidence
     without which nothing can be said; where one is absent the rule is skipped, and the report says so. Each part in
-    ``also`` is enough without them. A rule that is ``optional`` runs only where it is selected.
+    ``also`` is enough without them. A rule that is ``optional`` runs only where it is selected. ``behind`` are the
+    codes that say why: where one of them is found as well, and no less severe, this rule's findings come behind it.
     """
 
     code: ClassVar[str]
@@ -54,6 +55,7 @@ class Rule(ABC):
     needs: ClassVar[tuple[str, ...]] = ("norms",)
     also: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[bool] = False
+    behind: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def check(self, evidence: Evidence) -> Iterator[Finding | Skipped]:

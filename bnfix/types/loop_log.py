@@ -111,7 +111,8 @@ class LoopNorm:
     the same step. ``abandoned`` forwards had gradients that nobody took. ``thawed`` are updates after it had been held
     in evaluation mode during training (``held`` steps). ``held_at_start``: it was in evaluation mode, the model in
     training mode, when the watch began. ``written``: its values changed though no optimizer holds them; ``twin``: it
-    began as a copy of another part that is trained.
+    began as a copy of another part that is trained; ``left_out``: optimizers step, and none of them holds its
+    parameters or those of the layer next to it.
     """
 
     path: str
@@ -144,6 +145,7 @@ class LoopNorm:
     held_at_start: bool = False
     written: bool = False
     twin: bool = False
+    left_out: bool = False
     counted: int | None = None
     unseen: int = 0
     per_step: Mapping[int, int] = field(default_factory=dict)

@@ -1,9 +1,10 @@
-"""What ``check`` says of healthy models: every architecture of torchvision and of the zoo, fresh and lived in.
+"""What is said of healthy models: every architecture of torchvision and of the zoo, fresh and lived in; and oddities.
 
-    bench_check_clean.py [--trace] [--large] [--zoo | --torchvision] [NAME ...]
+    bench_check_clean.py [--trace] [--large] [--zoo | --torchvision | --oddities] [NAME ...]
 
 Errors, warnings and infos for each model. Without ``--trace``, structure and stored values alone; with it, the graph on
-an image too. A fresh model was never trained; a lived-in one has statistics and weights as training leaves them.
+an image too. A fresh model was never trained; a lived-in one has statistics and weights as training leaves them. The
+oddities are those of ``tests/oddities``: loops under watch, models and loaders that look like a fault and are meant.
 """
 
 from __future__ import annotations
@@ -89,12 +90,31 @@ def conditions(name: str, *, large: bool) -> Iterator[tuple[str, nn.Module]]:
     yield "lived in", lived_in(model)
 
 
+def oddities() -> Iterator[tuple[str, Diagnosis]]:
+    """Legitimate practice that looks like a fault, and what ``watch`` or ``check`` says of it."""
+    from oddities import odd_loops, odd_models, odd_teachers  # noqa: F401
+    from oddities.oddity import ODDITIES
+
+    for odd in ODDITIES:
+        torch.manual_seed(0)
+        yield odd.name, odd.show()
+
+
 def line(name: str, state: str, said: Diagnosis, seconds: float) -> str:
     """One model for a reader."""
     found = Counter(f"{f.code} {f.severity}" for f in said.findings)
     told = ", ".join(f"{k} x{n}" if n > 1 else k for k, n in sorted(found.items()))
     counts = " ".join(f"{len(said.of(s)):2}" for s in ("error", "warning", "info"))
     return f"{name:46} {state:9} {said.norms:4} norms  {counts}  {seconds:5.1f} s  {told}"
+
+
+def told(total: Counter[str], text: str, said: Diagnosis) -> None:
+    """Print it, and count it."""
+    total["models"] += 1
+    total.update({s: len(said.of(s)) for s in ("error", "warning", "info")})
+    print(text, flush=True)
+    for finding in (*said.of("error"), *said.of("warning")):
+        print(f"    {finding.code} {finding.severity}: {finding.message}")
 
 
 def main() -> None:
@@ -104,12 +124,13 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--zoo", action="store_true", help="the public zoo alone")
     which.add_argument("--torchvision", action="store_true", help="torchvision alone")
+    which.add_argument("--oddities", action="store_true", help="what looks like a fault and is meant, alone")
     parser.add_argument("names", nargs="*")
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = options.names or [
-        *([] if options.torchvision else zoo.NAMES),
-        *([] if options.zoo else torchvision_names()),
+        *([] if options.torchvision or options.oddities else zoo.NAMES),
+        *([] if options.zoo or options.oddities else torchvision_names()),
     ]
     total: Counter[str] = Counter()
     print(f"{'':46} {'':9} {'':10}   E  W  I")
@@ -117,12 +138,13 @@ def main() -> None:
         for state, model in conditions(name, large=options.large):
             start = time.process_time()
             said = bnfix.check(model, example(name, model) if options.trace else None)
-            total["models"] += 1
-            total.update({s: len(said.of(s)) for s in ("error", "warning", "info")})
             total["untraced"] += options.trace and "BN102" not in said.checked
-            print(line(name, state, said, time.process_time() - start), flush=True)
-            for finding in (*said.of("error"), *said.of("warning")):
-                print(f"    {finding.code} {finding.severity}: {finding.message}")
+            told(total, line(name, state, said, time.process_time() - start), said)
+    if not (options.names or options.zoo or options.torchvision):
+        start = time.process_time()
+        for name, said in oddities():
+            told(total, line(name, "as meant", said, time.process_time() - start), said)
+            start = time.process_time()
     print(f"{total['models']} models ({machine()}): {total['error']} errors, {total['warning']} warnings "
           f"({total['warning'] / max(total['models'], 1):.3f} a model), {total['info']} infos"
           + (f"; {total['untraced']} without a graph" if options.trace else ""))  # fmt: skip

@@ -374,3 +374,14 @@ def test_a_loader_that_raises_is_named(here: Path, capsys: Output) -> None:
     err = capsys.readouterr().err
     assert "ZeroDivisionError" in err
     assert "Traceback" not in err
+
+
+def test_the_safer_way_is_that_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pickled module: with the weights saved, it is check that goes on, and not fold."""
+    path = tmp_path / "net.pt"
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), path)
+    assert run(["check", str(path), "--ignore", "BN104"]) == 2
+    said = capsys.readouterr().err
+    assert f"bnfix check {path} --ignore BN104 --trust" in said
+    assert "bnfix check weights.pt --arch torch.nn.modules.container:Sequential --ignore BN104" in said
+    assert "bnfix fold" not in said

@@ -53,3 +53,10 @@ def test_the_line_of_a_swap_names_its_layers(monkeypatch: pytest.MonkeyPatch) ->
     ]
     words = shlex.split(line_of(Asked("m.pt2", input=("1x3",), data="d.py:f"), fix, "BN301", None))
     assert words[:5] == ["bnfix", "swap", "m.pt2", "--data", "d.py:f"]  # a shape alone fits nothing
+
+
+def test_an_onnx_file_is_exported_again_from_what_it_was_compared_with() -> None:
+    asked, fix = Asked("m.onnx", arch="net.py:Net", input=("4x1x8x8",)), Fix("code", "export again")
+    assert line_of(asked, fix, "BN504", None) == ""
+    said = line_of(asked, fix, "BN504", None, reference="weights.pt")
+    assert said == "bnfix export weights.pt --arch net.py:Net --input 4x1x8x8 -o m-exported.onnx"

@@ -295,3 +295,21 @@ def test_an_optimizer_that_is_gone_at_the_end() -> None:
         train(model, sgd(model), 6)
     assert w.log.optimizers == 1
     assert bad(w.report()) == {"BN403"}
+
+
+@pytest.mark.parametrize("calls", [
+    lambda net, xs: tuple(net(x) for x in xs),
+    lambda net, xs: list(map(net, xs)),
+    lambda net, xs: [net(x) for x in xs],
+    lambda net, xs: (net(xs[0]), net(xs[1])),
+])  # fmt: skip
+def test_an_expression_is_one_place_however_often_it_ran(calls: Any) -> None:
+    """CPython replaces instructions by faster ones once they are warm: the same call then has another address."""
+    model = conv_net()
+    optimizer = sgd(model)
+    with watch(model, optimizer) as w:
+        for _ in range(16):
+            step(optimizer, *calls(model, (images(), images(shift=3.0))))
+    (pattern,) = w.log.norms[0].patterns
+    assert pattern.steps == 15  # the first step tells that there are several
+    assert bad(w.report()) == {"BN303", "BN401"}

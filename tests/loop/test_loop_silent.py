@@ -186,6 +186,20 @@ def test_update_bn(where: str, momentum: float | None) -> None:
     assert all(n.calibrated == (12 if where == "every epoch" else 3) for n in w.log.norms)
 
 
+def test_an_average_that_is_evaluated_and_calibrated_in_turns() -> None:
+    """Held in evaluation mode, with gradients on, until ``update_bn`` puts it into training mode for its pass."""
+    model = conv_net()
+    optimizer, average = sgd(model), AveragedModel(model)
+    with watch(nn.ModuleDict({"model": model, "average": average}), optimizer) as w:
+        for _ in range(4):
+            train(model, optimizer, 5)
+            average.update_parameters(model)
+            update_bn(loader(3), average)
+            average.eval()
+            average(images())
+    assert not w.report().findings
+
+
 def test_swa_with_an_averaged_model_made_inside() -> None:
     model = conv_net()
     optimizer = sgd(model)

@@ -138,7 +138,7 @@ def test_one_line_for_all_that_it_heals() -> None:
 
 def test_what_takes_training_has_no_line() -> None:
     text = drawn(Diagnosis((FEW_VALUES,), (), CHECKED))
-    assert "fix (needs training): larger batches" in text
+    assert "fix (in your code): larger batches" in text
     assert "fix BN301" not in text
 
 

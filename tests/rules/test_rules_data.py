@@ -360,3 +360,13 @@ def test_a_mask_without_padding_and_no_mask() -> None:
     model = fit(case.model, [b["input"] for b in full])
     assert bnfix.check(model, data=full, mask="mask").clean
     assert "padding" in reason(bnfix.check(model, data=full), "BN305")
+
+
+def test_outputs_that_are_no_numbers_are_said_to_be_none() -> None:
+    data = batches(images())
+    model = fit(conv_net(), data)
+    norms_of(model)[0].running_mean[0] = float("nan")
+    (finding,) = bnfix.check(model, data=data).by_code("BN204")
+    assert finding.severity == "error"
+    assert "hold NaN or infinities" in finding.message
+    assert "inf of" not in finding.message

@@ -229,6 +229,16 @@ def test_what_sixteen_bits_lose_is_what_the_message_says(dtype: torch.dtype, los
         assert bool(step != 1.0) is moves
 
 
+@pytest.mark.parametrize(("training", "severity"), [(True, "warning"), (False, "info")])
+def test_sixteen_bits_are_a_fault_where_they_learn(training: bool, severity: str) -> None:
+    """``model.half().eval()`` is how many models are deployed."""
+    model = small().half().train(training)
+    assert only(check(model), "BN107").severity == severity
+    model[1].train(not training)
+    both = check(model).by_code("BN107")
+    assert [(f.severity, f.sites) for f in both] == [("warning", ("14"[training],)), ("info", ("41"[training],))]
+
+
 def test_a_norm_in_float32_between_half_layers_is_clean() -> None:
     model = small().half()
     mend(model, Fix("float", "", ("1", "4")))

@@ -182,7 +182,7 @@ def _diagnosis(value: object, asked: o.Asked, subject: Subject, wanted: Wanted, 
     found = dataclasses.replace(found, notes=tuple(asked_for(note) for note in found.notes))
 
     def line(finding: Finding, fix: Fix) -> str:
-        return line_of(asked, fix, finding.code, subject.info, mask=wanted.mask)
+        return line_of(asked, fix, finding.code, subject.info, mask=wanted.mask, reference=subject.reference)
 
     skipped = tuple(_worded(s, onnx=subject.onnx) for s in found.skipped)
     return dataclasses.replace(api.with_lines(found, line), skipped=skipped)

@@ -83,7 +83,7 @@ class FixPage(PageOf):
     kind = Fix
 
     def page(self, value: Fix) -> Page:
-        said = f"{value.verb}: {value.title} ({COST[value.safety]})"
+        said = f"{value.verb}: {value.title} ({_cost(value)})"
         where = some(value.sites) or MODEL
         return Page(value.verb, (), (), (Line("plain", where, said),), "plain", (f"{where}: {said}",))
 
@@ -180,7 +180,7 @@ def _told(group: Sequence[Finding]) -> Row:
     if fix is None:
         return row
     verb = f": bnfix.{fix.verb}" if fix.verb in _PUBLIC else ""
-    return Row(row.state, (*row.cells[:2], f"{row.cells[2]}\nfix ({COST[fix.safety]}{verb}): {fix.title}"))
+    return Row(row.state, (*row.cells[:2], f"{row.cells[2]}\nfix ({_cost(fix)}{verb}): {fix.title}"))
 
 
 _PUBLIC = ("recalibrate", "unshare", "swap", "fold", "joint", "merge_calls")
@@ -191,6 +191,11 @@ def _row(group: Sequence[Finding]) -> Row:
     more = f" (and {len(group) - 1} more like this)" if len(group) > 1 else ""
     sites = tuple(dict.fromkeys(site for f in group for site in f.sites))
     return Row(STATES[first.severity], (f"{first.code} {first.name}", some(sites) or MODEL, _said(first) + more))
+
+
+def _cost(fix: Fix) -> str:
+    """What a fix takes: a change of the user's own code is no training, though one may have to follow."""
+    return "in your code" if fix.verb == "code" and fix.safety is Safety.NEEDS_TRAINING else COST[fix.safety]
 
 
 def _said(finding: Finding) -> str:

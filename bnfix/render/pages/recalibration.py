@@ -136,6 +136,8 @@ def _before(value: Recalibration) -> list[str]:
 def _change(value: Recalibration, verb: str) -> str:
     on = f" on {count(value.probe, 'sample')}" if value.probe else ""
     null = f" (two halves of the data: {_number(value.output_null)})" if value.output_null is not None else ""
+    if value.output_change == math.inf:
+        return f"the outputs {verb} beyond comparison (NaN, infinities or another shape on one side){on}{null}"
     return f"the outputs {verb} by {_number(value.output_change)} of their spread{on}{null}"
 
 

@@ -41,6 +41,7 @@ class SeveralCallSites(Rule):
     name = "several-call-sites"
     needs = ("facts",)
     also = ("loop",)
+    behind = ("BN303",)
 
     def check(self, evidence: Evidence) -> Iterator[Finding | Skipped]:
         """One finding for all norms that are called equally often."""

@@ -17,7 +17,9 @@ class HalfPrecisionStats(Rule):
 
     ## What it does
 
-    Finds norms whose running mean and variance are float16 or bfloat16, as `model.half()` leaves them.
+    Finds norms whose running mean and variance are float16 or bfloat16, as `model.half()` leaves them. A warning where
+    they learn: in training mode. Else it is information, for `model.half().eval()` is a usual way to deploy, and some
+    libraries save their checkpoints in 16 bits.
 
     ## Why is this bad
 
@@ -46,17 +48,18 @@ class HalfPrecisionStats(Rule):
     name = "half-precision-stats"
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """One finding for each type."""
+        """One finding for each type, for norms that learn and for others."""
         norms = [n for n in evidence.norms or () if n.dtype in _DIGITS and not n.frozen_class]
-        for dtype in dict.fromkeys(str(n.dtype) for n in norms):
-            same = [n for n in norms if n.dtype == dtype]
+        for dtype, learns in dict.fromkeys((str(n.dtype), bool(n.training)) for n in norms):
+            same = [n for n in norms if n.dtype == dtype and bool(n.training) == learns]
             paths = sites(same)
             rate = min((n.momentum for n in same if n.momentum), default=_MOMENTUM)
             lost = 2.0 ** -_DIGITS[dtype] / (2 * rate)
             yield self.found(
-                "warning",
+                "warning" if learns else "info",
                 f"{some(paths)}: running statistics in {dtype}; updates "
-                f"of less than {lost:.2g} of a value are lost in training (momentum {rate:g})",
+                f"of less than {lost:.2g} of a value are lost in training (momentum {rate:g})"
+                f"{'' if learns else ', evaluation loses one rounding'}",
                 paths,
                 fix=Fix("float", "norms in float32, all else as it is", paths, safety=Safety.EXACT),
                 dtype=dtype,

@@ -16,7 +16,7 @@ from bnfix.rules.measured import (
     undecided,
 )
 from bnfix.rules.rule import Case, Rule
-from bnfix.types import Evidence, Finding, Fix, Safety, Skipped
+from bnfix.types import Drift, Evidence, Finding, Fix, Safety, Skipped
 
 
 class StaleStats(Rule):
@@ -56,6 +56,7 @@ class StaleStats(Rule):
     code = "BN204"
     name = "stale-stats"
     needs = ("norms", "data")
+    behind = ("BN305",)
 
     def check(self, evidence: Evidence) -> Iterator[Finding | Skipped]:
         """One finding for the whole model."""
@@ -78,8 +79,8 @@ class StaleStats(Rule):
         severe = severe and not apart_  # a symptom then, and no statistics heal it: BN303 is the error
         yield self.found(
             "error" if severe else "warning",
-            f"the statistics are not those of the data: recalibration changes {compared(drift)} by {drift.change:.2g} "
-            f"of the spread, two halves of the data differ by {drift.null:.2g} ({off_by(drift, off[0])})",
+            f"the statistics are not those of the data: {_changed(drift)}, two halves of the data differ by "
+            f"{drift.null:.2g} of the spread ({off_by(drift, off[0])})",
             paths_of(off),
             fix=Fix("recalibrate", "recalibrate on the training data", safety=Safety.NEEDS_DATA),
             change=drift.change,
@@ -105,3 +106,10 @@ class StaleStats(Rule):
 
         data = batches(images())
         return Case(fit(conv_net(), data), data=data)
+
+
+def _changed(drift: Drift) -> str:
+    what = compared(drift)
+    if drift.change == float("inf"):
+        return f"{what} hold NaN or infinities, and none with those of the data"
+    return f"recalibration changes {what} by {drift.change:.2g} of the spread"

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.measured import batch_values, by_path, learns, not_for_training, shown
+from bnfix.rules.measured import batch_values, by_path, learns, not_for_training
+from bnfix.rules.reading import some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, Safety, Severity, Skipped
 
@@ -76,7 +77,7 @@ class TooFewValues(Rule):
                 )
                 yield self.found(
                     severity,
-                    f"{shown(names)}: {self._said([least[p] for p in paths])}",
+                    f"{some(names)}: {self._said([least[p] for p in paths])}",
                     names,
                     fix=None if severity == "info" else heals,  # what does no harm that shows needs no healing
                     values={n: least[p] for n, p in zip(names, paths, strict=True)},

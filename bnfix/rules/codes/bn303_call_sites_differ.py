@@ -98,11 +98,11 @@ class CallSitesDiffer(Rule):
     def _said(self, severity: str, found: list[Apart]) -> Finding:
         worst = found[0]
         names = tuple(a.path or "(root)" for a in found)
-        more = f", and {len(found) - 1} norms more" if len(found) > 1 else ""
+        spreads = worst.spreads if worst.spreads >= 0.005 else 0  # a sign that was turned leaves it at rounding
         return self.found(
             severity,  # type: ignore[arg-type]
-            f"{names[0]} is called on {worst.calls} inputs that differ (means by {worst.means:.2g} σ, ½|ln var| by "
-            f"{worst.spreads:.2g}){more}: one set of statistics fits none of them",
+            f"{some(names)}: called on {worst.calls} inputs that differ (means by {worst.means:.2g} σ, ½|ln var| by "
+            f"{spreads:.2g}): one set of statistics fits none of them",
             names,
             fix=Fix(
                 "unshare",

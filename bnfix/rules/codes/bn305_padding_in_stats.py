@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.measured import by_path, median_of, shown
+from bnfix.rules.measured import SEVERE, by_path, exceeds, median_of, shown
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, NormState, Safety, SiteData, Skipped
 
@@ -14,7 +14,8 @@ class PaddingInStats(Rule):
 
     With a mask, compares mean and variance of each norm's input over all positions with those over the positions that
     count. A warning where the means are more than .1 σ apart (the channel median), or ½|ln var| more than .1, and what
-    is stored is nearer to the ones with padding.
+    is stored is nearer to the ones with padding; an error where BN204 finds that this changes the outputs by as much as
+    it calls an error.
 
     ## Why is this bad
 
@@ -53,7 +54,7 @@ class PaddingInStats(Rule):
         off.sort(key=lambda item: -item[0])
         names = tuple(dict.fromkeys(s.path or "(root)" for _, s in off))
         yield self.found(
-            "warning",
+            "error" if data.drift is not None and exceeds(data.drift, *SEVERE) else "warning",
             f"padding is in the statistics of {shown(names)}: without it, they are {off[0][0]:.2g} σ elsewhere",
             names,
             fix=Fix(

@@ -9,6 +9,9 @@ from bnfix.rules.reading import count, site, some
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, Line, LoopLog, LoopNorm, Safety, Skipped
 
+_STEPS = 4
+"""Before so many steps, nobody can tell what is never trained."""
+
 
 class FrozenButUpdating(Rule):
     """A norm that is meant to be frozen still learns statistics.
@@ -16,9 +19,9 @@ class FrozenButUpdating(Rule):
     ## What it does
 
     Looks for norms none of whose parameters asks for a gradient and whose running statistics change all the same,
-    because they are in training mode; for norms behind a `torch.no_grad()` in every step, which is another way to
-    freeze; and for norms that were held in evaluation mode while the model trained, until
-    somebody's `model.train()` undid it.
+    because they are in training mode; for norms behind a `torch.no_grad()` in every step, and for those that no
+    optimizer holds (a new head is trained, or a network inside a loss), which are other ways to freeze; and for norms
+    that were held in evaluation mode while the model trained, until somebody's `model.train()` undid it.
 
     ## Why is this bad
 
@@ -76,7 +79,19 @@ class FrozenButUpdating(Rule):
                 updates=norm.without_grad,
                 steps=norm.gradless_steps,
             )
-        rest = [n for n in log.norms if n not in frozen and n.thawed.times]
+        out = [n for n in own if n not in frozen and n not in idle and _is_left_out(n)]
+        if out:
+            paths, updates = tuple(site(n.path) for n in out), max(n.updates for n in out)
+            yield self.found(
+                "warning",
+                f"{some(paths)}: no optimizer holds their parameters, which stay as they are, but training mode learns "
+                f"statistics: {count(updates, 'update')} in {count(log.steps, 'step')}",
+                paths,
+                fix=_fix(paths),
+                updates=updates,
+                steps=log.steps,
+            )
+        rest = [n for n in log.norms if n not in frozen and n.thawed.updates]
         if rest:
             held = f"held in evaluation mode for {count(rest[0].held, 'step')} of training, then train() undid it"
             yield self._found(rest, held, "thawed")
@@ -107,7 +122,12 @@ class FrozenButUpdating(Rule):
 
 def _never_trained(norm: LoopNorm, log: LoopLog) -> bool:
     """Whether it sits behind a no_grad() in most of the steps and learns nothing but statistics."""
-    return not norm.updates and log.steps >= 4 and 2 * norm.gradless_steps >= log.steps
+    return not norm.updates and log.steps >= _STEPS and 2 * norm.gradless_steps >= log.steps
+
+
+def _is_left_out(norm: LoopNorm) -> bool:
+    """Whether it is trained by nobody for more than a few steps: the optimizer that holds it may be yet to come."""
+    return norm.left_out and sum(norm.per_step.values()) + norm.foreign >= _STEPS
 
 
 def _where(lines: tuple[Line, ...]) -> str:
