@@ -8,8 +8,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+
+# No timed assertions: on a busy machine the first example alone takes longer than Hypothesis allows.
+settings.register_profile("bnfix", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("bnfix")
 
 _FLAGS = {"slow": "--slow", "zoo": "--zoo"}
 

@@ -193,7 +193,7 @@ TENSORS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     tensors=st.dictionaries(NAMES, TENSORS, min_size=1, max_size=6),
     prefix=st.sampled_from(["", "module.", "_orig_mod.", "module._orig_mod."]),

@@ -28,7 +28,7 @@ def one_forward(norm: nn.Module, x: Tensor) -> tuple[np.ndarray, np.ndarray] | N
     return moments(forward, fetched(record.forwards), float(norm.eps))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     momentum=st.one_of(st.none(), st.floats(1e-3, 1.0)),
     mean=st.floats(-20, 20),
@@ -119,7 +119,7 @@ def test_distance_between_sites_is_the_formula() -> None:
     assert (pair.batches, pair.values) == (steps, 32)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(scale=st.floats(0.01, 100), offset=st.floats(-50, 50), sites=st.integers(2, 4))
 def test_distance_does_not_depend_on_units(scale: float, offset: float, sites: int) -> None:
     """Means in σ and ratios of variances: the same for a·x + b (eps aside)."""

@@ -42,7 +42,7 @@ def test_the_verdict_follows_the_ratio_to_the_models_own_noise(oracle, times, ve
     assert found.rms_err == pytest.approx(times * 1e-6, rel=0.15)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(k=st.floats(2, 50), times=st.floats(0.1, 100))
 def test_k_is_the_limit_whatever_it_is(k, times):
     oracle = torch.randn(8, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

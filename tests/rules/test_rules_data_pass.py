@@ -213,7 +213,7 @@ def test_progress_says_what_is_done() -> None:
     scale=st.sampled_from([1e-3, 1.0, 1e3]),
     shift=st.sampled_from([0.0, 5.0, -300.0]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_moments_are_those_of_the_inputs(sizes: list[int], scale: float, shift: float) -> None:
     rng = torch.Generator().manual_seed(sum(sizes))
     data = [scale * (shift + torch.randn(n, 3, 2, 2, generator=rng)) for n in sizes]

@@ -18,7 +18,7 @@ import bnfix
 from bnfix.graph import mend
 from bnfix.types import Fix
 
-FEW = settings(max_examples=40, deadline=None)
+FEW = settings(max_examples=40)
 
 
 def bn(model: nn.Module, index: int = 1) -> nn.BatchNorm2d:

@@ -256,7 +256,7 @@ def test_dropout_on_a_residual_branch_is_diluted_and_not_reported() -> None:
         assert check(lived_in(model), torch.randn(8, 12)).findings == ()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(p=st.floats(0.05, 0.8))
 def test_the_growth_of_the_variance_is_what_the_message_says(p: float) -> None:
     """Behind a ReLU of normal values; 400,000 draws know a variance to some 1 %."""
@@ -308,7 +308,7 @@ def test_a_residual_end_is_told_by_the_graph_and_a_dead_layer_too() -> None:
 # ------------------------------------------------------------------------------------------- BN209
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(kind=st.sampled_from(["conv", "grouped", "transpose", "grouped transpose", "linear"]), seed=st.integers(0, 99))
 def test_the_sizes_in_front_of_a_norm_are_those_that_a_fold_gives(kind: str, seed: int) -> None:
     torch.manual_seed(seed)

@@ -328,7 +328,7 @@ sizes = st.lists(st.integers(0, 4), min_size=1, max_size=4).filter(lambda s: sum
 
 
 @given(sizes=sizes, width=st.integers(1, 3), nested=st.booleans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_law_split_undoes_concatenation(sizes: list[int], width: int, nested: bool) -> None:
     inputs = [torch.randn(n, width) for n in sizes]
     given_calls = [({"x": [x, (x * 2,)]},) if nested else (x,) for x in inputs]
@@ -341,7 +341,7 @@ def test_law_split_undoes_concatenation(sizes: list[int], width: int, nested: bo
 
 
 @given(sizes=sizes, seed=st.integers(0, 5))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_law_joint_is_separate_forwards_in_eval(sizes: list[int], seed: int) -> None:
     net = lived_in(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.BatchNorm1d(4)), seed)
     inputs = [torch.randn(n, 4) for n in sizes]
@@ -350,7 +350,7 @@ def test_law_joint_is_separate_forwards_in_eval(sizes: list[int], seed: int) -> 
 
 
 @given(sizes=sizes.filter(lambda s: sum(s) > 1))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_law_how_the_samples_are_divided_does_not_matter_in_train(sizes: list[int]) -> None:
     one = lived_in(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.BatchNorm1d(4))).train()
     other = copy.deepcopy(one)

@@ -45,7 +45,7 @@ X = torch.randn(6, 3, generator=torch.Generator().manual_seed(2))
 
 
 @given(steps=programs, aliased=st.booleans(), share_affine=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_law_same_bits_and_every_call_has_its_own(steps: list[str], aliased: bool, share_affine: bool) -> None:
     model = lived_in(Program(steps, aliased))
     result = bnfix.unshare(model, X, share_affine=share_affine)
@@ -63,7 +63,7 @@ def test_law_same_bits_and_every_call_has_its_own(steps: list[str], aliased: boo
 
 
 @given(steps=programs, aliased=st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_law_statistics_are_those_of_the_call(steps: list[str], aliased: bool) -> None:
     """After a forward in training mode each norm holds what one update by its own input gives, from what all had."""
     model = lived_in(Program(steps, aliased))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -55,7 +55,6 @@ def data(draw: st.DrawFn, least: int = 2) -> Tensor:
     return (x + centre) * spread
 
 
-@settings(deadline=None)
 @given(data(), st.data())
 def test_any_split_has_the_same_moments(x: Tensor, more: st.DataObject) -> None:
     cuts = sorted(more.draw(st.lists(st.integers(0, len(x)), max_size=4)))
@@ -65,7 +64,6 @@ def test_any_split_has_the_same_moments(x: Tensor, more: st.DataObject) -> None:
     assert same(whole, pool([sample_sums(p) for p in parts], parts))
 
 
-@settings(deadline=None)
 @given(data(), data(), data())
 def test_merging_is_associative_and_commutative(x: Tensor, y: Tensor, z: Tensor) -> None:
     scale = x.abs().max() / y.abs().max()
@@ -74,7 +72,6 @@ def test_merging_is_associative_and_commutative(x: Tensor, y: Tensor, z: Tensor)
     assert same(a.merge(b).merge(c), a.merge(b.merge(c)))
 
 
-@settings(deadline=None)
 @given(data(), st.randoms(use_true_random=False))
 def test_the_order_of_samples_is_of_no_matter(x: Tensor, random) -> None:  # type: ignore[no-untyped-def]
     order = list(range(len(x)))
@@ -82,7 +79,6 @@ def test_the_order_of_samples_is_of_no_matter(x: Tensor, random) -> None:  # typ
     assert same(of(x), of(x[order]))
 
 
-@settings(deadline=None)
 @given(data())
 def test_packed_moments_come_back_to_the_bit(x: Tensor) -> None:
     found = of(x)
@@ -97,7 +93,6 @@ def test_packed_moments_of_other_channels_are_refused() -> None:
         Moments.unpack(Moments.empty(3, "cpu").packed(), 4)
 
 
-@settings(deadline=None)
 @given(data())
 def test_nothing_is_passed_over_exactly(x: Tensor) -> None:
     found, nothing = of(x), Moments.empty(CHANNELS, "cpu")
@@ -106,7 +101,6 @@ def test_nothing_is_passed_over_exactly(x: Tensor) -> None:
     assert identical(nothing.merge(nothing), nothing)
 
 
-@settings(deadline=None)
 @given(data())
 def test_all_masked_is_passed_over(x: Tensor) -> None:
     masked = of(torch.full_like(x, torch.nan), mask=torch.zeros(len(x), dtype=torch.bool))
@@ -115,7 +109,6 @@ def test_all_masked_is_passed_over(x: Tensor) -> None:
     assert identical(found.merge(masked), found)
 
 
-@settings(deadline=None)
 @given(data(), st.integers(0, 2**32))
 def test_masked_is_the_same_as_absent(x: Tensor, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

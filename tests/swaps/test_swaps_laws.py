@@ -35,7 +35,7 @@ def same(a: Paired, b: Paired) -> None:
 
 
 @given(seeds, st.integers(2, 12), channels, positions, st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_merging_is_pooling(seed: int, count: int, c: int, shape: tuple[int, ...], data: st.DataObject) -> None:
     y, z = pairs(seed, count, c, shape)
     at = data.draw(st.integers(1, count - 1))
@@ -45,7 +45,7 @@ def test_merging_is_pooling(seed: int, count: int, c: int, shape: tuple[int, ...
 
 
 @given(seeds, st.integers(3, 12), channels, positions)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_moments_are_matched_and_least_squares_is_least(seed: int, count: int, c: int, shape: tuple[int, ...]) -> None:
     y, z = pairs(seed, count, c, shape)
     paired = Paired.of(y, z)
@@ -73,7 +73,7 @@ def test_moments_are_matched_and_least_squares_is_least(seed: int, count: int, c
 
 
 @given(seeds, channels, st.floats(0.1, 10), st.floats(-5, 5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_r2_does_not_see_an_affine_of_the_new_output(seed: int, c: int, a: float, b: float) -> None:
     y, z = pairs(seed, 9, c, (3,))
     assert Paired.of(y, a * z + b).r2 == pytest.approx(Paired.of(y, z).r2, abs=1e-9)
@@ -82,7 +82,7 @@ def test_r2_does_not_see_an_affine_of_the_new_output(seed: int, c: int, a: float
 
 
 @given(seeds, st.integers(1, 7), st.sampled_from([4, 8, 12]), positions, st.floats(0, 100))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_closed_form_is_group_norm(seed: int, count: int, c: int, shape: tuple[int, ...], far: float) -> None:
     y, x = pairs(seed, count, c, shape, far)
     groups = [g for g in divisors(c) if c // g * math.prod(shape) > 1]
