@@ -67,6 +67,7 @@ def check(
 
     Raises:
         ValueError: a code or a threshold that there is not; names those that are near.
+        PassError: the forward fails on the example.
         CalibrationError: the data raises, is empty, or holds NaN or Inf.
         LoadError: ``model`` is a path, and that file is neither of the two.
     """

@@ -44,6 +44,7 @@ def of_model(
         max_samples: how many samples are measured at most.
 
     Raises:
+        PassError: the forward failed on the example.
         CalibrationError: the data raised, is empty, is ambiguous, or holds NaN or Inf; a forward failed on it.
     """
     say("reading the norms")
@@ -56,7 +57,7 @@ def of_model(
         calls = [as_call(e, forward) for e in (example if isinstance(example, list) else [example])]
     elif sample is not None:
         calls = [sample.chunks[0].call]
-    base = with_graph(base, model, calls, say) if calls else base
+    base = with_graph(base, model, calls, say, given=example is not None) if calls else base
     if sample is None:
         return base
     found: DataEvidence | None = None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import lived_in
+from nets import bits, lived_in, same_bits
 from rules_nets import (
     IMAGES,
     Auxiliary,
@@ -27,6 +27,7 @@ from rules_nets import (
 from torch import Tensor, nn
 
 import bnfix
+from bnfix.errors import PassError
 from bnfix.graph import gather, training_facts
 from bnfix.running import as_call
 from bnfix.types import Evidence
@@ -71,11 +72,13 @@ def test_without_an_example_the_graph_is_not_checked_and_that_is_said() -> None:
     assert {s.code: s.needs for s in said.skipped}["BN102"] == "example= (on the command line: --input)"
 
 
-def test_an_example_that_fails_is_the_reason() -> None:
-    said = check(small(), torch.randn(1, 5, 9, 9))
-    assert said.findings == ()
-    reasons = {s.code: s.reason for s in said.skipped}
-    assert "forward failed on 1x5x9x9" in reasons["BN102"]
+def test_an_example_that_fails_is_an_error_not_a_clean_model() -> None:
+    model = small()
+    before = bits(model)
+    with pytest.raises(PassError, match="forward failed on 1x5x9x9") as failed:
+        check(model, torch.randn(1, 5, 9, 9))
+    assert "its forward takes" in str(failed.value.hint)
+    assert same_bits(model, before)
 
 
 # -------------------------------------------------------------------------------- BN102 and BN103
