@@ -7,6 +7,7 @@ import os
 import site
 import sys
 import sysconfig
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from itertools import islice
 from types import CodeType, FrameType
@@ -23,6 +24,8 @@ _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 Spot = tuple[str, int, str]
 """File, line, function: what is kept of a frame. Its text is read when a report is made."""
+WayIn = tuple[tuple[Spot, tuple[int | None, ...]], ...]
+"""Lines from the model's own forward on inwards, each with the expression that is running."""
 
 
 @cache
@@ -71,11 +74,39 @@ def position(frame: FrameType | None, end: CodeType | None, root: CodeType | Non
     return found, inside
 
 
-def user_spot(frame: FrameType | None, inside: bool = False) -> Spot | None:
-    """The user's line that led to ``frame``: in the loop, outside of every module; with ``inside``, in the model.
+def user_spot(frame: FrameType | None) -> Spot | None:
+    """The user's line that led to ``frame``: in the loop, outside of every module, else in the model.
 
     The nearest frame that calls a module from outside of all modules, of the user's own files where there is one.
     """
+    within, around = _parts(frame)
+    for part in (around, within):
+        for wanted in (0, 1):
+            for f in part:
+                if _kind(f.f_code.co_filename) == wanted:
+                    return _spot(f)
+    return None
+
+
+def way_in(frame: FrameType | None) -> WayIn:
+    """The user's lines in the model that led to ``frame``, the outermost first; a library's where there are none."""
+    within, _ = _parts(frame)
+    for wanted in (0, 1):
+        found = [f for f in reversed(within) if _kind(f.f_code.co_filename) == wanted]
+        if found:
+            return tuple((_spot(f), _source(f.f_code, f.f_lasti)) for f in found)
+    return ()
+
+
+def where_they_part(ways: Sequence[WayIn]) -> list[Spot | None]:
+    """The line of each way at which they first are not the same; the innermost where they all are, as in a loop."""
+    least = min(map(len, ways), default=0)
+    level = next((i for i in range(least) if len({way[i] for way in ways}) > 1), least)
+    return [way[min(level, len(way) - 1)][0] if way else None for way in ways]
+
+
+def _parts(frame: FrameType | None) -> tuple[list[FrameType], list[FrameType]]:
+    """The frames inside of the outermost module, and those around it; the nearest first."""
     frames: list[FrameType] = []
     outermost = 0
     while frame is not None and len(frames) < _DEEPEST:
@@ -83,13 +114,11 @@ def user_spot(frame: FrameType | None, inside: bool = False) -> Spot | None:
             outermost = len(frames)
         frames.append(frame)
         frame = frame.f_back
-    within, around = frames[:outermost], frames[outermost:]
-    for part in (within, around) if inside else (around, within):
-        for wanted in (0, 1):
-            for f in part:
-                if _kind(f.f_code.co_filename) == wanted:
-                    return f.f_code.co_filename, f.f_lineno, f.f_code.co_name
-    return None
+    return frames[:outermost], frames[outermost:]
+
+
+def _spot(frame: FrameType) -> Spot:
+    return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
 
 
 def here(depth: int = 1) -> FrameType:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from bnfix.loop.frames import line_of
+from bnfix.loop.frames import line_of, where_they_part
 from bnfix.loop.loads import Loads
 from bnfix.loop.optimizers import Steps
 from bnfix.loop.origins import Origins
@@ -122,9 +122,12 @@ def _patterns(tally: Tally, spots: Spots) -> tuple[StepPattern, ...]:
 
 
 def _sites(path: str, pattern: Pattern, spots: Spots) -> tuple[LoopSite, ...]:
+    known = [spots.get(place, (None, ())) for place, _ in pattern.places]
     # Called several times in one forward of the model: then the model's own line tells more than that of the loop.
     within = [pattern.calls.count(c) > 1 for c in pattern.calls]
-    lines = [line_of(spots.get(p, (None, None))[w]) for (p, _), w in zip(pattern.places, within, strict=True)]
+    apart = where_they_part([way for (_, way), inside in zip(known, within, strict=True) if inside])
+    spot = iter(apart)
+    lines = [line_of((inside and next(spot)) or loop) for (loop, _), inside in zip(known, within, strict=True)]
     turns = [turn for _, turn in pattern.places]
     return tuple(
         LoopSite(f"{path or '(root)'}@{i}" if i else path or "(root)", lines[i], *rest)

@@ -10,7 +10,7 @@ from bnfix.loop.samples import Forward, Record, Stands, fetched, moments
 from bnfix.loop.sites import Pattern
 
 if TYPE_CHECKING:
-    from bnfix.loop.frames import Spot
+    from bnfix.loop.frames import Spot, WayIn
     from bnfix.loop.ranks import Ranks
     from bnfix.loop.sites import Moments
     from bnfix.loop.tally import Tally
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _PATTERNS = 8
 """Kinds of steps that are kept of one norm."""
 
-Spots = dict[int, tuple["Spot | None", "Spot | None"]]
+Spots = dict[int, tuple["Spot | None", "WayIn"]]
 
 
 def measure(records: list[tuple[Tally, Record]], spots: Spots, ranks: Ranks) -> None:
@@ -46,7 +46,7 @@ def _measure(records: list[tuple[Tally, Record]], stands: Stands, spots: Spots, 
                 tally.abandoned.base = tally.looked - 1
             tally.abandoned.add(record.window, lost)
             for f in record.forwards:
-                spot = spots.get(f.place, (None, None))[0]
+                spot = spots.get(f.place, (None, ()))[0]
                 if f.abandoned and spot is not None and spot not in tally.abandoned.spots[:3]:
                     tally.abandoned.spots.append(spot)
         batches = [moments(f, stands, eps) for f in first]

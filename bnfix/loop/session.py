@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfix.errors import WatchError, one_line
-from bnfix.loop.frames import Spot, position, user_spot
+from bnfix.loop.frames import Spot, WayIn, position, user_spot, way_in
 from bnfix.loop.hooks import Attached
 from bnfix.loop.measuring import measure
 from bnfix.loop.samples import version_of
@@ -66,7 +66,7 @@ class Session:
         self.every_batch = ranks.world > 1
         self.most_forwards = _MOST_FORWARDS
         self.records: list[tuple[Tally, Record]] = []
-        self.spots: dict[int, tuple[Spot | None, Spot | None]] = {}
+        self.spots: dict[int, tuple[Spot | None, WayIn]] = {}
         self.judge: Callable[[], tuple[Finding, ...]] | None = None
         """With strict=True: the errors so far."""
         self.errors: dict[str, Finding] = {}
@@ -208,7 +208,7 @@ class Session:
         forward.inside = inside and self.forwards > 0
         place = forward.place
         if place not in self.spots and len(self.spots) < 4096:
-            self.spots[place] = user_spot(frame), user_spot(frame, inside=True)
+            self.spots[place] = user_spot(frame), way_in(frame)
 
     def give_up(self, error: Exception) -> None:
         """Something went wrong in a hook: an error of the guard's must not end somebody's training.

@@ -398,3 +398,35 @@ def test_backbone_frozen_by_no_grad() -> None:
     report = w.report()
     assert bad(report) == {"BN403"}
     assert report.by_code("BN403")[0].measured == {"updates": 8, "steps": 8}
+
+
+def test_the_line_is_where_the_calls_part_not_the_norms_own() -> None:
+    """An encoder with a forward of its own: all its calls run through the same line there."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(x)).relu()
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = Encoder()
+
+        def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            first = self.encoder(a)
+            return first, self.encoder(b)
+
+    model = Branches()
+    optimizer = sgd(model)
+    with watch(model, optimizer) as w:
+        for _ in range(16):
+            step(optimizer, *model(images(16), images(16, 2.0)))
+    message = w.report().by_code("BN303")[0].message
+    assert "first = self.encoder(a)" in message
+    assert "self.bn(self.conv(x))" not in message
+    lines = [s.line.text for s in w.log.norms[0].patterns[0].sites if s.line is not None]
+    assert lines == ["first = self.encoder(a)", "return first, self.encoder(b)"]
