@@ -210,6 +210,8 @@ def mask_at(chunk: Chunk, x: Tensor, site: str) -> Tensor | None:
         return mask.flatten(1).any(1)
     if mask.dim() == 2 and positions and mask.shape[0] == x.shape[0] and positions[0] == mask.shape[1]:
         return mask.reshape(*mask.shape, *(1,) * (len(positions) - 1)).expand(x.shape[0], *positions)
+    if not positions and x.shape[0] == int(mask.sum()):  # h[mask]: what is padded was left out before
+        return None
     raise CalibrationError(
         f"{site}: its input has the positions {(x.shape[0], *positions)}, the mask {tuple(mask.shape)}",
         hint="give the mask at the resolution of the norms, or leave it out:  mask=None",

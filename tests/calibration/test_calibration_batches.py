@@ -266,6 +266,31 @@ def test_masked_positions_do_not_count(mask: Any) -> None:
         assert (x.var(0) / norm.running_var - 1).abs().max() <= EXACT
 
 
+def test_a_model_that_leaves_padding_out_by_itself_takes_the_mask_too() -> None:
+    """``h[mask]`` in front of a norm: its rows are the positions that count, in other numbers for each batch."""
+
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.bn1, self.bn2 = nn.Embedding(50, 6), nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            h = self.embed(ids)
+            out = torch.zeros_like(h)
+            out[mask] = self.bn1(h[mask])
+            return self.bn2(out.transpose(1, 2))  # here padding is in the tensor, and has to be masked
+
+    model, batches = lived_in(Packed()), sentences()
+    bnfix.recalibrate(model, batches, mask="mask")
+    x = torch.cat([model.embed(b["ids"])[b["mask"]] for b in batches]).detach().double()
+    assert ((x.mean(0) - model.bn1.running_mean).abs() / x.std(0)).max() <= EXACT
+    assert (x.var(0) / model.bn1.running_var - 1).abs().max() <= EXACT
+    with torch.no_grad():
+        y = model.bn1(x.float()).double()
+    assert ((y.mean(0) - model.bn2.running_mean).abs() / y.std(0)).max() <= EXACT
+    assert (y.var(0) / model.bn2.running_var - 1).abs().max() <= EXACT
+
+
 @pytest.mark.parametrize(
     ("mask", "why"),
     [
