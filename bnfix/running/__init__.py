@@ -6,7 +6,7 @@ from bnfix.running.garbage import young_garbage_only
 from bnfix.running.guess import FAILURES, accepts, guess_call, random_call, variations
 from bnfix.running.memory import Footprint, free_bytes, give_back, parse_bytes
 from bnfix.running.preserved import preserved
-from bnfix.running.samples import check_finite, join, replayable, size, split
+from bnfix.running.samples import check_finite, count, join, replayable, size, split
 
 __all__ = [
     "FAILURES",
@@ -18,6 +18,7 @@ __all__ = [
     "batch_call",
     "bind",
     "check_finite",
+    "count",
     "fit_call",
     "free_bytes",
     "give_back",
