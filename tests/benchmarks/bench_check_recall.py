@@ -38,6 +38,7 @@ from benchmarks.recall.nets import HALVES, loader, usable
 from benchmarks.tables import machine, publish, table
 
 import bnfix
+from bnfix.errors import BnfixError
 
 LEAST, SIGMAS = 0.02, 3.0
 """A loss of the metric is harm beyond this, and beyond so many standard deviations of healthy seeds."""
@@ -81,7 +82,7 @@ def diagnosed(case: Case) -> tuple[list[str], str, str]:
     try:
         data = {} if case.data is None else {"data": case.data}
         found = [bnfix.check(case.model, **data, **case.how)]
-    except bnfix.BnfixError as error:
+    except BnfixError as error:
         return [], f"{type(error).__name__}: {error}", ""
     found += [] if case.watched is None else [case.watched]
     findings = [f for d in found for f in d.findings]
