@@ -153,6 +153,7 @@ def _session(model: nn.Module, norms: Norms, sample: Sample, say: Say) -> Sessio
         method="staged",
         mask=(lambda call: masks[id(call)]) if any(m is not None for m in masks.values()) else None,
         dry_run=True,
+        settled=SETTLED,
     )
     device = next((n.mean.device for n in norms.known.values()), next((p.device for p in model.parameters()), _CPU))
     calls = [c.call for c in sample.chunks]
@@ -160,6 +161,9 @@ def _session(model: nn.Module, norms: Norms, sample: Sample, say: Say) -> Sessio
 
 
 _CPU = torch.device("cpu")
+SETTLED = 0.02
+"""Norms with several call sites are iterated until they move by less: the gate tells changes of .3 and more, and a fixed
+point to rounding takes up to forty passes."""
 EACH = 256
 """Batches whose own moments are kept, of those that are measured: 100 MB for a ResNet-50."""
 
