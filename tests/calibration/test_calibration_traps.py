@@ -268,9 +268,7 @@ class PerThread(Three):
 
 @ways
 @pytest.mark.parametrize("net", [InGlobal, OnClass, InGlobalCache, OnGlobalStack, FirstOneWins, InScratch])
-def test_what_is_kept_outside_the_model_is_noticed(
-    net: type[nn.Module], forward: Forward | None, parked: str
-) -> None:
+def test_what_is_kept_outside_the_model_is_noticed(net: type[nn.Module], forward: Forward | None, parked: str) -> None:
     assert exact(net(), images(), forward).engine == PLAIN
 
 

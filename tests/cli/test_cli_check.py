@@ -84,8 +84,10 @@ def test_a_finding_says_where_what_and_what_to_type(here: Path, capsys: Output) 
     assert "✗ BN901 fake-nan  bn\n      1 norms hold NaN\n" in out
     assert "✗ 1 error · 2 norms" in out
     line = next(x for x in out.splitlines() if x.strip().startswith("fix BN901"))
-    assert line.split("  ", 2)[-1].strip().endswith(
-        "bnfix recalibrate nan.pt --arch a_net.py:Net --data train_images/ -o nan-recalibrated.pt"
+    assert (
+        line.split("  ", 2)[-1]
+        .strip()
+        .endswith("bnfix recalibrate nan.pt --arch a_net.py:Net --data train_images/ -o nan-recalibrated.pt")
     )
     assert "why        bnfix explain BN901" in out
 

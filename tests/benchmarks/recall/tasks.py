@@ -79,9 +79,15 @@ def _doubled(x: Tensor, y: Tensor) -> Tensor:
 
 
 def guess(model: nn.Module, x: Tensor, batch: int | None = None) -> Tensor:
-    """The outputs for ``x``, in parts of ``batch`` samples: a net that uses the statistics of its batch needs that."""
+    """The outputs for ``x``, in parts of ``batch`` samples, the last one larger rather than a single sample.
+
+    What a net that uses the statistics of its batch answers depends on these parts.
+    """
+    parts = list(x.split(batch or 256))
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
     with torch.no_grad():
-        return torch.cat([model(part) for part in x.split(batch or 256)])
+        return torch.cat([model(part) for part in parts])
 
 
 def _rate(right: Tensor) -> float:
@@ -93,9 +99,9 @@ class Task:
 
     forward: Callable[[nn.Module, Any], Any] | None = None
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Of a batch as the loader gives it."""
-        return F.cross_entropy(model(batch[0]), batch[1])
+    def loss(self, model: nn.Module, batch: Any, only: int | None = None) -> Tensor:
+        """Of a batch as the loader gives it; ``only`` so many samples count, and all are seen by the norms."""
+        return F.cross_entropy(model(batch[0])[:only], batch[1][:only])
 
     def score(self, model: nn.Module, split: Split, view: View = same, batch: int | None = None) -> float:
         """From 0 to 1, with the model in the mode in which it is."""
@@ -125,9 +131,9 @@ class Triplets(Task):
         self.other, self.joint = other, joint
         self.forward = separate
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+    def loss(self, model: nn.Module, batch: Any, only: int | None = None) -> Tensor:
         found = model(torch.cat(list(batch))).chunk(3) if self.joint else separate(model, batch)
-        return F.triplet_margin_loss(*(F.normalize(z, dim=1) for z in found))
+        return F.triplet_margin_loss(*(F.normalize(z[:only], dim=1) for z in found))
 
     def score(self, model: nn.Module, split: Split, view: View = same, batch: int | None = None) -> float:
         known, asked = (guess(model, view(x), batch) for x in (self.other(split[0]), split[2]))
