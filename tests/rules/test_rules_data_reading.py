@@ -119,3 +119,19 @@ def test_shared_norms_are_iterated_as_far_as_the_gate_can_tell(monkeypatch: pyte
     assert fine.change > 0.2
     assert coarse.change == pytest.approx(fine.change, rel=0.01)
     assert coarse.null == pytest.approx(fine.null, rel=0.05)
+
+
+def test_recalibrate_heals_what_check_warns_of() -> None:
+    from bnfix.calibration import judging
+    from bnfix.rules.codes.bn204_stale_stats import StaleStats
+
+    asked: dict[str, float] = {}
+
+    class Asking(StaleStats):
+        def option(self, evidence: Any, name: str, default: float) -> float:
+            asked[name] = default
+            return default
+
+    data = batches(images())
+    list(Asking().check(of_model(fit(conv_net(), data), data=data)))
+    assert (asked["change"], asked["over_null"]) == (judging.CHANGE, judging.OVER_NULL)
