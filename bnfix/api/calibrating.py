@@ -55,7 +55,7 @@ def recalibrate(
             into ``spill_dir``; else those that fit are used). ``"population"``: one streaming pass, each batch
             normalised with its own statistics, moments pooled. ``"online"``: normalised with what was pooled so
             far, for tiny batches. ``"auto"`` takes staged where all samples fit, and says why in ``report.why``.
-        when: ``"needed"`` leaves the model alone unless its outputs change by more than .35 of their spread and by
+        when: ``"needed"`` leaves the model alone unless its outputs change by more than .25 of their spread and by
             more than 4 times what recalibrations on two halves of the data differ by.
         forward: ``forward(model, batch)`` where the model isn't simply called with the batch.
         select: which norms: a regular expression, module paths, or a function of path and module. Default: all.

@@ -191,14 +191,15 @@ def _of_script(model: Any, example: Any, say: Progress, **how: Any) -> Evidence:
     """A TorchScript program as a module where torch can convert it, else its values: a traced one has no settings."""
     from bnfix import evidence
     from bnfix.graph import from_script
-    from bnfix.running import as_call, batch_call
+    from bnfix.running import as_call
 
     call = None
+    if "data" in how:  # read once: the conversion looks at the first batch of it, and a generator has no other
+        reading = {name: how.get(name) for name in ("forward", "mask", "max_samples")}
+        how["data"] = evidence.sample_of(model, how["data"], progress=say, **reading)
+        call = how["data"].chunks[0].call
     if example is not None:
         call = as_call(example[0] if isinstance(example, list) else example, how.get("forward"))
-    elif "data" in how:
-        batch = next(iter(how["data"]), None)
-        call = None if batch is None else batch_call(batch, model, how.get("forward"))
     why = "the graph of TorchScript takes example= (on the command line: --input)"
     if call is not None:
         try:

@@ -231,6 +231,7 @@ def _converged(
 ) -> Outcome:
     """Runs until norms with several call sites no longer move; one run where there are none."""
     order = {place: i for i, place in enumerate(scouted.route)} if scouted else {}
+    limit = max(SETTLED, session.options.settled)
     stop = scouted is not None and scouted.tail > TAIL and not scouted.reads
     ledger = Ledger(session.norms, session.options.unbiased)
     damping, best, rounds, last = 1.0, ledger, 0, Residual(float("inf"), float("inf"))
@@ -246,7 +247,7 @@ def _converged(
             best = ledger
         elif damping > 0.1:
             damping /= 2
-        settled = _size(moved) <= SETTLED or (rounds > 8 and _size(last) <= 10 * SETTLED)
+        settled = _size(moved) <= limit or (rounds > 8 and _size(last) <= max(limit, 10 * SETTLED))
         last = min(last, moved, key=_size)
         if settled or rounds >= ROUNDS:
             return Outcome(best.final(), best.sites, engine, float(rounds), rounds, last)

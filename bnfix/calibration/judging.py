@@ -16,8 +16,8 @@ from bnfix.calibration.listening import Stats
 from bnfix.calibration.plain import listen
 from bnfix.calibration.session import Session
 
-CHANGE = 0.35
-"""Change of the outputs, in their spread, below which statistics are not worth replacing."""
+CHANGE = 0.25
+"""Change of the outputs, in their spread, below which statistics are not worth replacing; BN204 warns beyond it."""
 OVER_NULL = 4.0
 """Multiples of the change between two halves of the data that a change has to exceed."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bnfix.calibration.chunks import Chunk, first_samples, splittable
 from bnfix.errors import BnfixError, CalibrationError, PassError, one_line
-from bnfix.running import Call, bind, check_finite, size
+from bnfix.running import Call, bind, check_finite, count, size
 from bnfix.running.call import Forward, describe
 
 Mask = str | Callable[[Any], Any] | None
@@ -90,9 +90,7 @@ class Reader:
                 f"batch {number} holds NaN or Inf ({bad})",
                 hint="find out where it comes from: statistics keep it for ever",
             )
-        samples = size(call)
-        if samples is None:
-            samples = next((t.shape[0] for t in call.tensors() if t.dim()), 1)
+        samples = count(call)
         if samples == 0:
             shapes = ", ".join(describe(t) for t in call.tensors())
             raise CalibrationError(f"batch {number} is empty ({shapes})", hint="leave such batches out of the data")

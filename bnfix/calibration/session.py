@@ -24,7 +24,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for; the meanings are those of :func:`bnfix.recalibrate`."""
+    """What was asked for; the meanings are those of :func:`bnfix.recalibrate`.
+
+    ``settled``: norms with several call sites are iterated until they move by less (σ, or a part of the variance); 0:
+    to rounding.
+    """
 
     method: str = "auto"
     when: str = "always"
@@ -37,6 +41,7 @@ class Options:
     spill_dir: str | os.PathLike[str] | None = None
     unbiased: bool = True
     dry_run: bool = False
+    settled: float = 0.0
 
 
 @dataclass

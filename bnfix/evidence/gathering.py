@@ -11,6 +11,7 @@ from torch import nn
 from bnfix.calibration.reading import Mask
 from bnfix.errors import TraceError
 from bnfix.evidence.graphs import with_graph
+from bnfix.evidence.loading import Sample
 from bnfix.evidence.measuring import measured, sample_of
 from bnfix.graph import norm_states
 from bnfix.running import Call, as_call
@@ -24,7 +25,7 @@ def of_model(
     model: nn.Module,
     example: Any = None,
     *,
-    data: Iterable[Any] | None = None,
+    data: Iterable[Any] | Sample | None = None,
     role: Role = "train",
     forward: Forward | None = None,
     mask: Mask = None,
@@ -37,7 +38,8 @@ def of_model(
     Args:
         example: what the model is called with, or a list of that for several signatures. Without one the first batch
             of ``data`` is it; without both there is no graph.
-        data: what a training (``role``: or validation) loop iterates over; read once, and only in part.
+        data: what a training (``role``: or validation) loop iterates over; read once, and only in part. Or what was
+            read of it already.
         forward: how a batch is fed to the model, if not by calling it.
         mask: for padded positions, as for ``recalibrate``.
         val_data: data of deployment.
@@ -50,7 +52,8 @@ def of_model(
     say("reading the norms")
     base = Evidence(norms=norm_states(model))
     sample, deployed = (
-        None if d is None else sample_of(model, d, forward, mask, max_samples, say) for d in (data, val_data)
+        d if d is None or isinstance(d, Sample) else sample_of(model, d, forward, mask, max_samples, say)
+        for d in (data, val_data)
     )
     calls: list[Call] = []
     if example is not None:

@@ -153,6 +153,7 @@ def _session(model: nn.Module, norms: Norms, sample: Sample, say: Say) -> Sessio
         method="staged",
         mask=(lambda call: masks[id(call)]) if any(m is not None for m in masks.values()) else None,
         dry_run=True,
+        settled=SETTLED,
     )
     device = next((n.mean.device for n in norms.known.values()), next((p.device for p in model.parameters()), _CPU))
     calls = [c.call for c in sample.chunks]
@@ -160,6 +161,9 @@ def _session(model: nn.Module, norms: Norms, sample: Sample, say: Say) -> Sessio
 
 
 _CPU = torch.device("cpu")
+SETTLED = 0.02
+"""Norms with several call sites are iterated until they move by less: the gate tells changes of .25 and more, and a
+fixed point to rounding takes up to forty passes."""
 EACH = 256
 """Batches whose own moments are kept, of those that are measured: 100 MB for a ResNet-50."""
 
@@ -186,9 +190,8 @@ class _Site:
         if chunk.mask is None or not self.masked:
             self.masked = False
             return
-        try:
-            mask = mask_at(chunk, x, self.path)
-        except CalibrationError:  # a mask of another resolution: nothing can be said here
+        mask = _mask_near(chunk, x, self.path)
+        if mask is None:
             self.masked = False
             return
         left = pool([sample_sums(x, chunk.samples, mask)], [x], [mask])
@@ -251,6 +254,26 @@ def _sites(session: Session, chunks: Sequence[Chunk]) -> tuple[SiteData, ...]:
             soon = f", about {math.ceil(left)} s left" if left > 1 else ""
             session.say(f"measuring: batch {number + 1} of {len(chunks)}{soon}")
     return tuple(site.done(call) for (_, call), site in found.items())
+
+
+def _mask_near(chunk: Chunk, x: Tensor, path: str) -> Tensor | None:
+    """The mask as it applies to the input (N, C, *positions) of a norm; behind strides and pooling, the nearest place.
+
+    None where its positions are none of the norm's: nothing can be said there.
+    """
+    try:
+        return mask_at(chunk, x, path)
+    except CalibrationError:
+        mask, positions = chunk.mask, x.shape[2:]
+    if mask is None or mask.shape[0] != x.shape[0] or mask.dim() != 1 + len(positions):
+        return None
+    for axis, count in enumerate(positions, 1):
+        had = mask.shape[axis]
+        if count > had:
+            return None
+        places = ((torch.arange(count, device=mask.device) + 0.5) * had / count).long()
+        mask = mask.index_select(axis, places)
+    return mask
 
 
 @contextmanager

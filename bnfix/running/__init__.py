@@ -7,7 +7,7 @@ from bnfix.running.guess import FAILURES, accepts, guess_call, random_call, vari
 from bnfix.running.heap import kept_heap
 from bnfix.running.memory import Footprint, free_bytes, give_back, parse_bytes
 from bnfix.running.preserved import preserved
-from bnfix.running.samples import check_finite, join, replayable, size, split
+from bnfix.running.samples import check_finite, count, join, replayable, size, split
 
 __all__ = [
     "FAILURES",
@@ -19,6 +19,7 @@ __all__ = [
     "batch_call",
     "bind",
     "check_finite",
+    "count",
     "fit_call",
     "free_bytes",
     "give_back",

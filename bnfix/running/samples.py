@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,48 @@ def size(call: Call) -> int | None:
         return None
     counts = {t.shape[0] for t in tensors}
     return counts.pop() if len(counts) == 1 else None
+
+
+def count(call: Call) -> int:
+    """How many samples ``call`` holds, as far as that can be told where it can't be cut into them; 1 at least of what
+    holds no tensors.
+
+    A list of images (C, H, W), or of records that hold tensors, is as many as it has elements; of anything else it is
+    the first axis of the first tensor. With ``forward=`` the argument is a whole batch, which may hold such a list.
+    """
+    exact = size(call)
+    if exact is not None:
+        return exact
+    values = [*call.args, *call.kwargs.values()]
+    if call.forward is not None and len(values) == 1:
+        (batch,) = values
+        if isinstance(batch, (list, tuple)) and not (len(batch) > 1 and _are_images(batch)):
+            values = list(batch)
+        elif isinstance(batch, Mapping):
+            values = list(batch.values())
+    for value in values:
+        tensors = Call((value,)).tensors()
+        if not tensors:
+            continue
+        if isinstance(value, (list, tuple)) and (_are_records(value) or all(_is_image(v) for v in value)):
+            return len(value)
+        first = next((t for t in tensors if t.dim()), None)
+        if first is not None:
+            return first.shape[0]
+    return 1
+
+
+def _are_records(values: Sequence[Any]) -> bool:
+    return all(isinstance(v, Mapping) for v in values)
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 3 and not value.is_nested
+
+
+def _are_images(values: Sequence[Any]) -> bool:
+    """Whether a flat sequence of tensors is a list of images, not a batch of several inputs (N, T, F): by channels."""
+    return all(_is_image(v) for v in values) and len({v.shape[0] for v in values} | {1, 3, 4}) == 3
 
 
 def split(call: Call, at: Sequence[int]) -> list[Call]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from bnfix.running import Call, check_finite, join, replayable, size, split
+from bnfix.running import Call, check_finite, count, join, replayable, size, split
 
 X, LABELS = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])
 
@@ -43,6 +43,34 @@ class Opaque:
 )
 def test_size_counts_samples_only_where_they_can_be_cut(call: Call, expected: int | None) -> None:
     assert size(call) == expected
+
+
+def fed(batch: object) -> Call:
+    """A whole batch, handed to ``forward=``."""
+    return Call((batch,), forward=lambda m, b: m(b[0]))
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (Call((X, LABELS)), 4),
+        (Call(([X[0], X[1]],)), 2),  # a detector's images; the first axis is the channel
+        (Call(([X[0], X[1, :, :5], X[2, :, :, :4]],)), 3),
+        (Call(([{"image": X[0]}, {"image": X[1]}],)), 2),  # records, as detectron2 has them
+        (Call(([X, X[:, :, ::2]],)), 4),  # a pyramid of features
+        (Call(({"x": X},)), 4),
+        (Call((3,)), 1),
+        (fed(((X[0], X[1]), ({"boxes": X[0, 0]}, {"boxes": X[1, 0]}))), 2),  # tuple(zip(*batch)), images and targets
+        (fed([X, LABELS]), 4),  # default_collate gives lists
+        (fed([X, X + 1, X - 1]), 4),  # triplets
+        (fed([X[0], X[1], X[2]]), 3),  # collate_fn=list
+        (fed([torch.randn(7, 5, 2), torch.randn(7, 9, 2)]), 7),  # two sequences (N, T, F)
+        (fed({"pixels": [X[0], X[1]], "ids": LABELS[:2]}), 2),
+        (fed(X), 4),
+    ],
+)
+def test_samples_are_counted_as_far_as_that_can_be_told(call: Call, expected: int) -> None:
+    assert count(call) == expected
 
 
 def test_split_gives_views_and_join_puts_them_together_to_the_bit() -> None:

@@ -26,9 +26,10 @@ class StaleStats(Rule):
 
     Recalibrates a copy of the statistics on a part of the data and compares the outputs. With f the outputs as they are
     and R those with the statistics of the data, e = rms(f − R)/std(R). What chance does is e0: the same between
-    recalibrations on two disjoint halves. A warning for e > max(.35, 4·e0), an error for e > .5 and e > 6·e0. No
-    labels are needed. The drift of single layers is reported beside it, but does not decide: statistics can be far
-    off where nothing depends on it.
+    recalibrations on two disjoint halves. A warning for e > max(.25, 4·e0), an error for e > .5 and e > 6·e0. No
+    labels are needed. Measured on small healthy networks: .02 to .07 where the rate fell to 0 at the end, up to .2
+    where training was simply stopped. The drift of single layers is reported beside it, but does not decide: statistics
+    can be far off where nothing depends on it.
 
     ## Why is this bad
 
@@ -65,7 +66,7 @@ class StaleStats(Rule):
             reason = drift.reason if drift is not None else "the outputs were not compared"
             yield Skipped(self.code, reason, "more data, or data and a forward= that recalibrate can work with")
             return
-        warn, fail = self.option(evidence, "change", 0.35), self.option(evidence, "error", 0.5)
+        warn, fail = self.option(evidence, "change", 0.25), self.option(evidence, "error", 0.5)
         if not exceeds(drift, warn, self.option(evidence, "over_null", 4)):
             yield from undecided(self.code, drift, warn)
             return
