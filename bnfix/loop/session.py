@@ -222,9 +222,14 @@ class Session:
         self.broken = f"the watch gave up in step {self.window}: {one_line(error)}; what follows is from before"
         self.records, self.stepped = [], False
 
-    def end(self) -> None:
-        """The loop is over: what is still open is read, what was noted is summed."""
+    def end(self, *, failed: bool = False) -> None:
+        """The loop is over: what is still open is read, what was noted is summed.
+
+        ``failed``: by an exception. What DDP did in the step that did not end may be the reason.
+        """
         self.close_open()
+        for door in self.doors if failed else ():
+            door.fold(self.window)
         if self.stepped:
             self.turn()
         judge, self.judge = self.judge, None

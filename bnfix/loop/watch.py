@@ -72,7 +72,7 @@ class Watch:
         if session is None:
             return
         try:
-            session.end()
+            session.end(failed=kind is not None)
             self._log = self._read(final=kind is None)
         except Exception:
             if kind is None:

@@ -348,6 +348,7 @@ def test_the_sizes_in_front_of_a_norm_are_those_that_a_fold_gives(kind: str, see
 
 
 def test_an_exported_program_in_training_mode() -> None:
+    torch._dynamo.reset()  # torch 2.7 counts what other tests exported against a limit
     model = small()
     said = check(torch.export.export(model.train(), (IMAGES,)))
     assert (only(said, "BN501").severity, only(said, "BN501").sites) == ("error", ("1", "4"))
