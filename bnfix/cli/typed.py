@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 _typed: ContextVar[tuple[str, ...]] = ContextVar("typed", default=())
-_DONE = {"recalibrate": "recalibrated", "swap": "swapped", "unshare": "unshared"}
-_OTHERWISE = re.compile(r"bnfix fold (weights\.pt .*)-o folded\.pt")
+_ON_WEIGHTS = re.compile(r"bnfix (\w+) (weights\.pt) --arch (\S+)(?: -o \S+)?")
+"""What hints go on with where the weights are to be saved first."""
 _OPENING = ("check", "fold", "recalibrate", "swap", "unshare", "export", "verify")
 
 
@@ -32,17 +32,13 @@ def own(line: str) -> str:
     what was to be done. Every other line stays as it is.
     """
     typed = _typed.get()
-    done = _DONE.get(typed[0]) if typed else None
-    if done is not None:
-        line = _OTHERWISE.sub(rf"bnfix {typed[0]} \1-o {done}.pt", line)
+    if typed[:1] not in {(verb,) for verb in _OPENING}:
+        return line
+    line = _ON_WEIGHTS.sub(_on_weights, line)
     label, gap, general = line.partition("   ")
     words = _words(general.strip() if gap else line)
-    if typed[:1] not in {(verb,) for verb in _OPENING} or len(words) < 3 or words[0] != "bnfix":
+    if len(words) < 3 or words[0] != "bnfix" or words[1] not in _OPENING or words[2] not in typed:
         return line
-    if words[1] not in _OPENING:
-        return line
-    if words[2] not in typed:
-        return f"{label}{gap}{_on_weights(words)}" if label.startswith("safer") and _is_another(words, typed) else line
     missing = ["--trust"] if "--trust" in words and "--trust" not in typed else []
     if "--arch" in words and not was_typed("--arch"):
         missing += words[words.index("--arch") :][:2]
@@ -51,15 +47,13 @@ def own(line: str) -> str:
     return f"{label}{gap}{command(missing)}" if gap and missing else line
 
 
-def _is_another(words: Sequence[str], typed: Sequence[str]) -> bool:
-    """Whether a hint goes on from weights yet to be saved, with another command than the one that was typed."""
-    return "--arch" in words and words[1] != typed[0] and len(typed) > 1 and not typed[1].startswith("-")
-
-
-def _on_weights(words: Sequence[str]) -> str:
-    """What was typed, on the weights and with the architecture that a hint names."""
-    verb, _, *options = (w for w in _typed.get() if w != "--trust")
-    return shlex.join(["bnfix", verb, words[2], "--arch", words[words.index("--arch") + 1], *options])
+def _on_weights(hint: re.Match[str]) -> str:
+    """What was typed, on the weights and with the architecture that a hint names; the hint where that is the same."""
+    verb, *given = _typed.get()
+    if verb == hint[1] or not given or given[0].startswith("-") or hint[2] in given or was_typed("--arch"):
+        return hint[0]
+    options = [word for word in given[1:] if word != "--trust"]
+    return shlex.join(["bnfix", verb, hint[2], "--arch", hint[3], *options])
 
 
 def command(more: Sequence[str] = ()) -> str:

@@ -52,10 +52,13 @@ def offered(text: str) -> list[list[str]]:
 def test_what_to_do_with_saved_weights_is_what_was_to_be_done() -> None:
     general = "safer: save model.state_dict() as weights.pt, then   bnfix fold weights.pt --arch n.py:N -o folded.pt"
     with typing(["unshare", "m.pt", "-o", "u.pt"]):
-        assert own(general).endswith("then   bnfix unshare weights.pt --arch n.py:N -o unshared.pt")
-        assert own(general.replace("then   ", "then: ")).endswith("unshare weights.pt --arch n.py:N -o unshared.pt")
-    for verb in ("fold", "check", "verify"):
-        with typing([verb, "m.pt"]):
+        assert own(general).endswith("then   bnfix unshare weights.pt --arch n.py:N -o u.pt")
+        said = own(general.replace("then   ", "then: "))
+        assert said.endswith("then: bnfix unshare weights.pt --arch n.py:N -o u.pt")
+    with typing(["check", "m.pt", "--trust", "--ignore", "BN104"]):
+        assert own(general).endswith("then   bnfix check weights.pt --arch n.py:N --ignore BN104")
+    for same in (["fold", "m.pt"], ["check", "m.pt", "--arch", "n.py:N"], ["info", "m.pt"], []):
+        with typing(same):
             assert own(general) == general
     assert own(general) == general
 
