@@ -90,6 +90,7 @@ ForwardOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of the random inputs.", rich_help_panel=RUN_ON)]
+InPlaceOption = Annotated[bool, typer.Option("--in-place", help="Write over MODEL itself.")]
 FormatOption = Annotated[
     OutputFormat,
     typer.Option("--output-format", help="How the report is written to standard output.", rich_help_panel=_REPORT),

@@ -66,6 +66,12 @@ def without(flag: str, *, more: Sequence[str] = ()) -> str:
     return shlex.join(["bnfix", *(word for word in _typed.get() if word != flag), *more])
 
 
+def for_real(output: str, *more: str) -> str:
+    """What was typed, without ``--dry-run``, with ``more``, and with ``-o output`` where nothing says where it goes."""
+    where = () if was_typed("-o", "--output", "--in-place") else ("-o", output)
+    return without("--dry-run", more=(*more, *where))
+
+
 def was_typed(*names: str) -> bool:
     """Whether one of the options ``names`` was given, with its value in the same word or the next."""
     return any(word.partition("=")[0] in names for word in _typed.get())

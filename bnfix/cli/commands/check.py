@@ -242,12 +242,8 @@ def _mended(
     about = _about(asked, subject, fixed.report.diagnosis, wanted, notes, written)
     if dry_run and fixed.report.edits:
         flag = () if typed.was_typed("--fix") else ("--fix",)
-        more = (
-            () if typed.was_typed("-o", "--output", "--in-place") else ("-o", o.beside(o.named(asked.model), "fixed"))
-        )
-        about = dataclasses.replace(
-            about, next=(*about.next, ("next", typed.without("--dry-run", more=(*flag, *more))))
-        )
+        line = typed.for_real(o.beside(o.named(asked.model), "fixed"), *flag)
+        about = dataclasses.replace(about, next=(*about.next, ("next", line)))
     code = _code(fixed.report.diagnosis, wanted)
     return Done(fixed.report, about, FAILED if dry_run and fixed.report.edits and not wanted.exit_zero else code)
 
@@ -313,6 +309,5 @@ def _about(
 def _then(asked: Sequence[o.Asked], fix: bool, dry_run: bool) -> tuple[tuple[str, str], ...]:
     if len(asked) == 1 or not (fix and dry_run):
         return ()
-    more = () if typed.was_typed("-o", "--output", "--in-place") else ("-o", "fixed/")
     flag = () if typed.was_typed("--fix") else ("--fix",)
-    return (("next", typed.without("--dry-run", more=(*flag, *more))),)
+    return (("next", typed.for_real("fixed/", *flag)),)

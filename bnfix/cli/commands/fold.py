@@ -54,7 +54,7 @@ def fold(
             help="Where the folded model goes. Of several models, the folder where each goes under its own name.",
         ),
     ] = None,
-    in_place: Annotated[bool, typer.Option("--in-place", help="Write over MODEL itself.")] = False,
+    in_place: o.InPlaceOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
     require_all: Annotated[
         bool, typer.Option("--require-all", help="If a norm has to be kept: exit 1, write nothing.")
@@ -110,10 +110,7 @@ def fold(
         # of many models only the report is kept, not each model
         return Done(dataclasses.replace(result, model=None), about, FAILED if failed else DONE)
 
-    then: tuple[tuple[str, str], ...] = ()
-    if dry_run:
-        more = () if typed.was_typed("-o", "--output", "--in-place") else ("-o", "folded/")
-        then = (("next", typed.without("--dry-run", more=more)),)
+    then = (("next", typed.for_real("folded/")),) if dry_run else ()
     return each(asked, one, output_format, command="bnfix fold", traceback=traceback, then=then)
 
 

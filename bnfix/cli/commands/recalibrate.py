@@ -58,7 +58,7 @@ def recalibrate(
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="FILE", help="Where the recalibrated model goes.")
     ] = None,
-    in_place: Annotated[bool, typer.Option("--in-place", help="Write over MODEL itself.")] = False,
+    in_place: o.InPlaceOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure the drift, write nothing.")] = False,
     when: c.WhenOption = c.When.always,
     arch: o.ArchOption = None,
@@ -271,7 +271,5 @@ def _about(
         fold = f"{again.next('fold', written, trust=trust)} -o {o.quoted(o.beside(written, 'folded'))}"
         steps.append(("next", fold))
     elif would_change:
-        name = o.beside(o.named(asked.model), "recalibrated")
-        more = () if typed.was_typed("-o", "--output", "--in-place") else ("-o", name)
-        steps.append(("next", typed.without("--dry-run", more=more)))
+        steps.append(("next", typed.for_real(o.beside(o.named(asked.model), "recalibrated"))))
     return About("bnfix recalibrate", asked.model, (written,) if written else (), tuple(said), tuple(steps))

@@ -118,7 +118,7 @@ def swap(
             help="Where the swapped model goes. Of several models, the folder where each goes under its own name.",
         ),
     ] = None,
-    in_place: Annotated[bool, typer.Option("--in-place", help="Write over MODEL itself.")] = False,
+    in_place: o.InPlaceOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do it all, write nothing.")] = False,
     arch: o.ArchOption = None,
     arch_kw: o.ArchKwOption = None,
@@ -174,10 +174,7 @@ def swap(
         about = _about(this, opened, result, target, written)
         return Done(dataclasses.replace(result, model=None), about, FAILED if dry_run and result.edits else DONE)
 
-    then: tuple[tuple[str, str], ...] = ()
-    if dry_run:
-        more = () if typed.was_typed("-o", "--output", "--in-place") else ("-o", "swapped/")
-        then = (("next", typed.without("--dry-run", more=more)),)
+    then = (("next", typed.for_real("swapped/")),) if dry_run else ()
     return each(asked, one, output_format, command="bnfix swap", traceback=traceback, then=then)
 
 
@@ -286,7 +283,5 @@ def _about(asked: o.Asked, opened: Opened, result: Result, target: str | None, w
         trust = opened.pickled and arch is None and not written.endswith(".pt2")
         steps.append(("load it", asked.load_line(written, arch=arch, trust=trust)))
     elif result.dry_run and result.edits:
-        name = o.beside(o.named(asked.model), "swapped")
-        more = () if typed.was_typed("-o", "--output", "--in-place") else ("-o", name)
-        steps.append(("next", typed.without("--dry-run", more=more)))
+        steps.append(("next", typed.for_real(o.beside(o.named(asked.model), "swapped"))))
     return About("bnfix swap", asked.model, (written,) if written else (), tuple(notes), tuple(steps))

@@ -43,7 +43,7 @@ def unshare(
             help="Where the model goes. Of several models, the folder where each goes under its own name.",
         ),
     ] = None,
-    in_place: Annotated[bool, typer.Option("--in-place", help="Write over MODEL itself.")] = False,
+    in_place: o.InPlaceOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
     sites: Annotated[
         list[str] | None,
@@ -98,10 +98,7 @@ def unshare(
         # of many models only the report is kept, not each model
         return Done(dataclasses.replace(result, model=None), about, FAILED if dry_run and result.edits else DONE)
 
-    then: tuple[tuple[str, str], ...] = ()
-    if dry_run:
-        more = () if typed.was_typed("-o", "--output", "--in-place") else ("-o", "unshared/")
-        then = (("next", typed.without("--dry-run", more=more)),)
+    then = (("next", typed.for_real("unshared/")),) if dry_run else ()
     return each(asked, one, output_format, command="bnfix unshare", traceback=traceback, then=then)
 
 
