@@ -134,8 +134,7 @@ def _about(
         onnx = o.quoted(o.sibling(written, ".onnx"))
         steps.append(("next", f"{again.next('export', written, trust=trust)} -o {onnx}"))
     elif result.dry_run and result.edits:
-        line = asked.next("fold", asked.model, trust=asked.trust)
-        steps.append(("next", f"{line} -o {o.quoted(o.beside(o.named(asked.model), 'folded'))}"))
+        steps.append(("next", typed.for_real(o.beside(o.named(asked.model), "folded"))))
     return About("bnfix fold", asked.model, (written,) if written else (), tuple(notes), tuple(steps), failed=unmet)
 
 

@@ -118,6 +118,5 @@ def _about(asked: o.Asked, opened: Opened, result: Result, target: str | None, w
         )
         steps.append(("next", f"{again.next('recalibrate', written, trust=trust)} -o {fixed}"))
     elif result.dry_run and result.edits:
-        line = asked.next("unshare", asked.model, trust=asked.trust)
-        steps.append(("next", f"{line} -o {o.quoted(o.beside(o.named(asked.model), 'unshared'))}"))
+        steps.append(("next", typed.for_real(o.beside(o.named(asked.model), "unshared"))))
     return About("bnfix unshare", asked.model, (written,) if written else (), tuple(notes), tuple(steps))
