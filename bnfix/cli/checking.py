@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bnfix.cli.door import UsageError, users_code, users_words
-from bnfix.cli.opening import check_there, load_model
+from bnfix.cli.opening import check_data, check_there, load_model
 from bnfix.cli.options import Asked
 from bnfix.cli.screen import Steps
 from bnfix.errors import LoadError
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("state_dict", "safetensors", "lightning")
 _OF_FOLDS = ", and fresh norms have nothing to fold in"
-FORMS = """--data loader.py:make   a function that returns your DataLoader, or any iterable of batches
---data train_images/    a folder of images, read as the model's own evaluation reads them
---data x.npy            an array of samples; .npz and .safetensors too"""
 
 
 @dataclass(frozen=True)
@@ -78,15 +75,7 @@ def check_given(asked: Asked, given: Evidence) -> None:
         if is_file(text) and not os.path.isfile(text):
             raise LoadError(f"--input: there is no file {text}", hint="or a shape:  --input 1x3x224x224")
     for option, spec in (("--data", asked.data), ("--val-data", given.val_data)):
-        if spec is None or os.path.exists(spec):
-            continue
-        if spec.startswith("random:"):
-            raise UsageError(
-                f"{option} random: gives noise, and the model would be judged by it",
-                hint=f"data that the model was trained on:\n{FORMS}",
-            )
-        if parse_spec(spec) is None:
-            raise UsageError(f"there is no file {spec}", hint=FORMS)
+        check_data(spec, "the model would be judged by it", option=option)
     if given.val_data and not asked.data:
         raise UsageError("--val-data is compared with --data", hint="--data loader.py:make")
     if given.against is not None:

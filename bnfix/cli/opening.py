@@ -18,6 +18,7 @@ from bnfix.errors import BnfixError, LoadError, MissingDependencyError
 from bnfix.files import check_target
 from bnfix.formats import sniff
 from bnfix.formats.saving import check_form, writer_for
+from bnfix.formats.specs import parse_spec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,6 +62,31 @@ class Opened:
             return None
         module, _, name = (self.loaded.info.root_class or "").rpartition(".") if self.loaded.info else ("", "", "")
         return f"{module}:{name}" if module else None
+
+    def takes_trust(self, target: str) -> bool:
+        """Whether ``target``, written from this, takes ``--trust`` to be loaded: it holds a pickled module."""
+        return self.pickled and self.arch(target) is None and not target.endswith(".pt2")
+
+
+DATA_FORMS = """--data loader.py:make   a function that returns your DataLoader, or any iterable of batches
+--data train_images/    a folder of images, read as the model's own evaluation reads them
+--data x.npy            an array of samples; .npz and .safetensors too"""
+
+
+def check_data(spec: str | None, noise: str, *, option: str = "--data", forms: str = DATA_FORMS) -> None:
+    """What can be known of ``option`` before torch is imported. ``noise`` says what random data would do.
+
+    Raises:
+        UsageError: it is noise, or there is no such file; with the forms that it can have.
+    """
+    if spec is None or os.path.exists(spec):
+        return
+    if spec.startswith("random:"):
+        raise UsageError(
+            f"{option} random: gives noise, and {noise}", hint=f"data that the model was trained on:\n{forms}"
+        )
+    if parse_spec(spec) is None:
+        raise UsageError(f"there is no file {spec}", hint=forms)
 
 
 def check_paths(asked: Asked) -> None:

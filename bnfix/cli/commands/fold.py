@@ -128,7 +128,7 @@ def _about(
             steps.append(("next", f"{line} -o {o.quoted(o.sibling(o.named(asked.model), '.onnx'))}"))
     if written is not None:
         arch = opened.arch(written)
-        trust = opened.pickled and arch is None and not written.endswith(".pt2")
+        trust = opened.takes_trust(written)
         again = dataclasses.replace(asked, model=written, arch=arch, trust=trust)
         steps.append(("load it", asked.load_line(written, arch=arch, trust=trust)))
         onnx = o.quoted(o.sibling(written, ".onnx"))

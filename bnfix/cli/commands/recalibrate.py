@@ -16,13 +16,12 @@ from bnfix.cli import options as o
 from bnfix.cli import typed
 from bnfix.cli.allocator import keep_freed_memory
 from bnfix.cli.door import DONE, FAILED, UsageError, users_code, users_words
-from bnfix.cli.opening import Opened, check_output, check_paths, load_model
+from bnfix.cli.opening import DATA_FORMS, Opened, check_data, check_output, check_paths, load_model
 from bnfix.cli.screen import Steps, report, working
 from bnfix.cli.team import Team, team
 from bnfix.cli.wording import as_options, in_options
 from bnfix.errors import BnfixError
 from bnfix.formats.recipes import has_folds
-from bnfix.formats.specs import parse_spec
 from bnfix.render import About
 
 if TYPE_CHECKING:
@@ -46,10 +45,6 @@ of `(images, labels)` the model gets what its forward takes. How each batch was 
 
 **Exit codes**  0 recalibrated, also where some norms were kept, or --when needed found no need (then nothing is
 written) · 1 --dry-run would change something · 2 wrong use or an error: then nothing was written"""
-
-FORMS = """--data loader.py:make   a function that returns your DataLoader, or any iterable of batches
---data train_images/    a folder of images, read as the model's own evaluation reads them
---data x.npy            an array of samples; .npz and .safetensors too"""
 
 
 def recalibrate(
@@ -156,14 +151,8 @@ def _checked(asked: o.Asked, output: str | None, *, in_place: bool, dry_run: boo
     """What can be known before torch is imported; the file to be written."""
     check_paths(asked)
     if asked.data is None:
-        raise UsageError("on which data? Statistics come from what the model was trained on", hint=FORMS)
-    if asked.data.startswith("random:") and not os.path.exists(asked.data):
-        raise UsageError(
-            "--data random: gives noise, and the model would have the statistics of noise",
-            hint=f"data that the model was trained on:\n{FORMS}",
-        )
-    if not os.path.exists(asked.data) and parse_spec(asked.data) is None:
-        raise UsageError(f"there is no file {asked.data}", hint=FORMS)
+        raise UsageError("on which data? Statistics come from what the model was trained on", hint=DATA_FORMS)
+    check_data(asked.data, "the model would have the statistics of noise")
     return check_output(
         asked,
         output,

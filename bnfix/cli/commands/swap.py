@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +15,10 @@ from bnfix.cli import calibration_options as c
 from bnfix.cli import options as o
 from bnfix.cli import typed
 from bnfix.cli.door import DONE, FAILED, UsageError, users_code, users_words
-from bnfix.cli.opening import Opened, check_options, check_paths, load_model
+from bnfix.cli.opening import DATA_FORMS, Opened, check_data, check_options, check_paths, load_model
 from bnfix.cli.screen import Steps
 from bnfix.cli.several import Done, each, make_folder, outputs
 from bnfix.errors import BnfixError
-from bnfix.formats.specs import parse_spec
 from bnfix.render import About
 
 if TYPE_CHECKING:
@@ -56,9 +54,7 @@ R² says how much of a layer's output could be kept. The new model is another on
 **Exit codes**  0 swapped, also where some norms were kept (or all: then nothing is written) · 1 --dry-run would change
 something · 2 wrong use or an error: then nothing was written · of several models the worst"""
 
-FORMS = """--data loader.py:make   a function that returns your DataLoader, or any iterable of batches
---data train_images/    a folder of images, read as the model's own evaluation reads them
---data x.npy            an array of samples; .npz and .safetensors too
+FORMS = f"""{DATA_FORMS}
 --init copy             without data: the old affine, and a model near chance"""
 EXACT = ("frozen", "sync", "batch")
 
@@ -185,13 +181,7 @@ def _check(asked: o.Asked, to: To, only: str | None, init: Init | None, *, singl
         re.compile(only or "")
     except re.error as error:
         raise UsageError(f"--only {only} is no regular expression: {error}") from error
-    if asked.data is not None and asked.data.startswith("random:") and not os.path.exists(asked.data):
-        raise UsageError(
-            "--data random: gives noise, and the norms would be fitted to noise",
-            hint=f"data that the model was trained on:\n{FORMS}",
-        )
-    if asked.data is not None and not os.path.exists(asked.data) and parse_spec(asked.data) is None:
-        raise UsageError(f"there is no file {asked.data}", hint=FORMS)
+    check_data(asked.data, "the norms would be fitted to noise", forms=FORMS)
     if asked.data is None and only == "fragile":
         raise UsageError("--only fragile asks how many values a norm sees in a batch: of which data?", hint=FORMS)
     if asked.data is None and to.value not in EXACT and init not in (Init.copy, Init.fresh):
@@ -280,7 +270,7 @@ def _about(asked: o.Asked, opened: Opened, result: Result, target: str | None, w
         notes.append(f"nothing was swapped: {left}")
     if written is not None:
         arch = opened.arch(written)
-        trust = opened.pickled and arch is None and not written.endswith(".pt2")
+        trust = opened.takes_trust(written)
         steps.append(("load it", asked.load_line(written, arch=arch, trust=trust)))
     elif result.dry_run and result.edits:
         steps.append(("next", typed.for_real(o.beside(o.named(asked.model), "swapped"))))

@@ -110,7 +110,7 @@ def _about(asked: o.Asked, opened: Opened, result: Result, target: str | None, w
         notes.append(f"nothing was un-shared: {target} {left}")
     if written is not None:
         arch = opened.arch(written)
-        trust = opened.pickled and arch is None and not written.endswith(".pt2")
+        trust = opened.takes_trust(written)
         steps.append(("load it", asked.load_line(written, arch=arch, trust=trust)))
         fixed = o.quoted(o.beside(written, "recalibrated"))
         again = dataclasses.replace(
