@@ -233,18 +233,11 @@ def _opened(asked: o.Asked, batch_size: int, device: str, steps: Steps, target: 
             first = next(iter(batches), None)
             calls = [] if first is None else [batch_call(first, opened.model, way)]
         if calls and not scripted and way is None:
-            # Positions stay as they are: of a GroupNorm with any number of them, torch writes conditions into the file
-            # that no safe loader reads.
-            calls += [c for c in variations(opened.model, calls[0])[0] if _alike(c, calls[0])]
+            calls += variations(opened.model, calls[0])[0]
     if scripted and calls:
         converted = api.converted(loaded, calls)
         opened = dataclasses.replace(opened, loaded=converted, notes=(*opened.notes, *converted.notes[-1:]))
     return dataclasses.replace(opened, calls=calls), batches
-
-
-def _alike(one: Any, other: Any) -> bool:
-    """Whether two calls differ in the number of samples only."""
-    return [t.shape[1:] for t in one.tensors()] == [t.shape[1:] for t in other.tensors()]
 
 
 @contextmanager
