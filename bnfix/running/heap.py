@@ -11,6 +11,7 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from mmap import PAGESIZE
 
 import torch
 from torch import Tensor
@@ -50,15 +51,14 @@ def _block(count: int) -> Tensor:
 def _populate(starts: list[int]) -> None:
     """Fetch the pages of blocks that begin there, those of neighbours together."""
     advise = getattr(ctypes.CDLL(None), "madvise", None)
+    if advise is None:
+        return
     runs: list[list[int]] = []
     for start in starts:
         if runs and start - runs[-1][1] < _BLOCK:
             runs[-1][1] = start + _BLOCK
         else:
             runs.append([start, start + _BLOCK])
-    if advise is None:
-        return
     for start, end in runs:
-        page = 1 << 12
-        first = -(-start // page) * page
-        advise(ctypes.c_void_p(first), ctypes.c_size_t(end // page * page - first), _POPULATE_WRITE)
+        first = -(-start // PAGESIZE) * PAGESIZE
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(end // PAGESIZE * PAGESIZE - first), _POPULATE_WRITE)
