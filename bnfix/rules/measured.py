@@ -47,12 +47,9 @@ def is_fresh(norm: NormState) -> bool:
     return drawn and (bias is None or bool(abs(bias).max() <= 0.01))
 
 
-def not_for_training(code: str, data: DataEvidence) -> Iterator[Skipped]:
+def not_for_training(code: str) -> Skipped:
     """What a rule about batches says of data that nothing is trained on."""
-    if data.role != "train":
-        yield Skipped(
-            code, "batches are judged where they are trained on, and this is no training data", 'role="train"'
-        )
+    return Skipped(code, "batches are judged where they are trained on, and this is no training data", 'role="train"')
 
 
 def batch_values(data: DataEvidence, site: SiteData) -> int:
@@ -184,11 +181,6 @@ def off_by(drift: Drift, name: str) -> str:
 def paths_of(names: Iterable[str]) -> tuple[str, ...]:
     """Module paths of call sites, each once."""
     return tuple(dict.fromkeys(n.partition("@")[0] for n in names))
-
-
-def shown(names: Sequence[str], most: int = 3) -> str:
-    """``a, b, c and 4 more``."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def median_of(values: Array) -> float:

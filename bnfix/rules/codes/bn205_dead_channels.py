@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.measured import shown
+from bnfix.rules.reading import listed
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, NormState, Skipped
 
@@ -63,7 +63,7 @@ class DeadChannels(Rule):
     def _said(self, norm: NormState, site: str, channels: list[int], limit: float) -> Finding:
         return self.found(
             "info",
-            f"{site}: {len(channels)} of {norm.channels} channels are constant ({shown(list(map(str, channels)), 5)})",
+            f"{site}: {len(channels)} of {norm.channels} channels are constant ({listed(list(map(str, channels)), 5)})",
             (site,),
             fix=Fix("code", "prune them: the next layer can hold their value as a bias", (site,)),
             channels=channels,

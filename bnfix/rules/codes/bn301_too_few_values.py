@@ -50,7 +50,7 @@ class TooFewValues(Rule):
         data = evidence.data
         assert data is not None
         if data.role != "train":
-            yield from not_for_training(self.code, data)
+            yield not_for_training(self.code)
             return
         noise = {"warning": self.option(evidence, "noise", 0.6), "info": self.option(evidence, "info", 0.25)}
         norms = by_path(evidence)

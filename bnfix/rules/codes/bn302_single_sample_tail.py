@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.measured import by_path, learns, not_for_training, shown
+from bnfix.rules.measured import by_path, learns, not_for_training
+from bnfix.rules.reading import listed
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import DataEvidence, Evidence, Finding, Fix, Skipped
 
@@ -41,7 +42,7 @@ class SingleSampleTail(Rule):
         data = evidence.data
         assert data is not None
         if data.role != "train":
-            yield from not_for_training(self.code, data)
+            yield not_for_training(self.code)
             return
         norms = by_path(evidence)
         single = [s.path for s in data.sites if s.positions == 1 and learns(norms.get(s.path))]
@@ -58,7 +59,7 @@ class SingleSampleTail(Rule):
         of = f"{total:,} samples in batches of {size} leave" if total else "the loader ends with"
         yield self.found(
             "error",
-            f"{of} a last batch of one: no variance for {shown(names)}, where training stops",
+            f"{of} a last batch of one: no variance for {listed(names)}, where training stops",
             names,
             fix=Fix("code", "drop_last=True in the DataLoader, or another batch size"),
             samples=total,

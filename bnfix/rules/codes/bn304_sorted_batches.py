@@ -52,7 +52,7 @@ class SortedBatches(Rule):
         data = evidence.data
         assert data is not None
         if data.role != "train":
-            yield from not_for_training(self.code, data)
+            yield not_for_training(self.code)
             return
         norms = by_path(evidence)
         sites = [s for s in data.sites if learns(norms.get(s.path))]

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfix.rules.measured import SEVERE, by_path, exceeds, median_of, shown
+from bnfix.rules.measured import SEVERE, by_path, exceeds, median_of
+from bnfix.rules.reading import listed
 from bnfix.rules.rule import Case, Rule
 from bnfix.types import Evidence, Finding, Fix, NormState, Safety, SiteData, Skipped
 
@@ -55,7 +56,7 @@ class PaddingInStats(Rule):
         names = tuple(dict.fromkeys(s.path or "(root)" for _, s in off))
         yield self.found(
             "error" if data.drift is not None and exceeds(data.drift, *SEVERE) else "warning",
-            f"padding is in the statistics of {shown(names)}: without it, they are {off[0][0]:.2g} σ elsewhere",
+            f"padding is in the statistics of {listed(names)}: without it, they are {off[0][0]:.2g} σ elsewhere",
             names,
             fix=Fix(
                 "recalibrate",
