@@ -55,6 +55,7 @@ class Scouted:
 
 @dataclass
 class _Trip:
+    route: tuple[Place, ...]
     sums: dict[Place, SampleSums]
     outputs: Any
     seconds: float
@@ -83,7 +84,7 @@ def scout(chunk: Chunk, replicate: Callable[[], nn.Module], norms: Norms) -> Sco
     for norm in norms:
         if 0 < trip.heard.get(norm.key, 0) < found.reached[id(norm.mean)] and not norm.why:
             norm.why = "is also called where bnfix can't see it (a thread of the model's own, torch functions disabled)"
-    found.route, found.mixing, found.outputs = tuple(trip.sums), trip.mixing, trip.outputs
+    found.route, found.mixing, found.outputs = trip.route, trip.mixing, trip.outputs
     found.reads = trip.reads
     found.ways = frozenset(trip.footing.ways) if trip.footing.sound else None
     found.parked, found.forward = trip.parked / chunk.samples, trip.peak / chunk.samples
@@ -113,6 +114,8 @@ def _whole(chunk: Chunk) -> str:
 
 
 def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int], *, measured: bool = False) -> _Trip:
+    """One forward: with what it takes, where ``measured``; else with the sums of each norm's input."""
+    route: list[Place] = []
     sums: dict[Place, SampleSums] = {}
     calls: dict[int, int] = defaultdict(int)
     parked, largest, last = 0, 0, 0.0
@@ -127,7 +130,10 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
         if held is not None:
             parked = max(parked, held.now())
         largest = max(largest, seen.x.numel() * seen.x.element_size())
-        sums[place] = sample_sums(seen.x, chunk.samples, mask_at(chunk, seen.x, seen.norm.path))
+        route.append(place)
+        mask = mask_at(chunk, seen.x, seen.norm.path)
+        if not measured:  # figures are wanted then, not what the norm sees
+            sums[place] = sample_sums(seen.x, chunk.samples, mask)
         last = time.perf_counter()
 
     def note(module: nn.Module, _args: Any) -> None:
@@ -154,6 +160,7 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
     end = time.perf_counter()
     peak = (held.peak if held else 0) + given
     return _Trip(
+        tuple(route),
         sums,
         outputs,
         end - start,
@@ -178,7 +185,7 @@ def _origin(module: nn.Module) -> Any:
 
 def _difference(whole: _Trip, parts: Sequence[_Trip], norms: Norms) -> str:
     """Where the samples behave differently together and alone; empty where they nowhere do."""
-    if any(tuple(p.sums) != tuple(whole.sums) for p in parts):
+    if any(p.route != whole.route for p in parts):
         return "samples go other ways together than alone"
     coarse = norms.half or norms_device(norms).type != "cpu"  # TF32, and a choice of kernels by the batch size
     for place, together in whole.sums.items():

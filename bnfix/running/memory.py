@@ -164,7 +164,7 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._most = 0
         self._foreign: dict[int, StorageWeakRef] = {}
         self._sizes: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._hide(excluded)
+        self._hide(_tensors(*excluded))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -185,42 +185,48 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.compiler.is_dynamo_compiling():  # the body of a torch.cond is traced here, and nothing is allocated
             return func(*args, **kwargs)
         if func is not torch.ops.aten.lift_fresh.default:  # the one that hands on a tensor made a moment ago
-            self._hide(_leaves((args, kwargs)))
+            self._hide(_tensors(*args, kwargs))
         out = func(*args, **kwargs)
-        for tensor in _leaves(out):
-            if _has_storage(tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self._foreign:
-                    known = self._sizes.get(key)
-                    self._sizes[key] = (_weak(storage), storage.nbytes())
-                    self._most += storage.nbytes() - (known[1] if known else 0)
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._foreign:
+                known = self._sizes.get(key)
+                self._sizes[key] = (_weak(storage), storage.nbytes())
+                self._most += storage.nbytes() - (known[1] if known else 0)
         if self._most > self.peak:  # as if nothing had been freed: only then is it worth a look at what was
             self.peak = max(self.peak, self.now())
         return out
 
-    def _hide(self, values: Iterable[Any]) -> None:
+    def _hide(self, tensors: Iterable[Tensor]) -> None:
         """Storages that were not allocated inside are not to be counted."""
-        for tensor in values:
-            if _has_storage(tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._sizes:
-                    self._foreign.setdefault(storage._cdata, _weak(storage))
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._sizes and key not in self._foreign:
+                self._foreign[key] = _weak(storage)
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    """What operators take and give holds nothing but these (``tree_leaves`` takes ten times as long)."""
-    if isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _leaves(part)
-    elif isinstance(value, dict):
-        yield from _leaves(tuple(value.values()))
-    else:
-        yield value
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout})
 
 
-def _has_storage(value: Any) -> bool:
-    return isinstance(value, Tensor) and torch._C._has_storage(value)
+def _tensors(*values: Any) -> list[Tensor]:
+    """The tensors with a storage in what operators take and give: tuples, lists and dicts hold all of them.
+
+    One loop: asked at each operation, while calls may be counted (``tree_leaves`` takes ten times as long).
+    """
+    found, pending = [], [*values]
+    for value in pending:
+        if type(value) in _PLAIN:
+            continue
+        if isinstance(value, Tensor):
+            if torch._C._has_storage(value):
+                found.append(value)
+        elif isinstance(value, (tuple, list)):
+            pending += value
+        elif isinstance(value, dict):
+            pending += value.values()
+    return found
 
 
 def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:
