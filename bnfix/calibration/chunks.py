@@ -13,16 +13,16 @@ from bnfix.errors import CalibrationError
 from bnfix.running import Call, join, size, split
 
 TARGET = 128
-"""Samples a chunk: more save nothing."""
+"""Samples a chunk at most: more save nothing."""
 LEAST = 16
 """Samples a chunk at least: with fewer, PyTorch takes slower convolutions in one thread, and switching costs more than
 it saves."""
-LARGEST = 16 << 20
-"""Bytes of the largest activation of a chunk: memory of larger ones goes back to the system with each use (glibc), and
-fresh pages cost more time than the rest of a norm."""
-LARGEST_IN_THREADS = 8 << 20
+LARGEST = 31 << 20
+"""Bytes of the largest activation of a chunk: glibc takes blocks of 32 MB and more from the system with each use, and
+fresh pages cost more time than the rest of a norm. Below that, larger chunks are faster: a forward costs time itself."""
+LARGEST_IN_THREADS = 12 << 20
 """The same in threads, whose heaps are smaller."""
-LARGEST_ON_DEVICE = 256 << 20
+LARGEST_ON_DEVICE = 384 << 20
 """The same on a GPU, which keeps its memory: there each chunk costs time on the host."""
 PROBED = 2
 """Samples that are looked at first, and that are run again in the end."""
@@ -57,18 +57,19 @@ class Chunk:
         return self.where
 
 
-def pieces(batches: Sequence[Chunk], target: int = TARGET) -> list[Chunk]:
-    """The same samples in chunks of ``target`` and more, where there are as many: small batches joined, large split.
+def pieces(batches: Sequence[Chunk], most: int = TARGET) -> list[Chunk]:
+    """The same samples in chunks of up to ``most``, as far as there are ``LEAST``: small batches joined, large split.
 
     Samples keep their order within batches of one signature.
     """
-    return [chunk for run in _alike(batches) for chunk in _cut(run, _sizes(sum(c.samples for c in run), target))]
+    return [chunk for run in _alike(batches) for chunk in _cut(run, _sizes(sum(c.samples for c in run), most))]
 
 
-def _sizes(total: int, target: int) -> list[int]:
-    """As equal as can be, none below ``target``; of the counts around total/target one that divides, if any does."""
-    most = max(1, total // target)
-    count = next((c for c in range(most, max(0, most * 2 // 3), -1) if total % c == 0), most)
+def _sizes(total: int, most: int) -> list[int]:
+    """As equal as can be; the fewest that are not above ``most``, or up to half as many more if these divide it."""
+    fewest = max(1, -(-total // most))
+    count = next((c for c in range(fewest, fewest * 3 // 2 + 1) if total % c == 0), fewest)
+    count = max(1, min(count, total // LEAST))
     small, more = divmod(total, count)
     return [small + 1] * more + [small] * (count - more)
 

@@ -229,9 +229,8 @@ def _chunks(session: Session, held: list[Chunk], scouted: Scouted | None, apart:
     largest = LARGEST_ON_DEVICE
     if session.device.type == "cpu":
         largest = LARGEST if scouted.ways is not None and Guard.possible() else LARGEST_IN_THREADS
-    target = min(TARGET, int(largest / max(scouted.largest, 1.0)), int(room / 4 / max(scouted.forward, 1.0)))
-    target = max(target, LEAST, -(-total // MOST))
-    return centred(pieces(held, target), PROBED)
+    most = min(TARGET, int(largest / max(scouted.largest, 1.0)), int(room / 4 / max(scouted.forward, 1.0)))
+    return centred(pieces(held, max(most, LEAST, -(-total // MOST))), PROBED)
 
 
 def _gigabytes(count: int) -> str:

@@ -7,7 +7,7 @@ import sys
 
 # malloc.h of glibc
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
-_LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc takes no more on 64 bits: larger blocks are mapped anew each time
+_MMAP_THRESHOLDS = (1 << 30, 32 << 20)  # glibc before 2.35 takes no more than that: larger blocks are mapped anew
 _KEPT = 1 << 30
 
 
@@ -23,9 +23,6 @@ def keep_freed_memory() -> None:
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return
-    for name, value in (
-        (_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD),
-        (_TRIM_THRESHOLD, _KEPT),
-        (_ARENA_MAX, 1),
-    ):
-        library.mallopt(name, value)
+    any(library.mallopt(_MMAP_THRESHOLD, value) for value in _MMAP_THRESHOLDS)
+    library.mallopt(_TRIM_THRESHOLD, _KEPT)
+    library.mallopt(_ARENA_MAX, 1)
