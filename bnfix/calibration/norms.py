@@ -118,6 +118,7 @@ def find_norms(model: nn.Module, select: Select = None, include_frozen: bool = F
             places[key] = (position, path, slot.container, str(slot.key))
     norms = Norms(model, _tensors=places, _decide=decide)
     without, instance = [], []
+    by_memory: dict[int, Norm] = {}
     for module in owners.modules.values():
         path = (owners.paths(module) or ("",))[0]
         mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
@@ -131,14 +132,26 @@ def find_norms(model: nn.Module, select: Select = None, include_frozen: bool = F
                     f"{path or 'the model'} is not initialised yet",
                     hint="run the model once on an example, then call bnfix",
                 )
-            if id(mean) not in places or id(mean) in norms.known:
+            if id(mean) not in places:
                 continue
+            twin = norms.known.get(id(mean))
+            if twin is not None and twin.var is var:
+                continue
+            if mean.is_meta or var.is_meta:
+                raise CalibrationError(
+                    f"{path or 'the model'} is on the meta device: it has no values",
+                    hint="model.to_empty(device='cpu'), and load its weights",
+                )
+            _refuse_half_shared(
+                path, mean, var, twin or by_memory.get(mean.data_ptr()) or by_memory.get(var.data_ptr())
+            )
             tracked = getattr(module, "num_batches_tracked", None)
             why, frozen = decide(path, module)
             norms.known[id(mean)] = Norm(
                 places[id(mean)][0], places.get(id(var), (-1,))[0], path, module, mean, var,
                 tracked if isinstance(tracked, Tensor) else None, why, frozen,
             )  # fmt: skip
+            by_memory |= {t.data_ptr(): norms.known[id(mean)] for t in (mean, var) if t.numel()}
         elif isinstance(module, nn.modules.batchnorm._NormBase):
             without.append(path)
     norms.without, norms.instance = tuple(without), tuple(instance)
@@ -146,6 +159,23 @@ def find_norms(model: nn.Module, select: Select = None, include_frozen: bool = F
         names = ", ".join(n.path for n in list(norms.known.values())[:5])
         raise CalibrationError(f"select={select!r} fits no norm of the model", hint=f"its norms:  {names} …")
     return norms
+
+
+def _refuse_half_shared(path: str, mean: Tensor, var: Tensor, other: Norm | None) -> None:
+    """Two norms that have one buffer in common, or the memory of one, but not both buffers as they are.
+
+    Raises:
+        CalibrationError: they would write over one another's statistics.
+    """
+    if other is None:
+        return
+    name = "running_mean" if mean.data_ptr() in (other.mean.data_ptr(), other.var.data_ptr()) else "running_var"
+    raise CalibrationError(
+        f"{path}.{name} and a buffer of {other.path} are different tensors in one place of memory, or the one is "
+        "shared and the other not: what is written to one norm would change the other",
+        hint="share both:  b.running_mean, b.running_var = a.running_mean, a.running_var\n"
+        "or neither:  b.running_mean = a.running_mean.clone(), and the same for running_var",
+    )
 
 
 def _decider(model: nn.Module, select: Select, include_frozen: bool) -> Callable[[str, nn.Module], tuple[str, bool]]:

@@ -67,6 +67,7 @@ def mended(
 
 def _measured(session: Session, chunks: Sequence[Chunk], stats: dict[int, Stats], turn: Turn) -> dict[Place, Moments]:
     found: dict[Place, Moments] = {}
+    session.rewind()  # each pass is the one that the user would make
     try:
         with session.using(stats):
             for number, chunk in enumerate(chunks):

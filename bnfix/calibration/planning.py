@@ -30,7 +30,7 @@ from bnfix.calibration.scouting import Scouted, mixed, scout
 from bnfix.calibration.session import Session
 from bnfix.calibration.streaming import rejoined
 from bnfix.errors import CalibrationError
-from bnfix.running import free_bytes
+from bnfix.running import drawing, free_bytes
 
 PLAIN_BATCHES = 1024
 """Chunks (threads) at most where batches can't be joined."""
@@ -111,15 +111,27 @@ def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chu
         ways = [(few, session.replicate), (few, lambda: session.model), (first, lambda: session.model)]
     for last, (chunk, make) in enumerate(ways, 1 - len(ways)):
         try:
-            found = scout(chunk, make, session.norms)
+            with drawing() as drawn:
+                found = scout(chunk, make, session.norms)
         except CalibrationError:
             if not last:
                 raise
             continue
+        if drawn:
+            _say_that_it_draws(session, found)
         if chunk is not ways[0][0]:
             found.inseparable = found.inseparable or "the model does not take a part of a batch"
         return found, held
     raise AssertionError
+
+
+def _say_that_it_draws(session: Session, scouted: Scouted) -> None:
+    session.draws = True
+    scouted.inseparable = scouted.inseparable or "the forward draws random numbers"
+    session.notes.append(
+        "the forward draws random numbers in evaluation mode as well (dropout or noise that is always on?): statistics "
+        "hold for one draw, and those of another differ by chance"
+    )
 
 
 def _read(session: Session, reader: Reader, scouted: Scouted, held: list[Chunk]) -> tuple[list[Chunk], _Found]:

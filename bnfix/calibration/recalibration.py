@@ -102,7 +102,9 @@ class _Work:
         samples = sum(self._everywhere(sum(c.samples for c in chunks) if chunks else reader.samples))
         batches = sum(self._everywhere(reader.batches))
         changed = not options.dry_run and bool(outcome.stats) and (options.when == "always" or change.worth_it)
-        frozen, never, left_why = summary.left_alone(session.norms, outcome, self._reached(scouted))
+        frozen, never, left_why = summary.left_alone(
+            session.norms, outcome, self._reached(scouted), masked=options.mask is not None
+        )
         found = summary.layers(outcome, session.norms)
         if not found and not outcome.sites and not session.norms.known:
             raise CalibrationError("the model has no norm with running statistics: nothing to recalibrate", hint=LOOKED)

@@ -59,6 +59,21 @@ class Session:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    draws: bool = False
+    """Whether a forward draws random numbers."""
+
+    def __post_init__(self) -> None:
+        """Keep what a forward may write to besides."""
+        statistics = {id(t) for n in self.norms for t in (n.mean, n.var, n.tracked)}
+        others = [b for b in self.model.buffers() if id(b) not in statistics and not b.is_meta]
+        self._others = [(b, b.detach().clone()) for b in others]
+
+    def rewind(self) -> None:
+        """Give buffers that are no statistics (a counter, a moving average) the values that they came with."""
+        for buffer, value in self._others:
+            if not torch.equal(buffer, value):
+                put(buffer, value)
+
     @property
     def coarse(self) -> bool:
         """Whether results depend visibly on the batch size: half precision, accelerators with a choice of kernels."""

@@ -142,6 +142,36 @@ def test_float64_is_exact() -> None:
 # Shared, tied, sliced.
 
 
+@pytest.mark.parametrize("what", ["memory", "mean"])
+def test_norms_that_share_by_half_are_refused(what: str) -> None:
+    model = lived_in(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    one, two = model[1], model[3]
+    if what == "memory":
+        two.running_mean.set_(one.running_mean)
+        two.running_var.set_(one.running_var)
+    else:
+        two.running_mean = one.running_mean
+    before = bits(model)
+    with pytest.raises(CalibrationError, match=r"3\.running_mean and a buffer of 1"):
+        bnfix.recalibrate(model, images())
+    assert same_bits(model, before)
+    two.running_mean, two.running_var = one.running_mean, one.running_var
+    both = bnfix.recalibrate(model, images(), certify="full").residual
+    assert both is not None
+    assert max(both.mean, both.var) <= EXACT
+    flat = torch.rand(16)  # neighbours in one piece of memory are nothing to speak of
+    one.running_mean, one.running_var, two.running_mean, two.running_var = flat.split(4)
+    bnfix.recalibrate(model, images())
+    assert max(residual(model, images())) <= EXACT
+
+
+def test_a_model_without_values() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    with pytest.raises(CalibrationError, match="1 is on the meta device"):
+        bnfix.recalibrate(model, images())
+
+
 def test_one_norm_under_two_names() -> None:
     model = Two()
     model.alias = model.bn1
