@@ -67,6 +67,8 @@ class Witness:
             self.distance = near = _near(alone, self.sums, sites, start, PROBED)
             if near <= NEAR:
                 return CLEAN, ""
+            if cut and alone and alone.keys() != self.sums.keys():
+                return MIXED, "samples go other ways together than alone"
         alone = self._replay(session, self.chunk, stats, turn)
         self.distance = _exact(alone, self.sums, sites)
         if not self.distance <= APART:
