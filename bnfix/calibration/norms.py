@@ -13,6 +13,8 @@ from torch.nn.parameter import is_lazy
 from bnfix.errors import CalibrationError
 from bnfix.graph import find_owners
 
+functorch = torch._C._functorch
+
 Select = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
 FROZEN = "in evaluation mode while the model trains: frozen on purpose (include_frozen=True takes it along)"
@@ -63,13 +65,24 @@ class Norms:
             return norm if norm.var is var else None
         home, other = self._tensors.get(id(mean)), self._tensors.get(id(var))
         if home is None or other is None:
-            return None
+            own = self._own(mean), self._own(var)  # buffer.detach(), buffer.data
+            return None if own[0] is None or own[1] is None else self.of(*own)
         key, path, module, name = home  # functional: statistics that the model's own code hands to F.batch_norm
         site = path if name in ("running_mean", "") else f"{path}.{name}" if path else name
         why, frozen = self._decide(site, module)
         norm = Norm(key, other[0], site, module, mean, var, None, why, frozen)
         self.known[id(mean)] = norm
         return norm
+
+    def _own(self, tensor: Tensor) -> Tensor | None:
+        """The buffer that ``tensor`` is, or is another name of: the same memory in the same form."""
+        if id(tensor) in self._tensors:
+            return tensor
+        for place in self._tensors.values():
+            held = _held(place)
+            if held is not None and id(held) in self._tensors and _form(held) == _form(tensor):
+                return held
+        return None
 
     def meet(self, key: int, var_key: int) -> None:
         """Know the norm with these buffers, also if only other ranks have come by it."""
@@ -95,6 +108,12 @@ class Norms:
 def norms_device(norms: Norms) -> torch.device:
     """Where the statistics live."""
     return next((n.mean.device for n in norms.known.values()), torch.device("cpu"))
+
+
+def _form(tensor: Tensor) -> tuple[object, ...]:
+    if functorch.is_functorch_wrapped_tensor(tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        return (id(tensor),)
+    return tensor.data_ptr() if tensor.numel() else id(tensor), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _held(place: tuple[int, str, nn.Module, str]) -> Tensor | None:

@@ -76,6 +76,8 @@ def left_alone(
             why[name] = (
                 f"{type(norm.module).__name__} normalises by itself, not through batch_norm: bnfix can't see its input"
             )
+        elif norms.odd:
+            why[name] = "not called itself; batch_norm was called with statistics that may be copies of its own"
         else:
             never.append(name)
     for path in norms.without:

@@ -68,6 +68,16 @@ def drawing() -> Iterator[list[str]]:
     found += [name for name in before if name in now and not _same_state(before[name], now[name])]
 
 
+@contextlib.contextmanager
+def kept_random() -> Iterator[None]:
+    """All random generators leave as they came."""
+    state = _rng_state()
+    try:
+        yield
+    finally:
+        _set_rng_state(state)
+
+
 def _same_state(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)

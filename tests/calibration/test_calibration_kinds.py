@@ -165,6 +165,32 @@ def test_norms_that_share_by_half_are_refused(what: str) -> None:
     assert max(residual(model, images())) <= EXACT
 
 
+class Renamed(Two):
+    """Its own buffers under other names."""
+
+    def __init__(self, other: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.other = other
+
+    def first(self, x: Tensor) -> Tensor:
+        return F.relu(F.batch_norm(self.conv1(x), self.other(self.bn1.running_mean), self.other(self.bn1.running_var)))
+
+
+@pytest.mark.parametrize("other", [Tensor.detach, lambda t: t.data, lambda t: t.view(-1)])
+def test_buffers_under_another_name(other: Callable[[Tensor], Tensor]) -> None:
+    model = lived_in(Renamed(other))
+    report = bnfix.recalibrate(model, images())
+    assert [s.name for s in report.layers] == ["bn1", "bn2"]
+    with torch.no_grad():
+        x = model.conv1(torch.cat(images())).double().transpose(0, 1).flatten(1)
+    assert ((x.mean(1) - model.bn1.running_mean).abs() / x.std(1)).max() <= EXACT
+    assert (x.var(1) / model.bn1.running_var - 1).abs().max() <= EXACT
+    assert distances(model, images())["bn2"].var <= EXACT
+    copied = bnfix.recalibrate(lived_in(Renamed(torch.clone)), images())
+    assert "may be copies" in copied.left_why["bn1"]
+    assert not copied.never_called
+
+
 def test_a_model_without_values() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))

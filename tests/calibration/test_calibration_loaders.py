@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import types
 from collections import defaultdict
@@ -205,3 +206,12 @@ def test_random_numbers_in_evaluation_mode_are_said(method: Any) -> None:
     assert any("draws random numbers in evaluation mode" in line for line in said)
     assert not any("mixed" in line for line in said)
     assert not bnfix.recalibrate(lived_in(Two()), images(), method=method).notes
+
+
+def test_random_numbers_of_no_consequence_are_not_said() -> None:
+    class Draws(Two):
+        def forward(self, x: Tensor) -> Any:
+            random.random()
+            return super().forward(x + 0 * torch.rand_like(x))
+
+    assert not exact(Draws(), images()).notes
