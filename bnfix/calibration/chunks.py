@@ -191,12 +191,19 @@ def of_one_kind(chunks: Sequence[Chunk]) -> bool:
     The number of samples may differ, but for 1, which forwards treat as a case of its own. False where inputs are
     objects, whose values can't be told.
     """
-    kinds = [(_kind((c.call.args, dict(c.call.kwargs)), int(splittable(c))), c.samples == 1) for c in chunks]
+    kinds = [(kind_of(c, int(splittable(c))), c.samples == 1) for c in chunks]
     return all(kind is not None and (kind, one) == kinds[0] for kind, one in kinds)
 
 
+def kind_of(chunk: Chunk, cut: int = 0) -> Any:
+    """What of a chunk's inputs can be seen without a look into tensors: shapes from axis ``cut`` on, types, values.
+
+    None where that can't be told.
+    """
+    return _kind((chunk.call.args, dict(chunk.call.kwargs)), cut)
+
+
 def _kind(value: Any, cut: int) -> Any:
-    """What of a value can be seen so; shapes from axis ``cut`` on; None where that can't be told."""
     if isinstance(value, Tensor):
         return None if value.is_nested else (tuple(value.shape[cut:]), value.dtype)
     if isinstance(value, _PLAIN):

@@ -174,6 +174,15 @@ def find_norms(model: nn.Module, select: Select = None, include_frozen: bool = F
         elif isinstance(module, nn.modules.batchnorm._NormBase):
             without.append(path)
     norms.without, norms.instance = tuple(without), tuple(instance)
+    if isinstance(select, list | tuple | set | frozenset):
+        paths = {p for m in owners.modules.values() for p in owners.paths(m)}
+        sites = {f"{p}.{name}" if p else name for _, p, _, name in places.values()}
+        unknown = sorted(map(str, set(select) - paths - sites))
+        if unknown:
+            raise CalibrationError(
+                f"select names {unknown[0]!r}, and the model has no such layer",
+                hint=f"its norms:  {', '.join(n.path for n in list(norms.known.values())[:5])} …",
+            )
     if isinstance(select, str | list | tuple | set | frozenset) and not any(not n.why for n in norms.known.values()):
         names = ", ".join(n.path for n in list(norms.known.values())[:5])
         raise CalibrationError(f"select={select!r} fits no norm of the model", hint=f"its norms:  {names} …")

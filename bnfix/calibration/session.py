@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from bnfix.calibration.listening import Stats
 from bnfix.calibration.norms import Norms
@@ -65,7 +66,7 @@ class Session:
     def __post_init__(self) -> None:
         """Keep what a forward may write to besides."""
         statistics = {id(t) for n in self.norms for t in (n.mean, n.var, n.tracked)}
-        others = [b for b in self.model.buffers() if id(b) not in statistics and not b.is_meta]
+        others = [b for b in self.model.buffers() if id(b) not in statistics and not (b.is_meta or is_lazy(b))]
         self._others = [(b, b.detach().clone()) for b in others]
 
     def rewind(self) -> None:

@@ -191,6 +191,13 @@ def test_buffers_under_another_name(other: Callable[[Tensor], Tensor]) -> None:
     assert not copied.never_called
 
 
+def test_a_name_that_is_none_of_the_model() -> None:
+    model = lived_in(Two())
+    with pytest.raises(CalibrationError, match="select names 'bn3', and the model has no such layer"):
+        bnfix.recalibrate(model, images(), select=["bn1", "bn3"])
+    assert bnfix.recalibrate(model, images(), select=["bn1", "conv1"]).left == ("bn2",)
+
+
 def test_a_model_without_values() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))

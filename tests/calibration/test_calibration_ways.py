@@ -76,6 +76,25 @@ def test_a_norm_that_one_domain_alone_has_behind_the_others() -> None:
     assert not report.notes
 
 
+def test_what_leaks_with_inputs_of_one_kind_alone() -> None:
+    kept: dict[str, Tensor] = {}
+
+    class Leaks(Two):
+        def forward(self, x: Tensor, domain: str) -> Any:  # type: ignore[override]
+            y = self.conv1(x)
+            if domain == "leak":
+                kept["y"] = y
+            z = F.relu(self.bn1(y))
+            return self.second(z + kept["y"] if domain == "leak" else z)
+
+    batches = [{"x": b, "domain": "leak" if i % 4 == 3 else "plain"} for i, b in enumerate(images())]
+    model = lived_in(Leaks())
+    feed = lambda m, b: m(**b)  # noqa: E731
+    report = bnfix.recalibrate(model, batches, forward=feed)
+    assert max(residual(model, batches, feed)) <= EXACT
+    assert report.engine == "plain passes"
+
+
 def test_a_way_that_takes_so_many_samples_together() -> None:
     class Many(nn.Module):
         def __init__(self) -> None:
