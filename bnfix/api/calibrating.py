@@ -128,6 +128,10 @@ def _check_options(method: str, when: str, certify: str | None, max_samples: int
     ):
         if given not in known:
             raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, not {given!r}")
+    if max_samples is not None and (not isinstance(max_samples, int) or isinstance(max_samples, bool)):
+        raise TypeError(f"max_samples is a number of samples, not {max_samples!r}")
+    if tol is not None and not isinstance(tol, (int, float)):
+        raise TypeError(f"tol is a number, not {tol!r}")
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples is at least 1, not {max_samples}")
     if tol is not None and not 0 < tol < float("inf"):

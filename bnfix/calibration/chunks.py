@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,6 +181,40 @@ def joined(taken: Sequence[Chunk]) -> Chunk | None:
         return None
     origin = tuple(o for c in taken for o in c.origin)
     return Chunk(call, sum(c.samples for c in taken), origin, torch.cat(masks) if masks else None)
+
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+def of_one_kind(chunks: Sequence[Chunk]) -> bool:
+    """Whether code that looks at shapes and plain values, but not into tensors, takes one way with all of them.
+
+    The number of samples may differ, but for 1, which forwards treat as a case of its own. False where inputs are
+    objects, whose values can't be told.
+    """
+    kinds = [(kind_of(c, int(splittable(c))), c.samples == 1) for c in chunks]
+    return all(kind is not None and (kind, one) == kinds[0] for kind, one in kinds)
+
+
+def kind_of(chunk: Chunk, cut: int = 0) -> Any:
+    """What of a chunk's inputs can be seen without a look into tensors: shapes from axis ``cut`` on, types, values.
+
+    None where that can't be told.
+    """
+    return _kind((chunk.call.args, dict(chunk.call.kwargs)), cut)
+
+
+def _kind(value: Any, cut: int) -> Any:
+    if isinstance(value, Tensor):
+        return None if value.is_nested else (tuple(value.shape[cut:]), value.dtype)
+    if isinstance(value, _PLAIN):
+        return (type(value), value)
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if not isinstance(value, (tuple, list)):
+        return None
+    parts = [_kind(v, cut) for v in value]
+    return None if None in parts else parts
 
 
 def splittable(chunk: Chunk) -> bool:

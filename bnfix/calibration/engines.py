@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnfix.calibration.ambient import Ambient, Turn
-from bnfix.calibration.chunks import Chunk
+from bnfix.calibration.chunks import Chunk, of_one_kind
 from bnfix.calibration.fibers import FiberStrand, Guard, NoFootingError
 from bnfix.calibration.ledger import Ledger, Place
 from bnfix.calibration.listening import Stats
@@ -198,7 +198,7 @@ def _parked(
         engine = (
             "one chunk" if len(chunks) == 1 and session.ranks.world == 1 else "threads" if ways is None else "fibers"
         )
-        found = _converged(session, strands, scouted, engine, watch, quiet)
+        found = _converged(session, chunks, strands, scouted, engine, watch, quiet)
     found.first = first[0] if first else None
     return found
 
@@ -214,7 +214,7 @@ def _plain_passes(session: Session, chunks: Sequence[Chunk], scouted: Scouted | 
         ]
         return made
 
-    found = _converged(session, strands, scouted, "plain passes", None, quiet)
+    found = _converged(session, chunks, strands, scouted, "plain passes", None, quiet)
     found.chunks = chunks
     found.stats, found.sites, passes = mended(session, chunks, found.stats, found.moved)
     found.forwards = sum(s.forwards for s in made) / max(len(made), 1) * found.iterations + passes
@@ -223,6 +223,7 @@ def _plain_passes(session: Session, chunks: Sequence[Chunk], scouted: Scouted | 
 
 def _converged(
     session: Session,
+    chunks: Sequence[Chunk],
     strands: Callable[[], Sequence[Strand]],
     scouted: Scouted | None,
     engine: str,
@@ -232,7 +233,7 @@ def _converged(
     """Runs until norms with several call sites no longer move; one run where there are none."""
     order = {place: i for i, place in enumerate(scouted.route)} if scouted else {}
     limit = max(SETTLED, session.options.settled)
-    stop = scouted is not None and scouted.tail > TAIL and not scouted.reads
+    stop = scouted is not None and scouted.tail > TAIL and not scouted.reads and of_one_kind(chunks)
     ledger = Ledger(session.norms, session.options.unbiased)
     damping, best, rounds, last = 1.0, ledger, 0, Residual(float("inf"), float("inf"))
     while True:

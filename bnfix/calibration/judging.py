@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from bnfix.calibration.chunks import Chunk, halves, splittable
@@ -92,5 +92,16 @@ def null(session: Session, chunks: Sequence[Chunk], probe: Chunk | None) -> floa
 
 
 def _floating(value: Any) -> list[Tensor]:
-    leaves = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
-    return [t.detach() for t in leaves if torch.is_floating_point(t) and t.numel()]
+    return [t.detach() for t in _tensors(value, set()) if torch.is_floating_point(t) and t.numel()]
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Those in nested containers, and in the attributes of objects (records, dataclasses)."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):
+            yield from _tensors(list(leaf.values()), seen)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and id(leaf) not in seen:
+            seen.add(id(leaf))
+            yield from _tensors(list(vars(leaf).values()), seen)

@@ -111,7 +111,9 @@ def _refuse(norm: Norm, mean: Tensor, var: Tensor, found: Stats) -> None:
         kind = str(norm.var.dtype).removeprefix("torch.")
         raise CalibrationError(
             f"{norm.path}: a variance of {var.max().item():.3g} does not fit its {kind} buffers",
-            hint="keep norms in float32:  for m in model.modules(): isinstance(m, nn.BatchNorm2d) and m.float()",
+            hint="keep norms in float32:  for m in model.modules(): isinstance(m, nn.BatchNorm2d) and m.float()"
+            if norm.var.dtype not in _WIDE
+            else "the activations explode: look at the weights and the data, or compute in float64:  model.double()",
         )
 
 
@@ -125,7 +127,7 @@ def residual(pairs: Iterable[tuple[Stats, Stats | None]]) -> Residual:
         m1, v1 = measured[0].double().flatten(), measured[1].double().flatten()
         flat = (v0 <= 1e-12) | (v0 <= (1e-6 * m0) ** 2)
         sigma = torch.where(flat, torch.ones_like(v0), v0).sqrt()
-        worst_mean = max(worst_mean, ((m1 - m0).abs() / sigma).max().item())
+        worst_mean = max(worst_mean, ((m1 - m0).abs() / sigma).nan_to_num(torch.inf, torch.inf).max().item())
         change = torch.where(flat, (v1 - v0).abs(), (v1 / torch.where(flat, torch.ones_like(v0), v0) - 1).abs())
-        worst_var = max(worst_var, change.max().item())
+        worst_var = max(worst_var, change.nan_to_num(torch.inf, torch.inf).max().item())
     return Residual(worst_mean, worst_var)

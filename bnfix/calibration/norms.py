@@ -13,6 +13,8 @@ from torch.nn.parameter import is_lazy
 from bnfix.errors import CalibrationError
 from bnfix.graph import find_owners
 
+functorch = torch._C._functorch
+
 Select = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
 FROZEN = "in evaluation mode while the model trains: frozen on purpose (include_frozen=True takes it along)"
@@ -63,13 +65,24 @@ class Norms:
             return norm if norm.var is var else None
         home, other = self._tensors.get(id(mean)), self._tensors.get(id(var))
         if home is None or other is None:
-            return None
+            own = self._own(mean), self._own(var)  # buffer.detach(), buffer.data
+            return None if own[0] is None or own[1] is None else self.of(*own)
         key, path, module, name = home  # functional: statistics that the model's own code hands to F.batch_norm
         site = path if name in ("running_mean", "") else f"{path}.{name}" if path else name
         why, frozen = self._decide(site, module)
         norm = Norm(key, other[0], site, module, mean, var, None, why, frozen)
         self.known[id(mean)] = norm
         return norm
+
+    def _own(self, tensor: Tensor) -> Tensor | None:
+        """The buffer that ``tensor`` is, or is another name of: the same memory in the same form."""
+        if id(tensor) in self._tensors:
+            return tensor
+        for place in self._tensors.values():
+            held = _held(place)
+            if held is not None and id(held) in self._tensors and _form(held) == _form(tensor):
+                return held
+        return None
 
     def meet(self, key: int, var_key: int) -> None:
         """Know the norm with these buffers, also if only other ranks have come by it."""
@@ -97,6 +110,12 @@ def norms_device(norms: Norms) -> torch.device:
     return next((n.mean.device for n in norms.known.values()), torch.device("cpu"))
 
 
+def _form(tensor: Tensor) -> tuple[object, ...]:
+    if functorch.is_functorch_wrapped_tensor(tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        return (id(tensor),)
+    return tensor.data_ptr() if tensor.numel() else id(tensor), tensor.shape, tensor.stride(), tensor.dtype
+
+
 def _held(place: tuple[int, str, nn.Module, str]) -> Tensor | None:
     found = getattr(place[2], place[3], None)
     return found if isinstance(found, Tensor) else None
@@ -118,6 +137,7 @@ def find_norms(model: nn.Module, select: Select = None, include_frozen: bool = F
             places[key] = (position, path, slot.container, str(slot.key))
     norms = Norms(model, _tensors=places, _decide=decide)
     without, instance = [], []
+    by_memory: dict[int, Norm] = {}
     for module in owners.modules.values():
         path = (owners.paths(module) or ("",))[0]
         mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
@@ -131,21 +151,59 @@ def find_norms(model: nn.Module, select: Select = None, include_frozen: bool = F
                     f"{path or 'the model'} is not initialised yet",
                     hint="run the model once on an example, then call bnfix",
                 )
-            if id(mean) not in places or id(mean) in norms.known:
+            if id(mean) not in places:
                 continue
+            twin = norms.known.get(id(mean))
+            if twin is not None and twin.var is var:
+                continue
+            if mean.is_meta or var.is_meta:
+                raise CalibrationError(
+                    f"{path or 'the model'} is on the meta device: it has no values",
+                    hint="model.to_empty(device='cpu'), and load its weights",
+                )
+            _refuse_half_shared(
+                path, mean, var, twin or by_memory.get(mean.data_ptr()) or by_memory.get(var.data_ptr())
+            )
             tracked = getattr(module, "num_batches_tracked", None)
             why, frozen = decide(path, module)
             norms.known[id(mean)] = Norm(
                 places[id(mean)][0], places.get(id(var), (-1,))[0], path, module, mean, var,
                 tracked if isinstance(tracked, Tensor) else None, why, frozen,
             )  # fmt: skip
+            by_memory |= {t.data_ptr(): norms.known[id(mean)] for t in (mean, var) if t.numel()}
         elif isinstance(module, nn.modules.batchnorm._NormBase):
             without.append(path)
     norms.without, norms.instance = tuple(without), tuple(instance)
+    if isinstance(select, list | tuple | set | frozenset):
+        paths = {p for m in owners.modules.values() for p in owners.paths(m)}
+        sites = {f"{p}.{name}" if p else name for _, p, _, name in places.values()}
+        unknown = sorted(map(str, set(select) - paths - sites))
+        if unknown:
+            raise CalibrationError(
+                f"select names {unknown[0]!r}, and the model has no such layer",
+                hint=f"its norms:  {', '.join(n.path for n in list(norms.known.values())[:5])} …",
+            )
     if isinstance(select, str | list | tuple | set | frozenset) and not any(not n.why for n in norms.known.values()):
         names = ", ".join(n.path for n in list(norms.known.values())[:5])
         raise CalibrationError(f"select={select!r} fits no norm of the model", hint=f"its norms:  {names} …")
     return norms
+
+
+def _refuse_half_shared(path: str, mean: Tensor, var: Tensor, other: Norm | None) -> None:
+    """Two norms that have one buffer in common, or the memory of one, but not both buffers as they are.
+
+    Raises:
+        CalibrationError: they would write over one another's statistics.
+    """
+    if other is None:
+        return
+    name = "running_mean" if mean.data_ptr() in (other.mean.data_ptr(), other.var.data_ptr()) else "running_var"
+    raise CalibrationError(
+        f"{path}.{name} and a buffer of {other.path} are different tensors in one place of memory, or the one is "
+        "shared and the other not: what is written to one norm would change the other",
+        hint="share both:  b.running_mean, b.running_var = a.running_mean, a.running_var\n"
+        "or neither:  b.running_mean = a.running_mean.clone(), and the same for running_var",
+    )
 
 
 def _decider(model: nn.Module, select: Select, include_frozen: bool) -> Callable[[str, nn.Module], tuple[str, bool]]:

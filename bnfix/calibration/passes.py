@@ -45,16 +45,16 @@ def mended(
         found = {
             key: new
             for key, moments in by_norm(sites).items()
-            if key in stats
-            and (new := stored(session.norms.by_key(key), moments, session.options.unbiased)) is not None
+            if (new := stored(session.norms.by_key(key), moments, session.options.unbiased)) is not None
         }
-        far, key = max(((_apart(old, found.get(k)), k) for k, old in stats.items()), default=(0.0, -1))
+        met = [*stats, *(k for k in found if k not in stats)]  # forwards may come by others with these statistics
+        far, key = max(((_apart(stats.get(k), found.get(k)), k) for k in met), default=(0.0, -1))
         if far <= allowed:
             return stats, sites, number
         if far < nearest:
             best, nearest, worst = (stats, sites), far, key
         step = 1.0 if number <= UNDAMPED or number % 2 else 0.5  # what swings is halved, what follows comes along
-        stats = {k: _towards(old, found.get(k, old), step) for k, old in stats.items()}
+        stats = found | {k: _towards(old, found.get(k, old), step) for k, old in stats.items()}
     told = (
         f"{session.norms.by_key(worst).path}: its statistics do not settle: {nearest:.2g} σ between what it was given "
     )
@@ -67,6 +67,7 @@ def mended(
 
 def _measured(session: Session, chunks: Sequence[Chunk], stats: dict[int, Stats], turn: Turn) -> dict[Place, Moments]:
     found: dict[Place, Moments] = {}
+    session.rewind()  # each pass is the one that the user would make
     try:
         with session.using(stats):
             for number, chunk in enumerate(chunks):
@@ -78,8 +79,8 @@ def _measured(session: Session, chunks: Sequence[Chunk], stats: dict[int, Stats]
     return merged(found, session.norms, session.ranks)
 
 
-def _apart(old: Stats, new: Stats | None) -> float:
-    far = residual([(old, new)]) if new is not None else Residual(math.inf, math.inf)
+def _apart(old: Stats | None, new: Stats | None) -> float:
+    far = residual([(old, new)]) if old is not None and new is not None else Residual(math.inf, math.inf)
     return max(far.mean, far.var)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -90,8 +91,9 @@ def by_norm(found: dict[Place, Moments]) -> dict[int, Moments]:
 
 
 def residual_of(found: dict[Place, Moments], stats: dict[int, Stats], norms: Norms, unbiased: bool) -> Residual:
-    """How far these statistics are from what was measured with them in use."""
-    pooled = by_norm(found)
-    return residual(
-        (stats[key], stored(norms.by_key(key), moments, unbiased)) for key, moments in pooled.items() if key in stats
-    )
+    """How far these statistics are from what was measured with them in use; infinite where that is not finite."""
+    pooled = [(key, moments) for key, moments in by_norm(found).items() if key in stats]
+    try:
+        return residual((stats[key], stored(norms.by_key(key), moments, unbiased)) for key, moments in pooled)
+    except CalibrationError:  # statistics that make a model overflow are what somebody may want to get rid of
+        return Residual(math.inf, math.inf)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from bnfix.calibration.ambient import Turn
 from bnfix.calibration.chunks import (
     LARGEST,
     LARGEST_IN_THREADS,
@@ -25,12 +27,15 @@ from bnfix.calibration.chunks import (
     splittable,
 )
 from bnfix.calibration.fibers import Guard
+from bnfix.calibration.ledger import Place
+from bnfix.calibration.plain import listen
 from bnfix.calibration.reading import Reader, length
 from bnfix.calibration.scouting import Scouted, mixed, scout
 from bnfix.calibration.session import Session
 from bnfix.calibration.streaming import rejoined
 from bnfix.errors import CalibrationError
-from bnfix.running import free_bytes
+from bnfix.running import drawing, free_bytes, kept_random
+from bnfix.stats import SampleSums
 
 PLAIN_BATCHES = 1024
 """Chunks (threads) at most where batches can't be joined."""
@@ -111,15 +116,50 @@ def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chu
         ways = [(few, session.replicate), (few, lambda: session.model), (first, lambda: session.model)]
     for last, (chunk, make) in enumerate(ways, 1 - len(ways)):
         try:
-            found = scout(chunk, make, session.norms)
+            with drawing() as drawn:
+                found = scout(chunk, make, session.norms)
         except CalibrationError:
             if not last:
                 raise
             continue
+        if drawn and _depends_on_chance(session, chunk):
+            _say_that_it_draws(session, found)
         if chunk is not ways[0][0]:
             found.inseparable = found.inseparable or "the model does not take a part of a batch"
         return found, held
     raise AssertionError
+
+
+def _depends_on_chance(session: Session, chunk: Chunk) -> bool:
+    """Whether norms see something else with other random numbers, and the same with the same.
+
+    That generators moved is not enough: another thread may have drawn, or a draw may be of no consequence.
+    """
+    runs = []
+    try:
+        with kept_random():
+            turn = Turn.now(session.device)
+            for number in (0, 0, 1):
+                Turn.seeded(turn, number, session.device).put_all(session.device)
+                runs.append(listen(session.model, chunk, session.norms)[0])
+    except CalibrationError:
+        return False
+    finally:
+        session.rewind()
+    return _same_sums(runs[0], runs[1]) and not _same_sums(runs[0], runs[2])
+
+
+def _same_sums(a: Mapping[Place, SampleSums], b: Mapping[Place, SampleSums]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[p].s, b[p].s) and torch.equal(a[p].q, b[p].q) for p in a)
+
+
+def _say_that_it_draws(session: Session, scouted: Scouted) -> None:
+    session.draws = True
+    scouted.inseparable = scouted.inseparable or "the forward draws random numbers"
+    session.notes.append(
+        "the forward draws random numbers in evaluation mode as well (dropout or noise that is always on?): statistics "
+        "hold for one draw, and those of another differ by chance"
+    )
 
 
 def _read(session: Session, reader: Reader, scouted: Scouted, held: list[Chunk]) -> tuple[list[Chunk], _Found]:

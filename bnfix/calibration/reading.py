@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from bnfix.calibration.chunks import Chunk, first_samples, splittable
 from bnfix.errors import BnfixError, CalibrationError, PassError, one_line
@@ -20,8 +21,9 @@ class Reader:
     """One pass over ``data``.
 
     ``batches`` and ``samples`` count what was read, ``used`` says what of a batch went into the model, ``ended``
-    that the data has no more, ``largest`` the samples of the largest batch. ``pure`` counts batches whose labels are
-    all alike, ``labels`` the different ones met.
+    that the data has no more, ``largest`` the samples of the largest batch, ``counted`` whether these numbers are more
+    than a guess. ``pure`` counts batches whose labels are all alike, ``labels`` the different ones met; what the model
+    takes as an input is no label.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class Reader:
         self._max = max_samples
         self.batches = self.samples = self.largest = self.pure = 0
         self.used = ""
-        self.ended = False
+        self.ended, self.counted = False, True
         self.labels: set[int] = set()
         self._copies = _may_overwrite(data)
         try:
@@ -94,7 +96,8 @@ class Reader:
         if samples == 0:
             shapes = ", ".join(describe(t) for t in call.tensors())
             raise CalibrationError(f"batch {number} is empty ({shapes})", hint="leave such batches out of the data")
-        self._look_at_labels(batch)
+        self.counted = self.counted and _is_counted(call)
+        self._look_at_labels(batch, call)
         mask = self._masked(batch, call, number)
         if mask is not None and len(mask) != samples and size(call) is not None:
             raise CalibrationError(f"batch {number}: the mask has {len(mask)} rows, and the batch {samples} samples")
@@ -112,10 +115,10 @@ class Reader:
         device = next((t.device for t in call.tensors()), torch.device("cpu"))
         return found.to(device, torch.bool, copy=self._copies)
 
-    def _look_at_labels(self, batch: Any) -> None:
+    def _look_at_labels(self, batch: Any, call: Call) -> None:
         values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
         labels = [v for v in values if isinstance(v, Tensor) and v.dim() == 1 and len(v) > 1 and v.dtype == torch.int64]
-        if len(labels) == 1:
+        if len(labels) == 1 and (call.forward is not None or not _goes_in(labels[0], call)):
             found = set(labels[0].tolist()) if len(labels[0]) < 10_000 else set()
             self.pure += len(found) == 1
             self.labels |= found if len(self.labels) < 1000 else set()
@@ -135,11 +138,24 @@ def _no_mask(mask: Any, batch: Any, number: int, error: Exception) -> Calibratio
     )
 
 
+def _goes_in(labels: Tensor, call: Call) -> bool:
+    return any(t.dtype == labels.dtype and torch.equal(t.to(labels.device), labels) for t in call.tensors())
+
+
+def _is_counted(call: Call) -> bool:
+    """Whether the number of its samples is known: not that of objects, or of what a ``forward`` finds in a batch."""
+    tensors = call.tensors()
+    return bool(tensors) and (call.forward is None or len({t.shape[:1] for t in tensors}) == 1)
+
+
 def _may_overwrite(data: Any) -> bool:
-    """Whether a batch could be written over with the next one: not in a list, nor by PyTorch's own collating."""
+    """Whether a batch could be written over with the next one: not in a list, nor by PyTorch's own collating.
+
+    Workers send copies; a ``collate_fn`` of the user's may hand on one buffer, filled anew.
+    """
     if isinstance(data, torch.utils.data.DataLoader):
-        return data.batch_size is None and data.num_workers == 0
-    return not isinstance(data, (list, tuple))
+        return data.num_workers == 0 and (data.batch_size is None or data.collate_fn is not default_collate)
+    return getattr(type(data), "__iter__", None) not in (list.__iter__, tuple.__iter__)  # a list may make its own
 
 
 def length(data: Any) -> int | None:

@@ -102,12 +102,20 @@ class _Work:
         samples = sum(self._everywhere(sum(c.samples for c in chunks) if chunks else reader.samples))
         batches = sum(self._everywhere(reader.batches))
         changed = not options.dry_run and bool(outcome.stats) and (options.when == "always" or change.worth_it)
-        frozen, never, left_why = summary.left_alone(session.norms, outcome, self._reached(scouted))
+        frozen, never, left_why = summary.left_alone(
+            session.norms, outcome, self._reached(scouted), masked=options.mask is not None
+        )
         found = summary.layers(outcome, session.norms)
         if not found and not outcome.sites and not session.norms.known:
             raise CalibrationError("the model has no norm with running statistics: nothing to recalibrate", hint=LOOKED)
         if not found:
             met = "no batch norm met a value" if outcome.sites else "no batch norm was reached by any forward"
+            if session.norms.odd:
+                raise CalibrationError(
+                    "batch_norm is called with statistics that are no buffers of the model (copied, computed, sliced): "
+                    "what they come from can't be told",
+                    hint="let the norms be modules of the model, called as such",
+                )
             raise CalibrationError(
                 met + (f": {_first(left_why)}" if left_why else ""),
                 hint="is the data what the model is called with?  forward=lambda m, b: m(b[0])",
@@ -235,7 +243,7 @@ class _Work:
     def _odd(self, mixing: bool) -> tuple[str, ...]:
         odd = self.session.norms.odd
         said = (
-            [f"{len(odd)} kinds of norms use statistics that are no buffers of the model (computed or sliced): left"]
+            ["some norms use statistics that are no buffers of the model (copied, computed or sliced): left"]
             if odd
             else []
         )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bnfix.calibration.ambient import Turn
-from bnfix.calibration.chunks import PROBED, Chunk, amid, part, splittable
+from bnfix.calibration.chunks import PROBED, Chunk, amid, kind_of, part, splittable
 from bnfix.calibration.ledger import Place
 from bnfix.calibration.listening import Stats
 from bnfix.calibration.plain import listen
@@ -29,6 +29,8 @@ CLEAN, MIXED, LEAKS = range(3)
 NEAR = 5e-4
 """Distance of a sample alone and among others, in standard deviations. Kernels that depend on the batch size give up to
 1e-4 in the depth of untrained networks (which amplify any rounding), leaks and layers that mix a batch 1e-1."""
+KINDS = 3
+"""Kinds of chunks of which one is run again each."""
 APART = 1e-5
 """The same for a whole chunk, which runs through the same kernels: clean models give 0."""
 
@@ -67,10 +69,14 @@ class Witness:
             self.distance = near = _near(alone, self.sums, sites, start, PROBED)
             if near <= NEAR:
                 return CLEAN, ""
+            if cut and alone and alone.keys() != self.sums.keys():
+                return MIXED, "samples go other ways together than alone"
         alone = self._replay(session, self.chunk, stats, turn)
         self.distance = _exact(alone, self.sums, sites)
         if not self.distance <= APART:
             far = f"a chunk alone differs by {self.distance:.2g} σ"
+            if session.draws:
+                return LEAKS, f"the forward draws random numbers that chunks which run in turns share ({far})"
             return LEAKS, f"the forward keeps values where chunks that run in turns overwrite them ({far})"
         if cut and self.chunk.samples > 1 and splittable(self.chunk) and not session.coarse:
             why = "samples are mixed within a batch" if math.isfinite(near) else ""
@@ -96,13 +102,19 @@ def witnesses(chunks: Sequence[Chunk]) -> list[tuple[int, Witness]]:
     """The chunks to be run again, with their numbers.
 
     A value kept in a wrong place is overwritten by a later chunk, or was there from an earlier one, perhaps only by one
-    with inputs of the same shape: the smallest chunk that has both before and behind it, else one for each.
+    with inputs of the same kind (shapes, and what is no tensor): of each kind that has such the smallest chunk with
+    both before and behind it, as far as :data:`KINDS` go, else one for each.
     """
-    kinds = [tuple((t.shape, t.dtype) for t in c.call.tensors()) for c in chunks]
+    kinds = [kind_of(c) for c in chunks]
     later = [i for i, kind in enumerate(kinds) if kind in kinds[i + 1 :]]
     earlier = [i for i, kind in enumerate(kinds) if kind in kinds[:i]]
     between = sorted(set(later) & set(earlier), key=lambda i: chunks[i].samples)
-    chosen = between[:1] or [*later[:1], *earlier[-1:]] or ([1] if len(chunks) > 2 else range(len(chunks)))
+    smallest: list[int] = []
+    for i in between:
+        if all(kinds[i] != kinds[j] for j in smallest):
+            smallest.append(i)
+    often = sorted(smallest, key=lambda i: -kinds.count(kinds[i]))
+    chosen = often[:KINDS] or [*later[:1], *earlier[-1:]] or ([1] if len(chunks) > 2 else range(len(chunks)))
     return [(i, Witness(chunks[i])) for i in chosen]
 
 

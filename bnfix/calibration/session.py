@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from bnfix.calibration.listening import Stats
 from bnfix.calibration.norms import Norms
@@ -58,6 +59,21 @@ class Session:
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    draws: bool = False
+    """Whether a forward draws random numbers."""
+
+    def __post_init__(self) -> None:
+        """Keep what a forward may write to besides."""
+        statistics = {id(t) for n in self.norms for t in (n.mean, n.var, n.tracked)}
+        others = [b for b in self.model.buffers() if id(b) not in statistics and not (b.is_meta or is_lazy(b))]
+        self._others = [(b, b.detach().clone()) for b in others]
+
+    def rewind(self) -> None:
+        """Give buffers that are no statistics (a counter, a moving average) the values that they came with."""
+        for buffer, value in self._others:
+            if not torch.equal(buffer, value):
+                put(buffer, value)
 
     @property
     def coarse(self) -> bool:

@@ -52,9 +52,12 @@ def _number(value: Tensor | int | float) -> float:
 
 
 def left_alone(
-    norms: Norms, outcome: Outcome, reached: set[int]
+    norms: Norms, outcome: Outcome, reached: set[int], *, masked: bool = False
 ) -> tuple[tuple[str, ...], tuple[str, ...], Mapping[str, str]]:
-    """Norms that keep their statistics: frozen ones, never called ones, and all others with the reason."""
+    """Norms that keep their statistics: frozen ones, never called ones, and all others with the reason.
+
+    ``masked``: a mask was given.
+    """
     frozen, never, why = [], [], {}
     met = {key for key, _ in outcome.sites}
     for norm in norms:
@@ -67,11 +70,14 @@ def left_alone(
             why[name] = norm.why
         elif norm.key in met:
             most = max(float(m.n.max()) for (key, _), m in outcome.sites.items() if key == norm.key)
-            why[name] = "one value a channel: that leaves no variance" if most else "the mask leaves no position"
+            nothing = "the mask leaves no position" if masked else "its input never holds a value"
+            why[name] = "one value a channel: that leaves no variance" if most else nothing
         elif id(norm.mean) in reached:
             why[name] = (
                 f"{type(norm.module).__name__} normalises by itself, not through batch_norm: bnfix can't see its input"
             )
+        elif norms.odd:
+            why[name] = "not called itself; batch_norm was called with statistics that may be copies of its own"
         else:
             never.append(name)
     for path in norms.without:
@@ -86,11 +92,11 @@ def left_alone(
 def advice(outcome: Outcome, norms: Norms, reader: Reader, chunks: Sequence[Chunk]) -> tuple[str, ...]:
     """Where statistics are not the remedy, or not for long."""
     said = [*_apart(outcome.sites, norms)]
-    if reader.samples == 1:
+    if (sum(c.samples for c in chunks) if chunks else reader.samples) == 1 and reader.counted:
         said.append("statistics of ONE sample: they fit that sample and no other; take hundreds")
     elif outcome.sites and all(not bool((m.variance() > 0).any()) for m in outcome.sites.values()):
         said.append("every variance is 0: all samples are alike and constant; is this the data?")
-    if 1 <= reader.largest <= 4 and reader.batches > 1:
+    if 1 <= reader.largest <= 4 and reader.batches > 1 and reader.counted:
         said.append(
             f"batches of {reader.largest}: if the model was trained with such small ones, better statistics do not "
             "heal it; norms with fewer than 33 values a channel and batch need another norm (GroupNorm)"

@@ -27,6 +27,10 @@ class Handle:
     _entries: list[tuple[str, Tensor, Tensor, Tensor]] = field(default_factory=list)
     _model: Callable[[], nn.Module | None] = lambda: None
 
+    def __reduce__(self) -> tuple[type[Handle], tuple[()]]:
+        """A report that is pickled or copied is to be read: the model belongs to the first."""
+        return Handle, ()
+
     def undo(self) -> None:
         """Write back what stood there.
 

@@ -78,7 +78,7 @@ def _recalibration(value: Recalibration) -> Drawing:
         return figure
     top, bottom = figure.subplots(2, 1, sharex=True)
     _panel(top, names, "shift of the mean, σ", BLUE, [s.mean_shift for s in layers], [s.se for s in layers])
-    ratios = [abs(math.log(s.var_ratio)) for s in layers]
+    ratios = [abs(math.log(s.var_ratio)) if s.var_ratio != 0 else math.inf for s in layers]  # 0: it was inf
     _panel(bottom, names, "|ln variance ratio|", ORANGE, ratios, [s.var_se for s in layers])
     _name(bottom, names)
     return figure

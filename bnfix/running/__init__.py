@@ -6,7 +6,7 @@ from bnfix.running.garbage import young_garbage_only
 from bnfix.running.guess import FAILURES, accepts, guess_call, random_call, variations
 from bnfix.running.heap import kept_heap
 from bnfix.running.memory import Footprint, free_bytes, give_back, parse_bytes
-from bnfix.running.preserved import preserved
+from bnfix.running.preserved import drawing, kept_random, preserved
 from bnfix.running.samples import check_finite, count, join, replayable, size, split
 
 __all__ = [
@@ -20,12 +20,14 @@ __all__ = [
     "bind",
     "check_finite",
     "count",
+    "drawing",
     "fit_call",
     "free_bytes",
     "give_back",
     "guess_call",
     "join",
     "kept_heap",
+    "kept_random",
     "map_tensors",
     "parse_bytes",
     "preserved",

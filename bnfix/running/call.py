@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -141,21 +142,50 @@ def map_tensors(
         return value.to(device=data.device)._replace(data=data)  # type: ignore[call-arg]
     if move is not None and movable(value):
         return move(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(v, change, move, other) for v in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(v, change, move, other) for v in value)
+        return _like_sequence(value, [map_tensors(v, change, move, other) for v in value])
     if isinstance(value, Mapping):
-        changed = {k: map_tensors(v, change, move, other) for k, v in value.items()}
-        if type(value) is dict:
-            return changed
-        try:
-            return type(value)(changed)  # type: ignore[call-arg]
-        except TypeError:  # a mapping with a constructor of its own
-            return changed
+        return _like_mapping(value, {k: map_tensors(v, change, move, other) for k, v in value.items()})
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{k: map_tensors(v, change, move, other) for k, v in vars(value).items()})
+        return _with_values(value, lambda v: map_tensors(v, change, move, other))
     return value if other is None else other(value)
+
+
+def _like_sequence(value: Any, items: list[Any]) -> Any:
+    """``items`` in a sequence of the kind of ``value``, whatever its constructor takes."""
+    kind = type(value)
+    if kind is list:
+        return items
+    if isinstance(value, list):
+        made = copy.copy(value)  # with what else it holds
+        made[:] = items
+        return made
+    if hasattr(value, "_make"):
+        return value._make(items)
+    try:
+        return kind(items)
+    except TypeError:  # a constructor of its own
+        return tuple.__new__(kind, items)
+
+
+def _like_mapping(value: Any, items: dict[Any, Any]) -> Any:
+    """``items`` in a mapping of the kind of ``value``; in a dict where its constructor takes something else."""
+    if type(value) is dict:
+        return items
+    try:
+        return type(value)(value.default_factory, items) if isinstance(value, defaultdict) else type(value)(items)
+    except TypeError:
+        return items
+
+
+def _with_values(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A shallow copy with ``change(attribute)`` for each attribute. No constructor runs: it would compute them anew."""
+    made = copy.copy(value)
+    slots = (f.name for f in fields(value)) if is_dataclass(value) else ()
+    for name in dict.fromkeys((*slots, *getattr(value, "__dict__", ()))):
+        if hasattr(value, name):
+            object.__setattr__(made, name, change(getattr(value, name)))  # frozen ones too
+    return made
 
 
 def _cloned(tensor: Tensor) -> Tensor:
@@ -163,15 +193,25 @@ def _cloned(tensor: Tensor) -> Tensor:
 
 
 def _copied(value: Any) -> Any:
-    """A deep copy; the value itself where it is immutable, or can't be copied."""
+    """A deep copy; of an object that can't be copied so (it holds a lock), one with copies of what it holds.
+
+    The value itself where it is immutable, or can't be copied at all.
+    """
     if isinstance(value, (str, bytes, int, float, complex, type(None), type, FunctionType, ModuleType, nn.Module)):
         return value
     inside = vars(value).values() if hasattr(value, "__dict__") else ()
     memo = {id(t): _cloned(t) for t in Call(tuple(inside)).tensors()}  # deepcopy would copy the whole storage of a view
     try:
         return copy.deepcopy(value, memo)
-    except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, copy.Error):
+    except _UNCOPIED:
+        pass
+    try:
+        return _with_values(value, lambda v: map_tensors(v, _cloned, other=_copied)) if inside else value
+    except _UNCOPIED:
         return value
+
+
+_UNCOPIED = (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, copy.Error)
 
 
 def describe(value: Any) -> str:

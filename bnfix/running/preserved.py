@@ -58,6 +58,34 @@ def _changed(table: dict[str, Any], kept: dict[str, Any]) -> bool:
     return list(table) != list(kept) or any(table[k] is not kept[k] for k in kept)
 
 
+@contextlib.contextmanager
+def drawing() -> Iterator[list[str]]:
+    """What draws random numbers inside, filled in at the end: ``torch``, ``cuda``, ``random``, ``numpy``."""
+    before = _rng_state()
+    found: list[str] = []
+    yield found
+    now = _rng_state()
+    found += [name for name in before if name in now and not _same_state(before[name], now[name])]
+
+
+@contextlib.contextmanager
+def kept_random() -> Iterator[None]:
+    """All random generators leave as they came."""
+    state = _rng_state()
+    try:
+        yield
+    finally:
+        _set_rng_state(state)
+
+
+def _same_state(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same_state, a, b))
+    return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)
+
+
 def _rng_state() -> dict[str, Any]:
     import sys
 

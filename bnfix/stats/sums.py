@@ -113,7 +113,7 @@ def _fused(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def _channels_first(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Of (R, C, P), over P = ``dim`` 2."""
     rows, channels, positions = x.shape
-    if positions <= _PRODUCT and x.is_contiguous() and _products_are_exact():
+    if 0 < positions <= _PRODUCT and x.is_contiguous() and _products_are_exact():
         ones = x.new_ones(positions)
         s = _row_products(x, ones)
         if positions <= _SQUARES:

@@ -142,6 +142,69 @@ def test_float64_is_exact() -> None:
 # Shared, tied, sliced.
 
 
+@pytest.mark.parametrize("what", ["memory", "mean"])
+def test_norms_that_share_by_half_are_refused(what: str) -> None:
+    model = lived_in(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    one, two = model[1], model[3]
+    if what == "memory":
+        two.running_mean.set_(one.running_mean)
+        two.running_var.set_(one.running_var)
+    else:
+        two.running_mean = one.running_mean
+    before = bits(model)
+    with pytest.raises(CalibrationError, match=r"3\.running_mean and a buffer of 1"):
+        bnfix.recalibrate(model, images())
+    assert same_bits(model, before)
+    two.running_mean, two.running_var = one.running_mean, one.running_var
+    both = bnfix.recalibrate(model, images(), certify="full").residual
+    assert both is not None
+    assert max(both.mean, both.var) <= EXACT
+    flat = torch.rand(16)  # neighbours in one piece of memory are nothing to speak of
+    one.running_mean, one.running_var, two.running_mean, two.running_var = flat.split(4)
+    bnfix.recalibrate(model, images())
+    assert max(residual(model, images())) <= EXACT
+
+
+class Renamed(Two):
+    """Its own buffers under other names."""
+
+    def __init__(self, other: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.other = other
+
+    def first(self, x: Tensor) -> Tensor:
+        return F.relu(F.batch_norm(self.conv1(x), self.other(self.bn1.running_mean), self.other(self.bn1.running_var)))
+
+
+@pytest.mark.parametrize("other", [Tensor.detach, lambda t: t.data, lambda t: t.view(-1)])
+def test_buffers_under_another_name(other: Callable[[Tensor], Tensor]) -> None:
+    model = lived_in(Renamed(other))
+    report = bnfix.recalibrate(model, images())
+    assert [s.name for s in report.layers] == ["bn1", "bn2"]
+    with torch.no_grad():
+        x = model.conv1(torch.cat(images())).double().transpose(0, 1).flatten(1)
+    assert ((x.mean(1) - model.bn1.running_mean).abs() / x.std(1)).max() <= EXACT
+    assert (x.var(1) / model.bn1.running_var - 1).abs().max() <= EXACT
+    assert distances(model, images())["bn2"].var <= EXACT
+    copied = bnfix.recalibrate(lived_in(Renamed(torch.clone)), images())
+    assert "may be copies" in copied.left_why["bn1"]
+    assert not copied.never_called
+
+
+def test_a_name_that_is_none_of_the_model() -> None:
+    model = lived_in(Two())
+    with pytest.raises(CalibrationError, match="select names 'bn3', and the model has no such layer"):
+        bnfix.recalibrate(model, images(), select=["bn1", "bn3"])
+    assert bnfix.recalibrate(model, images(), select=["bn1", "conv1"]).left == ("bn2",)
+
+
+def test_a_model_without_values() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    with pytest.raises(CalibrationError, match="1 is on the meta device"):
+        bnfix.recalibrate(model, images())
+
+
 def test_one_norm_under_two_names() -> None:
     model = Two()
     model.alias = model.bn1

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 
 import bnfix
 from bnfix.calibration.judging import change
+from bnfix.errors import CalibrationError
 
 
 def net() -> nn.Sequential:
@@ -30,6 +34,64 @@ def test_a_model_that_gives_nan_needs_recalibration() -> None:
     assert model[1].running_mean.isfinite().all()  # type: ignore[union-attr, operator]
     assert "beyond comparison" in str(said)
     assert not bnfix.recalibrate(model, DATA, when="needed").changed
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_a_variance_that_is_none_is_measured_and_shown(value: float, tmp_path: Path) -> None:
+    model = net()
+    model[1].running_var.fill_(value)  # type: ignore[union-attr, operator]
+    said = bnfix.recalibrate(model, DATA, certify="full")
+    assert said.residual_before is not None
+    assert said.residual is not None
+    # Only its own input counts, as no norm comes behind it: σ²/inf − 1, σ² − NaN, σ² − (−1).
+    found = said.residual_before.var
+    assert found == 1.0 if value == math.inf else found == math.inf if math.isnan(value) else 1 < found < math.inf
+    assert max(said.residual.mean, said.residual.var) <= 1e-6
+    assert "recalibrated" in str(said)
+    said.plot(tmp_path / "drift.png")
+
+
+def test_statistics_that_make_later_norms_overflow() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, eps=0.0), nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    model[1].running_var.fill_(1e-45)  # type: ignore[union-attr, operator]
+    said = bnfix.recalibrate(model, [d.mean((2, 3)) for d in DATA], certify="full")
+    assert said.residual_before is not None
+    assert said.residual_before.var == math.inf
+    assert said.residual is not None
+    assert max(said.residual.mean, said.residual.var) <= 1e-6
+
+
+def test_outputs_in_a_record_are_compared() -> None:
+    @dataclass
+    class Out:
+        scores: Tensor
+        aux: list[dict[str, Tensor]]
+
+    class Records(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor) -> Out:
+            y = self.net(x)
+            return Out(y, [{"more": y * 2}])
+
+    plain, records = net(), Records().eval()
+    assert bnfix.recalibrate(records, DATA).output_change == bnfix.recalibrate(plain, DATA).output_change
+    again = bnfix.recalibrate(records, DATA, when="needed")
+    assert again.output_change == pytest.approx(0, abs=1e-5)
+    assert not again.changed
+
+
+def test_a_report_can_be_pickled() -> None:
+    model = net()
+    said = bnfix.recalibrate(model, DATA)
+    read = pickle.loads(pickle.dumps(said))
+    assert read.layers == said.layers
+    with pytest.raises(CalibrationError, match="nothing to undo"):
+        read.undo()
+    said.undo()
 
 
 A = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])

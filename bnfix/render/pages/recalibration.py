@@ -208,7 +208,7 @@ def _rows(value: Recalibration) -> list[Row]:
 def _figures(layers: Sequence[LayerStats]) -> tuple[str, ...]:
     """Of several layers each figure's worst: what the others don't exceed."""
     ratios = [s.var_ratio for s in layers if not math.isnan(s.var_ratio)]
-    ratio = max(ratios, key=lambda r: abs(math.log(r)), default=None)
+    ratio = max(ratios, key=lambda r: abs(math.log(r)) if r > 0 else math.inf, default=None)  # 0: it was inf
     shift, se, kl = (_most(v) for v in zip(*((s.mean_shift, s.se, s.worst_kl) for s in layers), strict=True))
     return figure(shift), figure(ratio), figure(se), figure(kl)
 

@@ -1,0 +1,217 @@
+"""Loaders and batches of the user's own making: each keeps its values, and nothing untrue is said of them."""
+
+from __future__ import annotations
+
+import random
+import threading
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import InitVar, dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from calib_nets import residual
+from nets import lived_in
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from trap_nets import EXACT, Two, exact, images
+
+import bnfix
+
+
+class OneBuffer(Dataset[Tensor]):
+    """Whole batches, each in the same memory."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(16, 3, 6, 6)
+
+    def __len__(self) -> int:
+        return 25
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.memory.copy_(images()[i])
+
+
+class Refilled(list[Tensor]):
+    """A list that hands out one buffer, filled anew."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        memory = torch.empty(16, 3, 6, 6)
+        for batch in super().__iter__():
+            yield memory.copy_(batch)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [DataLoader(OneBuffer(), batch_size=1, collate_fn=lambda b: b[0]), Refilled(images())],
+    ids=["collate", "list"],
+)
+def test_one_buffer_for_all_batches(data: Any) -> None:
+    exact(Two(), images(), data=data)
+
+
+def test_one_buffer_in_an_object_that_can_not_be_copied() -> None:
+    class Locked:
+        def __init__(self, x: Tensor) -> None:
+            self.x, self.lock = x, threading.Lock()
+
+    def refilled() -> Iterator[Locked]:
+        record = Locked(torch.empty(16, 3, 6, 6))
+        for batch in images():
+            record.x.copy_(batch)
+            yield record
+
+    exact(Two(), [types.SimpleNamespace(x=b) for b in images()], lambda m, b: m(b.x), data=refilled())
+
+
+@dataclass
+class Computed:
+    x: Tensor
+    half: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.x = self.x * 2  # once, when it is made
+        self.half = self.x / 2
+        self.note = "more than its fields"
+
+
+@dataclass
+class Given:
+    x: Tensor
+    scale: InitVar[float] = 1.0
+
+    def __post_init__(self, scale: float) -> None:
+        self.x = self.x + scale
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted:
+    x: Tensor
+
+
+@pytest.mark.parametrize("kind", [Computed, Given, Slotted])
+def test_records_are_not_made_anew(kind: Callable[[Tensor], Any]) -> None:
+    batches = [kind(b) for b in images()]
+    exact(Two(), batches, lambda m, b: m(b.x))
+    assert all(torch.equal(b.x, kind(i).x) for b, i in zip(batches, images(), strict=True))
+
+
+def test_containers_keep_what_else_they_hold() -> None:
+    class Named(list[Tensor]):
+        def __init__(self, items: list[Tensor], name: str) -> None:
+            super().__init__(items)
+            self.name = name
+
+    class Pair(tuple[Tensor, ...]):
+        def __new__(cls, a: Tensor, b: Tensor) -> Pair:
+            return super().__new__(cls, (a, b))
+
+    def feed(m: nn.Module, b: dict[str, Any]) -> Any:
+        assert b["named"].name == "n"
+        assert isinstance(b["pair"], Pair)
+        assert isinstance(b["size"], torch.Size)
+        assert b["max"].indices.shape == b["max"].values.shape
+        b["new"].append(1)
+        return m(b["named"][0] + b["pair"][1])
+
+    batches = [
+        defaultdict(list, named=Named([b], "n"), pair=Pair(b, b * 0), x=b, size=b.shape, max=b.max(1)) for b in images()
+    ]
+    exact(Two(), batches, feed)
+    assert all(len(b["new"]) == 1 for b in batches)  # of the plain forwards over them: copies were used before
+
+
+def test_nothing_is_said_of_batches_whose_samples_nobody_counts() -> None:
+    opaque = [types.SimpleNamespace(x=b) for b in images()]
+    said = exact(Two(), opaque, lambda m, b: m(b.x)).advice
+    assert not any("batches of 1" in line for line in said)
+    assert any("batches of 1" in line for line in exact(Two(), images(size=1)).advice)
+    one = bnfix.recalibrate(lived_in(Two()), opaque[:1], forward=lambda m, b: m(b.x))
+    assert not any("ONE sample" in line for line in one.advice)
+    one = bnfix.recalibrate(lived_in(Two()), images(), memory_budget=1, method="staged")
+    assert one.n == 1
+    assert any("ONE sample" in line for line in one.advice)
+
+
+class Domains(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(3, 4)
+
+    def forward(self, x: Tensor, domain: Tensor) -> Any:  # type: ignore[override]
+        return self.second(self.first(x) + self.embed(domain)[:, :, None, None])
+
+
+def test_what_the_model_takes_is_no_label() -> None:
+    batches = [(b, torch.full((len(b),), i % 3)) for i, b in enumerate(images())]
+    call = lambda m, b: m(*b)  # noqa: E731
+    model = lived_in(Domains())
+    report = bnfix.recalibrate(model, batches)
+    assert max(residual(model, batches, call)) <= EXACT
+    assert not any("one class" in line for line in report.advice)
+    labelled = bnfix.recalibrate(lived_in(Two()), batches)
+    assert any("one class" in line for line in labelled.advice)
+
+
+def test_a_norm_whose_input_is_always_empty() -> None:
+    class Never(Two):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Any:
+            y = super().forward(x).mean((2, 3))
+            return self.head(y[y[:, 0] > 1e9])
+
+    report = exact(Never(), images())
+    assert report.left_why == {"head": "its input never holds a value"}
+
+
+# What a forward remembers, and what it draws.
+
+
+class Averaging(Two):
+    """A moving average that its forward keeps in evaluation mode too, and uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(4))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.first(x)
+        self.calls += 1
+        self.average.mul_(0.9).add_(y.mean((0, 2, 3)), alpha=0.1)
+        return self.second(y + self.average[:, None, None])
+
+
+def test_a_pass_starts_from_what_the_model_came_with() -> None:
+    model = Averaging()
+    report = bnfix.recalibrate(lived_in(model), images(), forward=lambda m, b: m(b))
+    assert report.engine == "plain passes"
+    assert not model.average.any()
+    assert not model.calls
+    assert max(residual(model, images())) <= EXACT
+
+
+@pytest.mark.parametrize("method", ["staged", "population"])
+def test_random_numbers_in_evaluation_mode_are_said(method: Any) -> None:
+    class Noisy(Two):
+        def forward(self, x: Tensor) -> Any:
+            return self.second(nn.functional.dropout(self.first(x)))
+
+    said = bnfix.recalibrate(lived_in(Noisy()), images(), method=method).notes
+    assert any("draws random numbers in evaluation mode" in line for line in said)
+    assert not any("mixed" in line for line in said)
+    assert not bnfix.recalibrate(lived_in(Two()), images(), method=method).notes
+
+
+def test_random_numbers_of_no_consequence_are_not_said() -> None:
+    class Draws(Two):
+        def forward(self, x: Tensor) -> Any:
+            random.random()
+            return super().forward(x + 0 * torch.rand_like(x))
+
+    assert not exact(Draws(), images()).notes
