@@ -187,7 +187,7 @@ def test_a_folder_that_only_says_it_can_be_written_is_known_before_any_work(
 def test_a_directory_as_target_is_called_one(api: FakeApi, capsys: Output) -> None:
     Path("adir").mkdir()
     assert run(["recalibrate", "w.pt", "--arch", "a:b", "--data", "w.pt", "-o", "adir"]) == 2
-    assert f"adir is a directory: name a file in it, such as {Path('adir') / 'folded.pt'}" in capsys.readouterr().err
+    assert f"adir is a directory: name a file in it, such as {Path('adir') / 'model.pt'}" in capsys.readouterr().err
 
 
 def test_files_given_the_wrong_way_round_are_swapped(api: FakeApi, capsys: Output) -> None:
