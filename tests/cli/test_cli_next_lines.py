@@ -57,7 +57,9 @@ def test_what_to_do_with_saved_weights_is_what_was_to_be_done() -> None:
         assert said.endswith("then: bnfix unshare weights.pt --arch n.py:N -o u.pt")
     with typing(["check", "m.pt", "--trust", "--ignore", "BN104"]):
         assert own(general).endswith("then   bnfix check weights.pt --arch n.py:N --ignore BN104")
-    for same in (["fold", "m.pt"], ["check", "m.pt", "--arch", "n.py:N"], ["info", "m.pt"], []):
+    with typing(["check", "m.pt", "--arch", "mine.py:N"]):  # a person knows better than the file
+        assert own(general).endswith("then   bnfix check weights.pt --arch mine.py:N")
+    for same in (["fold", "m.pt"], ["info", "m.pt"], []):
         with typing(same):
             assert own(general) == general
     assert own(general) == general
