@@ -21,7 +21,14 @@ from __future__ import annotations
 
 
 def one_line(error: BaseException, limit: int = 400) -> str:
-    """An exception of somebody else's as part of a message: its type and the first line of what it says."""
+    """An exception of somebody else's as part of a message: its type and the first line of what it says.
+
+    Of one that a DataLoader hands on from a worker, that is what the worker raised.
+    """
+    caught = str(error).rpartition("Traceback (most recent call last):\n")
+    if str(error).startswith("Caught ") and caught[1]:
+        raised = next((line for line in caught[2].splitlines() if line and not line[0].isspace()), "")
+        return f"{raised[:limit]} (in a worker)"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:limit]}" if lines else type(error).__name__
 

@@ -19,7 +19,7 @@ LEAST = 16
 it saves."""
 LARGEST = 31 << 20
 """Bytes of the largest activation of a chunk: glibc takes blocks of 32 MB and more from the system with each use, and
-fresh pages cost more time than the rest of a norm. Below that, larger chunks are faster: a forward costs time itself."""
+fresh pages cost more time than the rest of a norm. Below that larger chunks are faster: each forward costs time."""
 LARGEST_IN_THREADS = 12 << 20
 """The same in threads, whose heaps are smaller."""
 LARGEST_ON_DEVICE = 384 << 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,8 @@ ENDLESS = 1 << 17
 """Samples after which data of unknown length is taken to have no end, if ``max_samples`` does not say where it is."""
 TOGETHER = 64
 """Samples to which the batches of a stream are joined, where they can be."""
+SAID = 1.0
+"""Seconds between two lines on how far the reading is."""
 TOL = 0.01
 """Standard error at which a stream without an end is enough."""
 
@@ -104,6 +107,7 @@ def make_plan(session: Session) -> Plan:
 def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chunk]]:
     session.say("looking at the first samples")
     first = reader.next()
+    session.advice = reader.advice
     if first is None:
         return None, []
     held = [first]
@@ -171,6 +175,7 @@ def _read(session: Session, reader: Reader, scouted: Scouted, held: list[Chunk])
     room = max(1, int(budget / max(scouted.parked, 1.0))) if options.spill_dir is None else None
     if length(session.data) is None and options.max_samples is None and (room is None or room > ENDLESS):
         room = ENDLESS
+    said = time.monotonic()
     while room is None or reader.samples <= room:
         if len(held) == PLAIN_BATCHES:
             _look_closer(session, scouted)
@@ -180,7 +185,8 @@ def _read(session: Session, reader: Reader, scouted: Scouted, held: list[Chunk])
         if chunk is None:
             break
         held.append(chunk)
-        if reader.batches % 16 == 0:
+        if time.monotonic() - said > SAID:
+            said = time.monotonic()
             session.say(f"reading: {reader.samples:,} samples")
     if scouted.reads and len(held) <= READING:
         scouted.inseparable = scouted.inseparable or "the way through the model may depend on what is in a batch"
@@ -223,15 +229,21 @@ def _decided(
     asked = "as asked for" if method != "auto" else ""
     stream = itertools.chain(held, reader)
     if method in ("population", "online"):
-        return Plan(method, f"{asked}; one pass over the loader", reader, scouted, stream=stream)
+        why = f"{asked}; one pass over the loader"
+        session.say(f"method {method}: {why}")
+        return Plan(method, why, reader, scouted, stream=stream)
     if method == "staged" or fits:
         held = held if fits else _that_fit(held, min(f.held for f in said))
         count = sum(c.samples for c in held)
         kept = f"; its batches are kept as they are ({apart})" if apart else ""
-        share = f"all {count:,} samples" if fits else f"{count:,} of {said[0].total} samples"
+        share = f"{count:,} of {said[0].total} samples"
+        if fits:  # with max_samples nobody looked whether there are more
+            share = f"the {count:,} samples asked for" if reader.cut else f"all {count:,} samples"
+            share = "1 sample" if count == 1 else share
         share += " of this rank" * (session.ranks.world > 1)
         room = "in files" if session.options.spill_dir is not None else f"in memory ({budget})"
-        why = f"{share} fit {room} together{kept}; one pass over the loader"
+        fit = f"fits {room}" if count == 1 else f"fit {room} together"
+        why = f"{share} {fit}{kept}; one pass over the loader"
         why = f"{asked}: {why}" if asked else why
         session.say(f"method staged: {why}")
         return Plan("staged", why, reader, scouted, chunks=_chunks(session, held, scouted, apart), batches=held)

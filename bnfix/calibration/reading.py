@@ -11,7 +11,7 @@ from torch.utils.data import default_collate
 
 from bnfix.calibration.chunks import Chunk, first_samples, splittable
 from bnfix.errors import BnfixError, CalibrationError, PassError, one_line
-from bnfix.running import Call, bind, check_finite, count, size
+from bnfix.running import Call, bind, check_finite, count, feeding, size
 from bnfix.running.call import Forward, describe
 
 Mask = str | Callable[[Any], Any] | None
@@ -21,9 +21,10 @@ class Reader:
     """One pass over ``data``.
 
     ``batches`` and ``samples`` count what was read, ``used`` says what of a batch went into the model, ``ended``
-    that the data has no more, ``largest`` the samples of the largest batch, ``counted`` whether these numbers are more
-    than a guess. ``pure`` counts batches whose labels are all alike, ``labels`` the different ones met; what the model
-    takes as an input is no label.
+    that the data has no more, or that enough was read: then ``cut`` too. ``largest`` are the samples of the largest
+    batch, ``counted`` says whether these numbers are more than a guess. ``pure`` counts batches whose labels are all
+    alike, ``labels`` the different ones met; what the model takes as an input is no label. ``advice`` is for a forward
+    that fails on batches like the first.
     """
 
     def __init__(
@@ -37,8 +38,9 @@ class Reader:
         self._model, self._forward, self._mask = model, forward, mask
         self._max = max_samples
         self.batches = self.samples = self.largest = self.pure = 0
-        self.used = ""
-        self.ended, self.counted = False, True
+        self.used = self.advice = ""
+        self.ended = self.cut = False
+        self.counted = True
         self.labels: set[int] = set()
         self._copies = _may_overwrite(data)
         try:
@@ -59,6 +61,7 @@ class Reader:
             CalibrationError: the loader raised; a batch is ambiguous, holds NaN or Inf, or has no mask.
         """
         if self.ended or (self._max is not None and self.samples >= self._max):
+            self.cut = not self.ended
             self.ended = True
             return None
         try:
@@ -66,9 +69,10 @@ class Reader:
         except StopIteration:
             self.ended = True
             return None
+        except BnfixError as error:  # one of our own loaders, which knows what to do
+            raise CalibrationError(f"the data failed {self._where()}: {error.message}", hint=error.hint) from error
         except Exception as error:  # whatever a dataset, its workers or a collate function raises
-            after = f"after batch {self.batches - 1}" if self.batches else "at its first batch"
-            raise CalibrationError(f"the data raised {after}: {one_line(error)}") from error
+            raise CalibrationError(f"the data raised {self._where()}: {one_line(error)}") from error
         chunk = self._chunk(batch)
         if self._max is not None and self.samples + chunk.samples > self._max and splittable(chunk):
             chunk = first_samples(chunk, self._max - self.samples)
@@ -76,6 +80,9 @@ class Reader:
         self.samples += chunk.samples
         self.largest = max(self.largest, chunk.samples)
         return chunk
+
+    def _where(self) -> str:
+        return f"after batch {self.batches - 1}" if self.batches else "at its first batch"
 
     def _chunk(self, batch: Any) -> Chunk:
         number = self.batches
@@ -85,6 +92,7 @@ class Reader:
             raise CalibrationError(f"batch {number}: {error.message}", hint=error.hint) from error
         if not self.used:
             self.used = bound.used
+            self.advice = "" if self._forward is not None else feeding(batch, bound.call)
         call = bound.call.private() if self._copies else bound.call
         bad = check_finite(call)
         if bad is not None:

@@ -22,7 +22,7 @@ from bnfix.calibration.ranks import Ranks
 from bnfix.calibration.reading import Reader, length
 from bnfix.calibration.scouting import Scouted
 from bnfix.calibration.session import Options, Say, Session
-from bnfix.calibration.staged import MemoryFullError
+from bnfix.calibration.staged import MemoryFullError, out_of_memory
 from bnfix.calibration.streaming import stream
 from bnfix.calibration.transaction import Handle, commit
 from bnfix.errors import CalibrationError
@@ -61,7 +61,14 @@ def recalibrate(
         shared = replicate.shared
         if shared:
             session.notes.append(f"shared by all chunks, since it can't be copied: {', '.join(shared[:3])}")
-        report, stats, batches = _Work(session).report()
+        try:
+            report, stats, batches = _Work(session).report()
+        except CalibrationError as error:
+            if error.__cause__ is not None and out_of_memory(error.__cause__):
+                error.hint = "out of memory: let the loader give smaller batches"
+            elif error.hint is None and "the forward failed" in error.message:
+                error.hint = session.advice or None
+            raise
     # Only now, with the model back in its own modes: the one step that changes it.
     handle = Handle()
     if report.changed:

@@ -47,7 +47,10 @@ class Options:
 
 @dataclass
 class Session:
-    """The model (in evaluation mode, inside ``preserved``), its norms, the data and who takes part."""
+    """The model (in evaluation mode, inside ``preserved``), its norms, the data and who takes part.
+
+    ``advice`` is the hint where the forward fails on the data.
+    """
 
     model: nn.Module
     norms: Norms
@@ -59,6 +62,7 @@ class Session:
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    advice: str = ""
 
     draws: bool = False
     """Whether a forward draws random numbers."""

@@ -10,6 +10,14 @@ from types import FrameType
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
+    try:
+        _main(argv)
+    except KeyboardInterrupt:  # before or after what `run` guards, as while the command itself is imported
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _main(argv: Sequence[str] | None) -> None:
     from bnfix.cli.door import Terminated, leave_quietly
 
     def end(number: int, frame: FrameType | None) -> None:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback as tracebacks
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from bnfix.cli.typed import own
 from bnfix.errors import BnfixError
 from bnfix.render.legible import legible
 
+_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 DONE, FAILED, WRONG, INCONCLUSIVE, INTERRUPTED, UNHEARD, TERMINATED = 0, 1, 2, 3, 130, 141, 143
 
 
@@ -108,8 +110,8 @@ def explained(error: Exception, traceback: bool = False) -> tuple[str, list[str]
     """An error in words, and what to do next; ``traceback``: its origin is shown as well."""
     if isinstance(error, BnfixError):
         return error.message, (error.hint or "").splitlines()
-    if isinstance(error, MemoryError):
-        return "out of memory", ["try a smaller input:  --input 1x3x64x64"]
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        return "out of memory", ["smaller inputs or batches take less; so does --memory-budget, where there is one"]
     first = (str(error).strip().splitlines() or ["(no message)"])[0]
     hint = [] if traceback else ["what happened where:  add --traceback (or set BNFIX_TRACEBACK=1)"]
     return f"{type(error).__name__}: {first}", ["this is a defect of bnfix, please report it", *hint]

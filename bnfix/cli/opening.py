@@ -155,6 +155,8 @@ def check_output(asked: Asked, output: str | None, *, in_place: bool, dry_run: b
             f"where should the {done} model go?",
             hint=f"-o {done}.pt\n--in-place  writes over MODEL\n--dry-run   {dry}",
         )
+    if in_place and not os.path.isfile(target):
+        raise UsageError(f"--in-place writes over a file, and {target} is none", hint=f"-o {done}.pt")
     with users_words("-o"):
         writer_for(target)
     if os.path.isfile(asked.model):

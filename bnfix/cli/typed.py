@@ -50,9 +50,11 @@ def own(line: str) -> str:
 def _on_weights(hint: re.Match[str]) -> str:
     """What was typed, on the weights and with the architecture that a hint names; the hint where that is the same."""
     verb, *given = _typed.get()
-    if verb == hint[1] or not given or given[0].startswith("-") or hint[2] in given or was_typed("--arch"):
+    if verb == hint[1] or not given or given[0].startswith("-") or hint[2] in given:
         return hint[0]
     options = [word for word in given[1:] if word != "--trust"]
+    if was_typed("--arch"):  # a person knows better than a file which class its weights are of
+        return shlex.join(["bnfix", verb, hint[2], *options])
     return shlex.join(["bnfix", verb, hint[2], "--arch", hint[3], *options])
 
 

@@ -11,13 +11,13 @@ from bnfix.cli import typed
 from bnfix.errors import BnfixError
 
 _OF_DATA = ("the data ", "batch ")
-FEED = """if the data is not what the model is called with, say how it becomes that, for example
---forward 'lambda m, b: m(b.permute(0, 3, 1, 2).float() / 255)'"""
+_ONE_SIZE = re.compile(r"dimension 0 of \S+ is \d+, the program was exported for (\d+)")
 
 _OPTIONS = (
     "certify", "forward", "include_frozen", "mask", "max_samples", "memory_budget", "method", "select", "spill_dir",
     "tol", "when",
 )  # fmt: skip
+_YOURS = re.compile(r" raised |the forward failed")
 _CODE = re.compile(r"\bforward=(lambda\b.*)$")
 _SET = re.compile(rf"\b({'|'.join(_OPTIONS)})=(?:(True)\b|\"([^\"]*)\"|'([^']*)'|(None)\b|([\w.…]+))?")
 _BOTH = re.compile(r"\w+= \(on the command line: ([^)]*)\)")
@@ -58,12 +58,13 @@ def in_options(data: str) -> Iterator[None]:
         yield
     except BnfixError as error:
         error.hint = as_options(error.hint) if error.hint else None
-        if error.hint is None and "the forward failed" in error.message:
-            error.hint = FEED
+        size = _ONE_SIZE.search(error.message)
+        if size is not None and "the forward failed" in error.message:
+            error.hint = f"--batch-size {size[1]}   or, of a loader of yours, batches of {size[1]}"
         error.message = as_options(error.message)
         if error.message.startswith(_OF_DATA):
             error.message = f"{data}: {error.message}"
-        if error.hint is None and error.__cause__ is not None and " raised " in error.message:
+        if error.hint is None and error.__cause__ is not None and _YOURS.search(error.message):
             error.hint = f"it is code of yours; where in it:   {typed.command(['--traceback'])}"
         raise
 

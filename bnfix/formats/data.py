@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import re
@@ -136,11 +137,9 @@ def load_data(
             f"{text} is one image", hint=f"the folder that holds it:  --data {shlex.quote(str(path.parent))}"
         )
     if path.suffix == ".py" and path.is_file():
-        names = [f"{text}:{name}" for name in callables(path)] or [f"{text}:make"]
-        raise LoadError(
-            f"{text} is Python code: say what in it gives the batches",
-            hint="\n".join(f"--data {shlex.quote(name)}" for name in names[:4]),
-        )
+        names = [f"--data {shlex.quote(f'{text}:{name}')}" for name in callables(path)]
+        own = f"write a function in it that returns your DataLoader:  --data {shlex.quote(f'{text}:make')}"
+        raise LoadError(f"{text} is Python code: say what in it gives the batches", hint="\n".join(names[:4] or [own]))
     if path.suffix.lower() not in ARRAYS or not path.is_file():
         missing = f"there is no file {text}" if not path.exists() else f"{text} is no data that bnfix reads"
         raise LoadError(
@@ -178,13 +177,25 @@ def _from_object(text: str, found: Any, batch_size: int) -> Iterable[Any]:
         except BnfixError:
             raise
         except Exception as error:  # the user's own function
-            raise LoadError(
-                f"{text}() failed: {one_line(error)}", hint="it is code of yours; where in it:  add --traceback"
-            ) from error
+            hint = "it is code of yours; where in it:  add --traceback"
+            if _takes_more(found):
+                hint = "it is called without arguments; one that gives them:\ndef make(): return …"
+                hint = hint.replace("…", f"{text.rpartition(':')[2]}(…)")
+            raise LoadError(f"{text}() failed: {one_line(error)}", hint=hint) from error
         return _iterable(text, made, batch_size)
 
     first = start()  # what is wrong with it shows now, not in the middle of the work
     return Batches(start) if hasattr(first, "__next__") else first
+
+
+def _takes_more(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return True
+    except ValueError:  # a builtin without a signature
+        return False
+    return False
 
 
 def _iterable(text: str, found: Any, batch_size: int) -> Iterable[Any]:
@@ -197,8 +208,10 @@ def _iterable(text: str, found: Any, batch_size: int) -> Iterable[Any]:
     if isinstance(found, (str, bytes, Mapping)) or not hasattr(found, "__iter__"):
         if hasattr(found, "__getitem__") and hasattr(found, "__len__") and not isinstance(found, (str, bytes, Mapping)):
             return DataLoader(found, batch_size=batch_size, shuffle=False)
+        name = type(found).__name__
+        given = "nothing" if found is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
         raise LoadError(
-            f"{text} gives a {type(found).__name__}, which has no batches",
+            f"{text} gives {given}, which has no batches",
             hint="return an iterable of batches, a Dataset or a DataLoader",
         )
     iterable: Iterable[Any] = found

@@ -39,7 +39,7 @@ def writer_for(path: str | os.PathLike[str]) -> Format:
         if suffix in known.suffixes:
             return known
     if Path(path).is_dir():
-        raise ValueError(f"{os.fspath(path)} is a directory: name a file in it, such as {Path(path) / 'folded.pt'}")
+        raise ValueError(f"{os.fspath(path)} is a directory: name a file in it, such as {Path(path) / 'model.pt'}")
     but = f"not as {suffix}" if suffix else "and the name has no such ending"
     raise ValueError(f"{os.fspath(path)}: bnfix saves models as {', '.join(known_suffixes())}, {but}")
 

@@ -167,7 +167,7 @@ def resolve(spec: Spec) -> Any:
     value: Any = module
     for part in spec.name.split("."):
         if not hasattr(value, part):
-            public = [n for n in vars(module) if not n.startswith("_")]
+            public = [n for n, v in vars(module).items() if not n.startswith("_") and not inspect.ismodule(v)]
             close = (
                 difflib.get_close_matches(part, public, n=3)
                 or [n for n in public if isinstance(vars(module)[n], type)][:5]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -282,8 +283,16 @@ def _dump(path: Path, content: Any, what: str) -> None:
             torch.save(content, file)
     except OSError:
         raise
+    except RuntimeError as error:
+        if "unexpected pos" in str(error):  # what torch's writer says of a file that does not grow
+            raise OSError(errno.ENOSPC, "the disk is full, or files must not be that large") from error
+        raise _unsaved(what, error) from error
     except Exception as error:  # what a user's module holds may refuse to be pickled in any way
-        raise LoadError(
-            f"the {what} can't be saved: {type(error).__name__}: {error}",
-            hint="save its weights:  -o weights.safetensors" if what == "module" else None,
-        ) from error
+        raise _unsaved(what, error) from error
+
+
+def _unsaved(what: str, error: Exception) -> LoadError:
+    return LoadError(
+        f"the {what} can't be saved: {type(error).__name__}: {error}",
+        hint="save its weights:  -o weights.safetensors" if what == "module" else None,
+    )

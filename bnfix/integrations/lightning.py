@@ -66,7 +66,8 @@ class RecalibrateCallback(_pl.Callback):  # type: ignore[misc, name-defined]
         options: handed on to :func:`bnfix.recalibrate`. ``forward`` is needed where the module defines none.
 
     Attributes:
-        report: what was done in the last fit; None before its end, or if it failed.
+        report: what was done in the last fit; None before its end, or if it failed. With ``ddp_spawn`` it stays in the
+            processes of the fit, and the module alone comes back.
         error: what went wrong.
 
     Raises:

@@ -1,5 +1,6 @@
 """A call of a model, a pass over data, a model left as it was found."""
 
+from bnfix.running.arguments import feeding
 from bnfix.running.batches import Bound, batch_call, bind
 from bnfix.running.call import Call, as_call, fit_call, map_tensors
 from bnfix.running.garbage import young_garbage_only
@@ -21,6 +22,7 @@ __all__ = [
     "check_finite",
     "count",
     "drawing",
+    "feeding",
     "fit_call",
     "free_bytes",
     "give_back",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +62,35 @@ def check_accepted(call: Call, model: nn.Module, source: str) -> None:
     if reason is None:
         return
     raise PassError(f"{source}: the model's forward failed on {call.signature}: {reason}", hint=_advice(call, reason))
+
+
+def feeding(batch: Any, call: Call) -> str:
+    """What may be wrong with ``batch``, bound as ``call``, where the forward failed; ends with a line that feeds it.
+
+    Guessed from shape and type alone: channels at the end, a sample without a batch axis, bytes, one channel.
+    """
+    inputs = [*call.args, *call.kwargs.values()]
+    form = "b[0]" if isinstance(batch, (tuple, list)) else f"b[{next(iter(call.kwargs))!r}]" if call.kwargs else "b"
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+        return f"the model was called with {call.signature}; another way:  forward=lambda m, b: m({form}, …)"
+    given = inputs[0]
+    if isinstance(batch, np.ndarray):
+        form = "torch.from_numpy(b)"
+    made = form
+    if given.dim() == 4 and given.shape[-1] in (1, 3, 4) and given.shape[1] > 4:
+        made += ".permute(0, 3, 1, 2)"
+    elif given.dim() == 3 and given.shape[0] in (1, 3):
+        made += "[None]"
+    elif given.dim() == 4 and given.shape[1] == 1:
+        made += ".expand(-1, 3, -1, -1)"
+    if not given.is_floating_point() and not given.is_complex():
+        made += ".float() / 255" if given.dtype == torch.uint8 else ".float()"
+    example = "" if made != form else ", for example"
+    made = made if made != form else f"{form}.float() / 255"
+    return (
+        f"the model was called with {call.signature}: if that is not its input, say how a batch becomes that{example}\n"
+        f"forward=lambda m, b: m({made})"
+    )
 
 
 def _placed(call: Call, parameters: list[inspect.Parameter]) -> Call:

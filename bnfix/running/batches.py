@@ -34,11 +34,13 @@ def bind(batch: Any, model: nn.Module, forward: Forward | None = None) -> Bound:
 
     A tensor goes to the first parameter of the forward; of a tuple or list, as many elements as there are required
     positional parameters, one at least; of a mapping, the keys that the signature names (all of them where it is
-    ``**kwargs`` alone). An object with a ``to`` of its own goes whole to a forward that requires one input. NumPy
-    arrays become tensors, floating ones in the dtype of the model (float64 is NumPy's default, seldom meant), and
-    ``used`` says so. Where inputs are left over that look like the one taken (floating, same shape behind the first
-    axis), or the one taken is a list of tensors, guessing would silently calibrate on a part of what the
-    model sees: that is refused.
+    ``**kwargs`` alone). An object with a ``to`` of its own goes whole to a forward that requires one input. Where
+    inputs are left over that look like the one taken (floating, same shape behind the first axis), or the one taken is
+    a list of tensors, guessing would silently calibrate on a part of what the model sees: that is refused.
+
+    NumPy arrays become tensors, floating ones in the dtype of the model: float64 is NumPy's default, seldom meant, and
+    a DataLoader collates it to float64 tensors. So floating inputs become it too where all are of one other type, and
+    all parameters of one: a layer could only fail on them. ``used`` says so. Several types keep theirs: they are meant.
 
     With ``forward`` the batch is handed whole to ``forward(model, batch)``; the tensors inside move to the model's
     device, float32 to its dtype (see :func:`~bnfix.running.call.fit_call`), everything else stays as it was loaded.
@@ -52,7 +54,8 @@ def bind(batch: Any, model: nn.Module, forward: Forward | None = None) -> Bound:
         return Bound(fit_call(Call((batch,), forward=forward), model), "the whole batch, by forward=")
     batch, read = _as_tensors(batch, model)
     call, used = _bind(batch, _Signature.of(model))
-    return Bound(fit_call(call, model), f"{used}, {read}" if read else used)
+    call, cast = _in_one_type(call, model)
+    return Bound(fit_call(call, model), ", ".join(filter(None, (used, read, cast))))
 
 
 def batch_call(batch: Any, model: nn.Module, forward: Forward | None = None) -> Call:
@@ -233,6 +236,19 @@ def _is_twin(value: Any, taken: Sequence[Any]) -> bool:
     """Whether ``value`` is, or holds, a floating tensor shaped like a floating one in ``taken``, batch axis apart."""
     shapes = {t.shape[1:] for t in taken if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 1}
     return any(t.is_floating_point() and t.dim() > 1 and t.shape[1:] in shapes for t in Call((value,)).tensors())
+
+
+def _in_one_type(call: Call, model: nn.Module) -> tuple[Call, str]:
+    """``call`` with floating tensors in the dtype of the model where both have but one, and a line that says so."""
+    given = {t.dtype for t in call.tensors() if t.is_floating_point()}
+    if len(given) != 1 or given <= {torch.float32}:  # float32 is what fit_call brings to the model's
+        return call, ""
+    wanted = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if len(wanted) != 1 or wanted == given:
+        return call, ""
+    (old,), (new,) = given, wanted
+    shown = " as ".join(str(dtype).removeprefix("torch.") for dtype in (old, new))
+    return call.map(lambda t: t.to(new) if t.is_floating_point() else t), shown
 
 
 def _as_tensors(batch: Any, model: nn.Module) -> tuple[Any, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from mmap import PAGESIZE
 
 import torch
@@ -29,7 +29,10 @@ def kept_heap(count: int) -> Iterator[None]:
 
     Nothing is promised: where the C library or the kernel is another one, all is as it was.
     """
-    last = _prepared(count) if sys.platform == "linux" and count >= _BLOCK else None
+    last: Tensor | None = None
+    if sys.platform == "linux" and count >= _BLOCK:
+        with suppress(RuntimeError, MemoryError):  # a limit of the process: the work may do with less
+            last = _prepared(count)
     try:
         yield
     finally:

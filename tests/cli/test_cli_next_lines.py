@@ -57,7 +57,9 @@ def test_what_to_do_with_saved_weights_is_what_was_to_be_done() -> None:
         assert said.endswith("then: bnfix unshare weights.pt --arch n.py:N -o u.pt")
     with typing(["check", "m.pt", "--trust", "--ignore", "BN104"]):
         assert own(general).endswith("then   bnfix check weights.pt --arch n.py:N --ignore BN104")
-    for same in (["fold", "m.pt"], ["check", "m.pt", "--arch", "n.py:N"], ["info", "m.pt"], []):
+    with typing(["check", "m.pt", "--arch", "mine.py:N"]):  # a person knows better than the file
+        assert own(general).endswith("then   bnfix check weights.pt --arch mine.py:N")
+    for same in (["fold", "m.pt"], ["info", "m.pt"], []):
         with typing(same):
             assert own(general) == general
     assert own(general) == general
@@ -187,7 +189,7 @@ def test_a_folder_that_only_says_it_can_be_written_is_known_before_any_work(
 def test_a_directory_as_target_is_called_one(api: FakeApi, capsys: Output) -> None:
     Path("adir").mkdir()
     assert run(["recalibrate", "w.pt", "--arch", "a:b", "--data", "w.pt", "-o", "adir"]) == 2
-    assert f"adir is a directory: name a file in it, such as {Path('adir') / 'folded.pt'}" in capsys.readouterr().err
+    assert f"adir is a directory: name a file in it, such as {Path('adir') / 'model.pt'}" in capsys.readouterr().err
 
 
 def test_files_given_the_wrong_way_round_are_swapped(api: FakeApi, capsys: Output) -> None:

@@ -195,6 +195,17 @@ def test_dtype_is_that_of_the_model_for_float32_alone() -> None:
     assert bind(X, without).call.args[0].dtype == torch.float64
 
 
+@pytest.mark.parametrize(("given", "wanted"), [("float64", "float32"), ("float16", "float32"), ("float64", "bfloat16")])
+def test_inputs_of_one_other_type_become_that_of_the_model_and_it_is_said(given: str, wanted: str) -> None:
+    x, dtype = X.to(getattr(torch, given)), getattr(torch, wanted)
+    bound = bind((x, LABELS), taking(one, dtype))
+    assert torch.equal(bound.call.args[0], x.to(dtype))
+    assert bound.used.endswith(f", {given} as {wanted}")
+    mixed = nn.Sequential(nn.Conv2d(3, 4, 3).half(), nn.BatchNorm2d(4))  # no one type: nobody knows which is meant
+    assert bind(X.double(), mixed).call.args[0].dtype == torch.float64
+    assert bind(X.half(), taking(one, torch.float16)).used == "the batch"
+
+
 def test_float32_batches_of_a_float32_model_are_not_copied() -> None:
     assert bind((X, LABELS), taking(one)).call.args[0] is X
 

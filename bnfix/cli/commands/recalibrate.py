@@ -78,8 +78,8 @@ def recalibrate(
     """Set the running statistics of every BatchNorm to those of your data, exactly, in one pass.
 
     Afterwards they are mean and variance of what each norm sees when the model runs in evaluation mode on this data
-    (precise BN, "update_bn", BN re-estimation). Weights stay as they are, and so does everything else in the file.
-    Nothing is written unless all went well.
+    (precise BN, "update_bn", BN re-estimation). Weights stay as they are, and so does everything else in the file but
+    a num_batches_tracked that says that hardly anything was averaged yet. Nothing is written unless all went well.
     """
     asked = o.Asked(model, arch, tuple(arch_kw or ()), trust, (), data, forward, seed)
     options = {
