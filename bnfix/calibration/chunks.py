@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +57,15 @@ class Chunk:
         return self.where
 
 
-def pieces(batches: Sequence[Chunk], most: int = TARGET) -> list[Chunk]:
+def pieces(
+    batches: Sequence[Chunk], most: int = TARGET, keep: Callable[[Chunk, Sequence[Chunk]], Chunk] | None = None
+) -> list[Chunk]:
     """The same samples in chunks of up to ``most``, as far as there are ``LEAST``: small batches joined, large split.
 
-    Samples keep their order within batches of one signature.
+    Samples keep their order within batches of one signature. ``keep`` is given each that is a copy, as it is made,
+    and what it was made of.
     """
-    return [chunk for run in _alike(batches) for chunk in _cut(run, _sizes(sum(c.samples for c in run), most))]
+    return [chunk for run in _alike(batches) for chunk in _cut(run, _sizes(sum(c.samples for c in run), most), keep)]
 
 
 def _sizes(total: int, most: int) -> list[int]:
@@ -119,7 +122,7 @@ def _joinable(a: Chunk, b: Chunk) -> bool:
     return joined(none) is not None
 
 
-def _cut(run: list[Chunk], sizes: list[int]) -> Iterator[Chunk]:
+def _cut(run: list[Chunk], sizes: list[int], keep: Callable[[Chunk, Sequence[Chunk]], Chunk] | None) -> Iterator[Chunk]:
     """Chunks of exactly these sizes out of consecutive batches; views where one batch is enough."""
     pending = list(run)
     for wanted in sizes:
@@ -133,7 +136,7 @@ def _cut(run: list[Chunk], sizes: list[int]) -> Iterator[Chunk]:
             wanted -= head.samples
         made = joined(taken)
         assert made is not None  # _alike saw to it
-        yield made
+        yield made if keep is None or len(taken) == 1 else keep(made, taken)
 
 
 def halves(chunk: Chunk, at: int) -> tuple[Chunk, Chunk]:

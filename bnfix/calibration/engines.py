@@ -21,7 +21,6 @@ from bnfix.calibration.plain import listen
 from bnfix.calibration.replaying import CLEAN, LEAKS, MIXED, Witness, witnesses
 from bnfix.calibration.scouting import Scouted
 from bnfix.calibration.session import Session
-from bnfix.calibration.spill import Spiller
 from bnfix.calibration.staged import ElsewhereError, FailedError, MemoryFullError, Run, memory
 from bnfix.calibration.strands import ParkedStrand, RerunStrand, Strand, StuckError
 from bnfix.calibration.threads import ThreadStrand
@@ -163,7 +162,7 @@ def _parked(
     fibers: bool,
 ) -> Outcome:
     ways = scouted.ways if scouted is not None and fibers and Guard.possible() else None
-    spiller = Spiller(session.options.spill_dir) if session.options.spill_dir is not None else None
+    spiller = session.spiller
     first: list[Tensor] = []
     bounded = session.options.memory_budget is not None or spiller is not None
     with ExitStack() as stack:
@@ -183,7 +182,7 @@ def _parked(
                     session.model if one else session.replicate(),
                     session.norms,
                     Turn.seeded(turn, number, session.device),
-                    spiller.strand() if spiller else None,
+                    spiller.strand(chunk.call.tensors()) if spiller else None,
                     bounded=bounded,
                 )
                 for number, chunk in enumerate(chunks)

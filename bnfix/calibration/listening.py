@@ -41,10 +41,14 @@ _READS = frozenset(
         Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__bool__, Tensor.__int__, Tensor.__float__,
         Tensor.__index__, Tensor.__contains__, Tensor.is_nonzero, Tensor.equal, Tensor.allclose, Tensor.nonzero,
         Tensor.masked_select, Tensor.unique, Tensor.unique_consecutive, torch.is_nonzero, torch.equal, torch.allclose,
-        torch.nonzero, torch.masked_select, torch.unique, torch.unique_consecutive,
+        torch.nonzero, torch.masked_select, torch.unique, torch.unique_consecutive, torch.argwhere, Tensor.argwhere,
+        torch.bincount, Tensor.bincount,
     }
 )  # fmt: skip
 """Functions by which values, or how many there are, get to Python: what comes behind may depend on the data."""
+
+_MAY_READ = frozenset({Tensor.__getitem__, torch.where})
+"""Functions that do so with some arguments."""
 
 Stats = tuple[Tensor, Tensor]
 
@@ -109,7 +113,7 @@ class Listener(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         try:
             names = _NAMES.get(func)
-            self.reads = self.reads or func in _READS or (func is Tensor.__getitem__ and _is_mask(args[1]))
+            self.reads = self.reads or func in _READS or (func in _MAY_READ and _finds(func, args))
         except TypeError:  # an unhashable callable
             names = None
         result = func(*args, **(kwargs or {})) if names is None else self._norm(func, names, args, kwargs or {})
@@ -153,6 +157,11 @@ def physical(x: Tensor) -> Tensor:
         inner = functorch.get_unwrapped(x)
         x = inner if mapped < 0 else physical(inner.movedim(mapped, 0)).flatten(0, 1)
     return x
+
+
+def _finds(func: Any, args: tuple[Any, ...]) -> bool:
+    """``x[mask]`` and ``torch.where(condition)``: as many values as hold."""
+    return len(args) == 1 if func is torch.where else _is_mask(args[1])
 
 
 def _is_mask(index: Any) -> bool:

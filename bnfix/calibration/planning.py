@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -35,7 +37,7 @@ from bnfix.calibration.scouting import Scouted, mixed, scout
 from bnfix.calibration.session import Session
 from bnfix.calibration.streaming import rejoined
 from bnfix.errors import CalibrationError
-from bnfix.running import drawing, free_bytes, kept_random
+from bnfix.running import drawing, free_bytes, give_back, kept_random
 from bnfix.stats import SampleSums
 
 PLAIN_BATCHES = 1024
@@ -184,7 +186,7 @@ def _read(session: Session, reader: Reader, scouted: Scouted, held: list[Chunk])
         chunk = reader.next()
         if chunk is None:
             break
-        held.append(chunk)
+        held.append(_in_files(session, chunk))
         if time.monotonic() - said > SAID:
             said = time.monotonic()
             session.say(f"reading: {reader.samples:,} samples")
@@ -199,6 +201,18 @@ def _read(session: Session, reader: Reader, scouted: Scouted, held: list[Chunk])
         reader.samples, count, fits, scouted.inseparable, reader.largest, budget, _total(session, reader), crowded
     )
     return held, found
+
+
+def _in_files(session: Session, chunk: Chunk, sources: Sequence[Chunk] = ()) -> Chunk:
+    """The chunk with its inputs in files, if there is a folder for them; its ``sources`` leave the memory."""
+    spiller = session.spiller
+    if spiller is None:
+        return chunk
+    chunk = dataclasses.replace(chunk, call=chunk.call.map(spiller.kept))
+    for source in sources:
+        spiller.drop_all(source.call.tensors())
+    give_back()  # blocks of many MB leave holes that the next ones don't fit into
+    return chunk
 
 
 def _look_closer(session: Session, scouted: Scouted) -> None:
@@ -282,7 +296,8 @@ def _chunks(session: Session, held: list[Chunk], scouted: Scouted | None, apart:
     if session.device.type == "cpu":
         largest = LARGEST if scouted.ways is not None and Guard.possible() else LARGEST_IN_THREADS
     most = min(TARGET, int(largest / max(scouted.largest, 1.0)), int(room / 4 / max(scouted.forward, 1.0)))
-    return centred(pieces(held, max(most, LEAST, -(-total // MOST))), PROBED)
+    keep = partial(_in_files, session)
+    return centred(pieces(held, max(most, LEAST, -(-total // MOST)), keep), PROBED)
 
 
 def _gigabytes(count: int) -> str:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from bnfix.calibration.listening import Stats
 from bnfix.calibration.norms import Norms
 from bnfix.calibration.ranks import Ranks
 from bnfix.calibration.reading import Mask
+from bnfix.calibration.spill import Spiller
 from bnfix.calibration.transaction import put
 from bnfix.graph import Replicator
 from bnfix.running.call import Forward
@@ -78,6 +80,11 @@ class Session:
         for buffer, value in self._others:
             if not torch.equal(buffer, value):
                 put(buffer, value)
+
+    @cached_property
+    def spiller(self) -> Spiller | None:
+        """Takes inputs and activations into files, where that was asked for."""
+        return None if self.options.spill_dir is None else Spiller(self.options.spill_dir)
 
     @property
     def coarse(self) -> bool:

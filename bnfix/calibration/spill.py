@@ -10,6 +10,7 @@ import mmap
 import os
 import tempfile
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,9 +34,16 @@ class Spiller:
         if not os.path.isdir(self._folder):
             raise CalibrationError(f"spill_dir={self._folder!r} is no folder", hint="make it, or name another one")
 
-    def strand(self) -> SpilledStrand:
-        """For one chunk."""
-        return SpilledStrand(self)
+    def strand(self, inputs: Iterable[Tensor] = ()) -> SpilledStrand:
+        """For one chunk, whose ``inputs`` may be in files already."""
+        return SpilledStrand(self, inputs)
+
+    def kept(self, tensor: Tensor) -> Tensor:
+        """An input of the model with its values in a file; itself where it is small, or not a plain one on the CPU."""
+        if type(tensor) is not Tensor or not _dense(tensor) or tensor.numel() * tensor.element_size() < LEAST:
+            return tensor
+        own = tensor.detach().clone()  # of a view no more than it shows
+        return own.set_(self.mapped(own.untyped_storage()), 0, own.shape, own.stride())  # type: ignore[call-overload]
 
     def mapped(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
         """The bytes of a storage in a file; not in memory until they are read.
@@ -64,12 +72,18 @@ class Spiller:
             mapping.madvise(mmap.MADV_DONTNEED)
         return mapping is not None
 
+    def drop_all(self, tensors: Iterable[Tensor]) -> None:
+        """The same for tensors of any kind."""
+        for tensor in _dense(list(tensors)):
+            self.drop(tensor.untyped_storage())
+
 
 class SpilledStrand:
     """Watches the tensors that one forward makes, and moves those alive into files when it parks."""
 
-    def __init__(self, spiller: Spiller) -> None:
+    def __init__(self, spiller: Spiller, inputs: Iterable[Tensor] = ()) -> None:
         self._spiller = spiller
+        self._inputs = list(inputs)
         self._made: list[weakref.ref[Tensor]] = []
         self._own: set[int] = set()
         self._foreign: set[int] = set()
@@ -84,7 +98,9 @@ class SpilledStrand:
                 self._made.append(weakref.ref(tensor))
 
     def park(self) -> None:
-        """Move what is alive, in memory and large."""
+        """Move what is alive, in memory and large; the forward has a copy of its inputs."""
+        self._spiller.drop_all(self._inputs)
+        self._inputs = []
         alive: dict[int, list[Tensor]] = {}
         kept: list[weakref.ref[Tensor]] = []
         for ref in self._made:
