@@ -431,3 +431,16 @@ def test_only_when_needed() -> None:
     assert not report.changed
     assert same_bits(model, good)
     assert any("leave the model as it is" in line for line in report.advice)
+
+
+def test_no_memory_in_a_stream_is_called_that() -> None:
+    class Greedy(Two):
+        def forward(self, x: Tensor) -> Any:
+            if len(x) > 2:
+                torch.empty(1 << 60)
+            return super().forward(x)
+
+    model = lived_in(Greedy())
+    told = fails(model, images(), CalibrationError, method="population")
+    assert "out of memory in the forward of" in told
+    assert "smaller batches" in told
