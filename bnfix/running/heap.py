@@ -16,6 +16,8 @@ from mmap import PAGESIZE
 import torch
 from torch import Tensor
 
+from bnfix.running.memory import give_back
+
 _BLOCK = 1 << 20
 _MAPPED = (32 << 20) - (16 << 10)
 """The largest block whose release makes glibc take such ones from its heap from then on; larger ones never are."""
@@ -36,7 +38,9 @@ def kept_heap(count: int) -> Iterator[None]:
     try:
         yield
     finally:
-        del last
+        if last is not None:
+            last = None
+            give_back()  # a small block at the heap's end would keep all that lies below it
 
 
 def _prepared(count: int) -> Tensor:

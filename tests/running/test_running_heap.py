@@ -31,7 +31,9 @@ with kept_heap(240 << 20):
     inside, start = resident(), faults()
     waves()
     within = faults() - start
-give_back()
+    below = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(200)]
+    pinned = torch.ones(30_000)  # a small one that stays, above all that
+    del below
 print(within, (inside - before) >> 20, (resident() - before) >> 20)
 """
 
