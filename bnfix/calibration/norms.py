@@ -12,8 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from bnfix.errors import CalibrationError
 from bnfix.graph import find_owners
-
-functorch = torch._C._functorch
+from bnfix.graph.owners import storage_key
 
 Select = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
@@ -78,17 +77,22 @@ class Norms:
         """The buffer that ``tensor`` is, or is another name of: the same memory in the same form."""
         if id(tensor) in self._tensors:
             return tensor
-        for place in self._tensors.values():
-            held = _held(place)
-            if held is not None and id(held) in self._tensors and _form(held) == _form(tensor):
-                return held
-        return None
+        form = storage_key(tensor)
+        if form is None:
+            return None
+        held = (_held(place) for place in self._tensors.values())
+        return next((t for t in held if t is not None and id(t) in self._tensors and storage_key(t) == form), None)
 
     def meet(self, key: int, var_key: int) -> None:
         """Know the norm with these buffers, also if only other ranks have come by it."""
         if all(norm.key != key for norm in self.known.values()):
             at = {place[0]: _held(place) for place in self._tensors.values() if place[0] in (key, var_key)}
             self.of(at.get(key), at.get(var_key))
+
+    @property
+    def some(self) -> str:
+        """The first names, for a hint."""
+        return ", ".join(n.path for n in list(self.known.values())[:5])
 
     @property
     def half(self) -> bool:
@@ -108,12 +112,6 @@ class Norms:
 def norms_device(norms: Norms) -> torch.device:
     """Where the statistics live."""
     return next((n.mean.device for n in norms.known.values()), torch.device("cpu"))
-
-
-def _form(tensor: Tensor) -> tuple[object, ...]:
-    if functorch.is_functorch_wrapped_tensor(tensor) or tensor.layout != torch.strided or tensor.is_meta:
-        return (id(tensor),)
-    return tensor.data_ptr() if tensor.numel() else id(tensor), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _held(place: tuple[int, str, nn.Module, str]) -> Tensor | None:
@@ -181,11 +179,10 @@ def find_norms(model: nn.Module, select: Select = None, include_frozen: bool = F
         if unknown:
             raise CalibrationError(
                 f"select names {unknown[0]!r}, and the model has no such layer",
-                hint=f"its norms:  {', '.join(n.path for n in list(norms.known.values())[:5])} …",
+                hint=f"its norms:  {norms.some} …",
             )
     if isinstance(select, str | list | tuple | set | frozenset) and not any(not n.why for n in norms.known.values()):
-        names = ", ".join(n.path for n in list(norms.known.values())[:5])
-        raise CalibrationError(f"select={select!r} fits no norm of the model", hint=f"its norms:  {names} …")
+        raise CalibrationError(f"select={select!r} fits no norm of the model", hint=f"its norms:  {norms.some} …")
     return norms
 
 

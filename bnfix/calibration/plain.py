@@ -15,8 +15,8 @@ from bnfix.calibration.ledger import Place, residual, stored
 from bnfix.calibration.listening import Listener, Seen, Stats
 from bnfix.calibration.norms import Norms
 from bnfix.calibration.ranks import Ranks
-from bnfix.calibration.staged import out_of_memory
-from bnfix.errors import CalibrationError, one_line
+from bnfix.calibration.staged import forward_of
+from bnfix.errors import CalibrationError
 from bnfix.stats import Moments, SampleSums, pool, sample_sums
 from bnfix.types import Residual
 
@@ -43,15 +43,8 @@ def _forward(model: nn.Module, chunk: Chunk, norms: Norms, hear: Callable[[Place
         calls[seen.norm.key] += 1
         hear(place, seen.x, mask_at(chunk, seen.x, seen.norm.path))
 
-    try:
-        with torch.no_grad(), Listener(norms, ask):
-            return chunk.call.run(model)
-    except CalibrationError as error:
-        raise CalibrationError(f"{chunk.where}: {error.message}", hint=error.hint) from None
-    except Exception as error:  # the user's own forward
-        if out_of_memory(error):
-            raise
-        raise CalibrationError(f"{chunk.where}: the forward failed: {one_line(error)}") from error
+    with forward_of(chunk), torch.no_grad(), Listener(norms, ask):
+        return chunk.call.run(model)
 
 
 def measure(model: nn.Module, chunks: Iterable[Chunk], norms: Norms) -> dict[Place, Moments]:

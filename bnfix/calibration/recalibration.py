@@ -304,9 +304,7 @@ def _refuse_nothing(norms: Norms) -> None:
             f"all {len(norms.known)} norms are frozen (in evaluation mode while the model is in training mode)",
             hint="include_frozen=True   recalibrates them; or model.eval() first: then none counts as frozen",
         )
-    raise CalibrationError(
-        "no norm is selected", hint=f"norms:  {', '.join(n.path for n in list(norms.known.values())[:5])}"
-    )
+    raise CalibrationError("no norm is selected", hint=f"norms:  {norms.some}")
 
 
 def _asked(options: Options, norms: Norms) -> dict[str, object]:

@@ -17,8 +17,8 @@ from bnfix.calibration.footing import Footing, Way
 from bnfix.calibration.ledger import Place
 from bnfix.calibration.listening import Listener, Seen
 from bnfix.calibration.norms import Norms, norms_device
-from bnfix.calibration.staged import out_of_memory
-from bnfix.errors import CalibrationError, one_line
+from bnfix.calibration.staged import forward_of
+from bnfix.errors import CalibrationError
 from bnfix.running import Footprint
 from bnfix.stats import SampleSums, sample_sums
 
@@ -143,16 +143,15 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
     handles = [m.register_forward_pre_hook(note) for m in _norm_modules(replica)]
     start = last = time.perf_counter()
     try:
-        with torch.no_grad(), Listener(norms, ask) as listener, held or contextlib.nullcontext():
+        with (
+            forward_of(chunk),
+            torch.no_grad(),
+            Listener(norms, ask) as listener,
+            held or contextlib.nullcontext(),
+        ):
             footing = Footing(norms_device(norms), listener)
             with footing if measured else contextlib.nullcontext():
                 outputs = chunk.call.run(replica)
-    except CalibrationError as error:
-        raise CalibrationError(f"{chunk.where}: {error.message}", hint=error.hint) from None
-    except Exception as error:  # the user's own forward
-        if out_of_memory(error):
-            raise
-        raise CalibrationError(f"{chunk.where}: the forward failed: {one_line(error)}") from error
     finally:
         for handle in handles:
             handle.remove()

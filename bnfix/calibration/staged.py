@@ -201,6 +201,19 @@ def memory() -> Iterator[None]:
         raise MemoryFullError(one_line(error)) from error
 
 
+@contextmanager
+def forward_of(chunk: Chunk) -> Iterator[None]:
+    """What fails inside is a :class:`CalibrationError` that names the batch; that there is no memory stays as it is."""
+    try:
+        yield
+    except CalibrationError as error:
+        raise CalibrationError(f"{chunk.where}: {error.message}", hint=error.hint) from None
+    except Exception as error:  # whatever the user's own forward raises
+        if out_of_memory(error):
+            raise
+        raise CalibrationError(f"{chunk.where}: the forward failed: {one_line(error)}") from error
+
+
 def not_finite(strand: Strand) -> str:
     """Which of the loader's batches brought NaN or Inf to where the strand is parked; empty if none did."""
     if strand.sums is None:

@@ -18,8 +18,8 @@ from bnfix.calibration.ledger import Place, stored
 from bnfix.calibration.listening import Listener, Seen, Stats
 from bnfix.calibration.plain import by_norm, merged
 from bnfix.calibration.session import Session
-from bnfix.calibration.staged import out_of_memory
-from bnfix.errors import CalibrationError, one_line
+from bnfix.calibration.staged import MemoryFullError, forward_of, memory
+from bnfix.errors import CalibrationError
 from bnfix.stats import Moments, pool, round_once, sample_sums
 
 LOOK = 16
@@ -72,17 +72,11 @@ def _through(session: Session, chunks: Iterable[Chunk], method: str, sites: dict
             )
 
         try:
-            with torch.no_grad(), Listener(session.norms, ask):
+            with memory(), forward_of(chunk), torch.no_grad(), Listener(session.norms, ask):
                 chunk.call.run(replica)
-        except CalibrationError as error:
-            raise CalibrationError(f"{chunk.where}: {error.message}", hint=error.hint) from None
-        except Exception as error:  # the user's own forward
-            if out_of_memory(error):
-                raise CalibrationError(
-                    f"{chunk.where}: out of memory in the forward of {chunk.samples:,} samples: {one_line(error)}",
-                    hint="give the data in smaller batches",
-                ) from error
-            raise CalibrationError(f"{chunk.where}: the forward failed: {one_line(error)}") from error
+        except MemoryFullError as full:  # its cause brings the hint
+            told = f"{chunk.where}: out of memory in the forward of {chunk.samples:,} samples: {full}"
+            raise CalibrationError(told) from full.__cause__
         if session.options.tol is not None and number % LOOK == LOOK - 1 and _sure(sites, session.options.tol):
             session.notes.append(f"stopped when every standard error was at most {session.options.tol:g}")
             return

@@ -23,6 +23,8 @@ def keep_freed_memory() -> None:
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return
-    any(library.mallopt(_MMAP_THRESHOLD, value) for value in _MMAP_THRESHOLDS)
+    for value in _MMAP_THRESHOLDS:
+        if library.mallopt(_MMAP_THRESHOLD, value):
+            break
     library.mallopt(_TRIM_THRESHOLD, _KEPT)
     library.mallopt(_ARENA_MAX, 1)
