@@ -21,6 +21,7 @@ from bnfix.calibration.plain import listen
 from bnfix.calibration.replaying import CLEAN, LEAKS, MIXED, Witness, witnesses
 from bnfix.calibration.scouting import Scouted
 from bnfix.calibration.session import Session
+from bnfix.calibration.settling import Settling
 from bnfix.calibration.staged import ElsewhereError, FailedError, MemoryFullError, Run, memory
 from bnfix.calibration.strands import ParkedStrand, RerunStrand, Strand, StuckError
 from bnfix.calibration.threads import ThreadStrand
@@ -233,25 +234,34 @@ def _converged(
     order = {place: i for i, place in enumerate(scouted.route)} if scouted else {}
     limit = max(SETTLED, session.options.settled)
     stop = scouted is not None and scouted.tail > TAIL and not scouted.reads and of_one_kind(chunks)
-    ledger = Ledger(session.norms, session.options.unbiased)
-    damping, best, rounds, last = 1.0, ledger, 0, Residual(float("inf"), float("inf"))
+    settling = Settling(lambda numbers: session.ranks.all_of(numbers)[0])
+    rounds, stalled, last = 0, 0, Residual(float("inf"), float("inf"))
+    ledger = best = Ledger(session.norms, session.options.unbiased)
+
+    def run() -> None:
+        label = f"iteration {rounds}, " if rounds > 1 else ""
+        say = None if quiet else (lambda line: session.say(f"{label}{line}"))
+        Run(strands(), ledger, session.ranks, order=order, stop=stop, watch=watch, progress=say).through()
+
     while True:
         rounds += 1
-        label = f"iteration {rounds}, " if rounds > 1 else ""
-        say = None if quiet else (lambda line, label=label: session.say(f"{label}{line}"))
-        Run(strands(), ledger, session.ranks, order=order, stop=stop, watch=watch, progress=say).through()
+        run()
         if not ledger.iterated:
             return Outcome(ledger.final(), ledger.sites, engine)
         moved = ledger.moved()
-        if _size(moved) < _size(last):
-            best = ledger
-        elif damping > 0.1:
-            damping /= 2
-        settled = _size(moved) <= limit or (rounds > 8 and _size(last) <= max(limit, 10 * SETTLED))
-        last = min(last, moved, key=_size)
+        stalled = 0 if _size(moved) < _size(last) else stalled + 1
+        if not stalled:
+            best, last = ledger, moved
+        settled = _size(last) <= limit or (stalled >= 2 and _size(last) <= max(limit, 10 * SETTLED))
         if settled or rounds >= ROUNDS:
-            return Outcome(best.final(), best.sites, engine, float(rounds), rounds, last)
-        ledger = ledger.again(damping)
+            break
+        ledger = ledger.again(settling)
+    if ledger is not best or (_size(last) > limit and not ledger.given):
+        # What was watched is of the last run, so that has to be the one whose statistics count.
+        rounds, ledger = rounds + 1, best.repeated()
+        run()
+        last = ledger.moved()
+    return Outcome(ledger.final(), ledger.sites, engine, float(rounds), rounds, last)
 
 
 def _means(here: Sequence[Strand]) -> Tensor:
