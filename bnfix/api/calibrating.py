@@ -65,9 +65,9 @@ def recalibrate(
         max_samples: stop reading there; with several ranks, on each.
         tol: for the streaming methods: stop once every standard error is at most ``tol`` (of means in standard
             deviations, of variances relative). A stream of unknown length stops at .01.
-        certify: ``"replay"`` runs one chunk alone and compares what it contributed to the bit; ``"full"`` also measures
+        certify: ``"replay"`` runs a part of one chunk alone and compares what it contributed; ``"full"`` also measures
             ``residual`` with plain forwards over all samples, and ``residual_fresh`` where the loader draws anew; None
-            leaves both out.
+            leaves the replay out too where it proves nothing: all samples are one batch of the loader's.
         memory_budget: bytes, or such as ``"2GB"``, for what parked samples hold; default: a quarter of what is free on
             the model's device.
         spill_dir: a folder for the activations of parked samples: then all samples fit (Linux, CPU).

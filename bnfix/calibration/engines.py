@@ -129,7 +129,9 @@ def _proven(
     session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, quiet: bool, cut: bool, fibers: bool
 ) -> tuple[Outcome, int, str]:
     turn = Turn.now(session.device)
-    watched = witnesses(chunks) if session.options.certify is not None else []
+    # Where chunks could see one another, or samples of several batches be mixed, nobody may leave the proof out.
+    together = len(chunks) > 1 or any(len(set(chunk.origin)) > 1 for chunk in chunks)
+    watched = witnesses(chunks) if together or session.options.certify is not None else []
     found = _parked(session, chunks, scouted, turn, watched, quiet, fibers)
     found.chunks = chunks
     verdict, why = CLEAN, ""

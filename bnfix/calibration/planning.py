@@ -194,7 +194,7 @@ def _read(session: Session, reader: Reader, scouted: Scouted, held: list[Chunk])
         scouted.inseparable = scouted.inseparable or "the way through the model may depend on what is in a batch"
     crowded = bool(scouted.inseparable) and len(held) > PLAIN_BATCHES
     fits = reader.ended and not crowded and (room is None or reader.samples <= room)
-    if not fits or session.coarse or options.certify is None:
+    if not fits or session.coarse:
         _look_closer(session, scouted)
     count = reader.samples if room is None else min(reader.samples, room)
     found = _Found(

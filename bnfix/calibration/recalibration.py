@@ -234,6 +234,11 @@ class _Work:
     def _leave_it(self, change: judging.Change) -> tuple[str, ...]:
         if change.value is None or change.null is None or change.worth_it:
             return ()
+        if change.value > judging.CHANGE:
+            return (
+                f"the outputs change by {change.value:.2g} of their spread, less than {judging.OVER_NULL:g} times what "
+                f"two halves of the data differ by ({change.null:.2g}): that can be chance, so take more samples",
+            )
         return (
             f"recalibration changes nothing here (outputs by {change.value:.2g} of their spread, two halves of the "
             f"data differ by {change.null:.2g}): leave the model as it is",

@@ -79,8 +79,8 @@ CertifyOption = Annotated[
     Certify,
     typer.Option(
         "--certify",
-        help="replay: one chunk is run again by itself and compared. full: the residual is measured as well, which "
-        "takes about two passes more.",
+        help="replay: a part of one chunk is run again by itself and compared. full: the residual is measured as well, "
+        "which takes about two passes more. none: no replay where all samples are one batch.",
         rich_help_panel=_HOW,
     ),
 ]
