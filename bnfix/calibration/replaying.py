@@ -77,7 +77,8 @@ class Witness:
             far = f"a chunk alone differs by {self.distance:.2g} σ"
             if session.draws:
                 return LEAKS, f"the forward draws random numbers that chunks which run in turns share ({far})"
-            return LEAKS, f"the forward keeps values where chunks that run in turns overwrite them ({far})"
+            why = "the forward keeps values where chunks that run in turns overwrite them, or reads running statistics"
+            return LEAKS, f"{why} ({far})"
         if cut and self.chunk.samples > 1 and splittable(self.chunk) and not session.coarse:
             why = "samples are mixed within a batch" if math.isfinite(near) else ""
             with session.using(stats):
