@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.errors import PassError
-from bnfix.running.call import Call, Forward, as_call, describe, fit_call, home, movable
+from bnfix.running.call import Call, Forward, as_call, describe, fit_call, home, movable, reading
 
 _SEVERAL = "the batch holds several inputs that the model could be called with, one by one or together"
 _FEED = "say how a batch is fed:  forward=lambda m, b: "
@@ -103,16 +103,20 @@ def _bind(batch: Any, signature: _Signature) -> tuple[Call, str]:
     if isinstance(batch, Mapping) and (found := _by_name(batch, signature)) is not None:
         return found
     if isinstance(batch, Tensor) or movable(batch):
-        _check_count(1, signature)
+        _check_count(1, signature, alone=True)
         return Call((batch,)), "the batch" if isinstance(batch, Tensor) else f"the batch, a {type(batch).__name__}"
     if isinstance(batch, Mapping):
         raise PassError(
             f"the batch has the keys {sorted(map(str, batch))}, and forward({signature.shown}) names none of them",
-            hint=f"{_FEED}m(b['image'])",
+            hint=f"{_FEED}m({reading(batch)})",
         )
     if isinstance(batch, (tuple, list)):
         return _by_position(batch, signature)
-    raise PassError(f"a batch of type {type(batch).__name__} can't be bound to the forward", hint=f"{_FEED}m(b.pixels)")
+    form = reading(batch)
+    raise PassError(
+        f"a batch of type {type(batch).__name__} can't be bound to the forward",
+        hint=f"{_FEED}m({'b.pixels' if form == 'b' else form})",
+    )
 
 
 def _by_position(batch: Sequence[Any], signature: _Signature) -> tuple[Call, str]:
@@ -165,14 +169,16 @@ def _by_name(batch: Mapping[Any, Any], signature: _Signature) -> tuple[Call, str
     return Call(args, kwargs), f"keys {', '.join(keys)} of {', '.join(map(str, batch))}"
 
 
-def _check_count(count: int, signature: _Signature) -> None:
-    """Whether ``count`` positional inputs are enough for the forward, and it needs none by name."""
+def _check_count(count: int, signature: _Signature, *, alone: bool = False) -> None:
+    """Whether ``count`` positional inputs (``alone``: the batch itself) are enough, and none is needed by name."""
     if signature.required_by_name:
-        keywords = ", ".join(f"{name}=b[{i}]" for i, name in enumerate(signature.required_by_name, 1))
+        needed = [*signature.required, *signature.required_by_name]
+        forms = ["b"] if alone and len(needed) == 1 else [f"b[{i}]" for i in range(len(needed))]
+        inputs = [f if name in signature.required else f"{name}={f}" for name, f in zip(needed, forms, strict=True)]
         raise PassError(
             f"forward({signature.shown}) requires {', '.join(signature.required_by_name)} by name, and the batch "
             "has no names",
-            hint=f"{_FEED}m(b[0], {keywords})",
+            hint=f"{_FEED}m({', '.join(inputs)})",
         )
     if count < max(1, len(signature.required)):
         several = ", ".join(signature.required)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -212,6 +213,23 @@ def _copied(value: Any) -> Any:
 
 
 _UNCOPIED = (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, copy.Error)
+
+
+def reading(batch: Any) -> str:
+    """How the input in ``batch`` is most likely read, in Python: ``b['image']``, ``b.pixels``, ``b[0]`` or ``b``.
+
+    The first floating tensor or array that has a name, else the first name.
+    """
+    if isinstance(batch, Mapping):
+        names = {f"b[{key!r}]": value for key, value in batch.items()}
+    elif isinstance(batch, (tuple, list)):
+        return "b[0]"
+    else:
+        fields = vars(batch) if hasattr(batch, "__dict__") and not isinstance(batch, (Tensor, type)) else {}
+        names = {f"b.{key}": value for key, value in fields.items() if not key.startswith("_")}
+    given = [name for name, v in names.items() if isinstance(v, Tensor) and v.is_floating_point()]
+    given += [name for name, v in names.items() if isinstance(v, np.ndarray) and v.dtype.kind == "f"]
+    return next(iter([*given, *names]), "b")
 
 
 def describe(value: Any) -> str:

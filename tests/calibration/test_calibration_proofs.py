@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 from calib_nets import batched, residual
 from torch import Tensor, nn
 
 import bnfix
+from bnfix.errors import CalibrationError
 from tests.nets import lived_in
 
 KEPT: dict[str, Tensor] = {}
@@ -89,3 +94,46 @@ def test_a_change_within_chance_is_not_said_to_be_none() -> None:
     assert 0.25 < report.output_change <= 4 * report.output_null  # else this is no such case
     assert any("take more samples" in line for line in report.advice)
     assert not any("changes nothing" in line for line in report.advice)
+
+
+class ByName(Trunk):
+    """Takes its input by name only."""
+
+    def forward(self, *, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@dataclass
+class Record:
+    """A batch of one's own."""
+
+    number: int
+    pixels: Tensor
+
+
+class Sample(dict[str, Tensor]):
+    """A batch that moves itself, as a TensorDict does."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Sample:
+        return Sample({name: t.to(*args, **kwargs) for name, t in self.items()})
+
+
+@pytest.mark.parametrize(
+    ("net", "wrap"),
+    [
+        (ByName, lambda x: x),
+        (ByName, lambda x: (x, torch.zeros(len(x), dtype=torch.int64))),
+        (Trunk, lambda x: {"id": torch.arange(len(x)), "picture": x}),
+        (Trunk, lambda x: Record(3, x)),
+        (Trunk, lambda x: Sample(label=torch.arange(len(x)), picture=x)),
+    ],
+    ids=["tensor by name", "tuple by name", "dict", "record", "moves itself"],
+)
+def test_the_line_that_a_refusal_gives_works(net: type[nn.Module], wrap: Callable[[Tensor], Any]) -> None:
+    model, data = made(net), images()
+    with pytest.raises(CalibrationError) as caught:
+        bnfix.recalibrate(model, [wrap(x) for x in data])
+    assert caught.value.hint is not None
+    forward = eval(caught.value.hint.rpartition("forward=")[2])  # noqa: S307 - what the message says
+    bnfix.recalibrate(model, [wrap(x) for x in data], forward=forward)
+    assert max(residual(model, data, (lambda m, x: m(x=x)) if net is ByName else None)) <= 1e-5
