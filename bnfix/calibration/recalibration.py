@@ -63,6 +63,9 @@ def recalibrate(
             session.notes.append(f"shared by all chunks, since it can't be copied: {', '.join(shared[:3])}")
         try:
             report, stats, batches = _Work(session).report()
+        except MemoryFullError as error:
+            told = str(error) if "out of memory" in str(error) else f"out of memory: {error}"
+            raise CalibrationError(told, hint="let the loader give smaller batches") from error.__cause__
         except CalibrationError as error:
             if error.__cause__ is not None and out_of_memory(error.__cause__):
                 error.hint = "out of memory: let the loader give smaller batches"

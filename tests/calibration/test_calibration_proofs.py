@@ -134,6 +134,34 @@ def test_the_line_that_a_refusal_gives_works(net: type[nn.Module], wrap: Callabl
     with pytest.raises(CalibrationError) as caught:
         bnfix.recalibrate(model, [wrap(x) for x in data])
     assert caught.value.hint is not None
-    forward = eval(caught.value.hint.rpartition("forward=")[2])  # noqa: S307 - what the message says
+    forward = eval(caught.value.hint.rpartition("forward=")[2])
     bnfix.recalibrate(model, [wrap(x) for x in data], forward=forward)
     assert max(residual(model, data, (lambda m, x: m(x=x)) if net is ByName else None)) <= 1e-5
+
+
+class Hungry(Trunk):
+    """Has no memory for more than one sample: not even for a first look."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.error is not None and len(x) > 1:
+            raise self.error
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("method", ["auto", "staged", "population"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=["CUDA", "Python"])
+def test_no_memory_for_the_first_samples(error: Exception, method: str) -> None:
+    """An error of PyTorch's came through as it was, without the batch and without what to do."""
+    model = made(Hungry)
+    model.error = error  # type: ignore[assignment]
+    before = [b.clone() for b in model.buffers()]
+    with pytest.raises(CalibrationError, match=r"batch 0: out of memory in the forward of \d+ samples") as caught:
+        bnfix.recalibrate(model, images(), method=method)  # type: ignore[arg-type]
+    assert caught.value.hint is not None
+    assert "smaller batches" in caught.value.hint
+    assert caught.value.__cause__ is error
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
