@@ -116,7 +116,7 @@ def recalibrate(
             include_frozen=include_frozen,
             ranks=ranks,
             say=progress or silent,
-            notes=notes,
+            notes=[note.partition(":")[0] for note in notes],  # there is no other model than the one given
         )
 
 

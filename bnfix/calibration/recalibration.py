@@ -82,8 +82,8 @@ def recalibrate(
 
 
 LOOKED = (
-    "looked for: modules with running_mean and running_var (BatchNorm, SyncBatchNorm, InstanceNorm that tracks them), "
-    "and calls of batch_norm with such buffers\nLayerNorm, GroupNorm and RMSNorm keep none"
+    "looked for: modules with running_mean and running_var (BatchNorm, SyncBatchNorm), and calls of batch_norm with "
+    "such buffers\nLayerNorm, GroupNorm and RMSNorm keep none"
 )
 
 
@@ -116,6 +116,8 @@ class _Work:
             session.norms, outcome, self._reached(scouted), masked=options.mask is not None
         )
         found = summary.layers(outcome, session.norms)
+        if not found and not outcome.sites and not session.norms.known and left_why:
+            raise CalibrationError(f"the model has no norm that can be recalibrated: {_first(left_why)}", hint=LOOKED)
         if not found and not outcome.sites and not session.norms.known:
             raise CalibrationError("the model has no norm with running statistics: nothing to recalibrate", hint=LOOKED)
         if not found:
@@ -131,6 +133,11 @@ class _Work:
                 hint="is the data what the model is called with?  forward=lambda m, b: m(b[0])",
             )
         self._note_iterations(outcome)
+        if not reader.counted and samples == batches > 1:
+            session.notes.append(
+                f"the inputs do not tell how many samples a batch holds: each of the {batches:,} batches counts as "
+                "one, in the standard errors too"
+            )
         report = Recalibration(
             layers=found,
             method=plan.method,

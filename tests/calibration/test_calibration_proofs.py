@@ -165,3 +165,42 @@ def test_no_memory_for_the_first_samples(error: Exception, method: str) -> None:
     assert "smaller batches" in caught.value.hint
     assert caught.value.__cause__ is error
     assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
+def test_nothing_but_an_instance_norm_is_not_called_no_norm() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4, track_running_stats=True))
+    with pytest.raises(
+        CalibrationError, match="no norm that can be recalibrated: 1 an InstanceNorm averages"
+    ) as caught:
+        bnfix.recalibrate(model, images())
+    assert "InstanceNorm that tracks" not in str(caught.value)
+
+
+class Opaque:
+    """A batch whose samples nobody can count."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def to(self, *args: Any, **kwargs: Any) -> Opaque:
+        return Opaque(self.x.to(*args, **kwargs))
+
+
+class OfOpaque(Trunk):
+    """Takes such a batch whole."""
+
+    def forward(self, batch: Opaque) -> Tensor:  # type: ignore[override]
+        return super().forward(batch.x)
+
+
+def test_batches_that_count_as_samples_are_said_to() -> None:
+    """The report spoke of 20 samples where there were 320."""
+    report = bnfix.recalibrate(made(OfOpaque), [Opaque(x) for x in images()])
+    assert report.n == 20
+    assert any("each of the 20 batches counts as one" in note for note in report.notes)
+    assert not any("counts as one" in note for note in bnfix.recalibrate(made(Trunk), images(20, 1)).notes)
+
+
+def test_what_a_wrapper_holds_is_no_other_model() -> None:
+    report = bnfix.recalibrate(nn.DataParallel(made(Trunk)), images())
+    assert report.notes == ("unwrapped DataParallel",)
