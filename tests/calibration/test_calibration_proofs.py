@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -204,3 +206,13 @@ def test_batches_that_count_as_samples_are_said_to() -> None:
 def test_what_a_wrapper_holds_is_no_other_model() -> None:
     report = bnfix.recalibrate(nn.DataParallel(made(Trunk)), images())
     assert report.notes == ("unwrapped DataParallel",)
+
+
+def test_a_copy_of_the_report_does_not_say_that_nothing_was_done() -> None:
+    report = bnfix.recalibrate(made(Trunk), images())
+    for other in (pickle.loads(pickle.dumps(report)), copy.deepcopy(report)):
+        with pytest.raises(CalibrationError, match="a copy of the report"):
+            other.undo()
+    report.undo()
+    with pytest.raises(CalibrationError, match="nothing to undo"):
+        copy.deepcopy(report).undo()
