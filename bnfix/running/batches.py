@@ -107,7 +107,8 @@ def _bind(batch: Any, signature: _Signature) -> tuple[Call, str]:
         return Call((batch,)), "the batch" if isinstance(batch, Tensor) else f"the batch, a {type(batch).__name__}"
     if isinstance(batch, Mapping):
         raise PassError(
-            f"the batch has the keys {sorted(map(str, batch))}, and forward({signature.shown}) names none of them",
+            f"the batch has the keys {sorted(map(str, batch.keys()))}, and forward({signature.shown}) names none of "
+            "them",
             hint=f"{_FEED}m({reading(batch)})",
         )
     if isinstance(batch, (tuple, list)):
@@ -143,15 +144,16 @@ def _by_position(batch: Sequence[Any], signature: _Signature) -> tuple[Call, str
 
 def _by_name(batch: Mapping[Any, Any], signature: _Signature) -> tuple[Call, str] | None:
     """The elements that the signature names; None where it names none."""
-    keys = [name for name in (*signature.by_position, *signature.by_name) if name in batch]
+    given = list(batch.keys())  # going through a TensorDict gives its samples
+    keys = [name for name in (*signature.by_position, *signature.by_name) if name in given]
     if not keys and signature.all_kwargs and not signature.required:
-        keys = [key for key in batch if isinstance(key, str)]
+        keys = [key for key in given if isinstance(key, str)]
     if not keys:
         return None
     missing = [name for name in (*signature.required, *signature.required_by_name) if name not in keys]
     if missing:
         raise PassError(
-            f"the batch has the keys {sorted(map(str, batch))}, and forward({signature.shown}) requires "
+            f"the batch has the keys {sorted(map(str, given))}, and forward({signature.shown}) requires "
             f"{', '.join(missing)} too",
             hint=f"{_FEED}m({', '.join(f'b[{k!r}]' for k in keys)}, …)",
         )
@@ -160,13 +162,13 @@ def _by_name(batch: Mapping[Any, Any], signature: _Signature) -> tuple[Call, str
     for key in keys:
         if _is_nested(batch[key]):
             raise _several(f"b[{key!r}]", "as a list:", only, single=len(keys) == 1)
-    twins = [key for key in batch if key not in keys and _is_twin(batch[key], taken)]
+    twins = [key for key in given if key not in keys and _is_twin(batch[key], taken)]
     if twins:
         many = ", ".join(f"b[{key!r}]" for key in (*keys, *twins))
         raise _several(f"({many})", "only one: ", only, single=len(keys) == 1)
     args = tuple(batch[key] for key in keys if key in signature.by_position)
     kwargs = {key: batch[key] for key in keys if key not in signature.by_position}
-    return Call(args, kwargs), f"keys {', '.join(keys)} of {', '.join(map(str, batch))}"
+    return Call(args, kwargs), f"keys {', '.join(keys)} of {', '.join(map(str, given))}"
 
 
 def _check_count(count: int, signature: _Signature, *, alone: bool = False) -> None:

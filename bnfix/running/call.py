@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections import defaultdict
@@ -173,6 +174,9 @@ def _like_mapping(value: Any, items: dict[Any, Any]) -> Any:
     """``items`` in a mapping of the kind of ``value``; in a dict where its constructor takes something else."""
     if type(value) is dict:
         return items
+    if hasattr(value, "batch_size"):  # a TensorDict would forget how many of its axes are samples
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            return type(value)(items, batch_size=value.batch_size)
     try:
         return type(value)(value.default_factory, items) if isinstance(value, defaultdict) else type(value)(items)
     except TypeError:
