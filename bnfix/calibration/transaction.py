@@ -14,6 +14,7 @@ from bnfix.calibration.listening import Stats
 from bnfix.calibration.norms import Norm, Norms
 from bnfix.errors import CalibrationError
 from bnfix.graph import find_owners
+from bnfix.running.preserved import surely
 
 _LEFT = 0.01
 """A share of the first values that is none to speak of."""
@@ -109,8 +110,12 @@ def _write(changes: list[tuple[Tensor, Tensor, Tensor]]) -> None:
             written += 1
             put(tensor, value)
     except BaseException:
-        for tensor, _, before in changes[:written]:
-            put(tensor, before)
+
+        def back() -> None:
+            for tensor, _, before in changes[:written]:
+                put(tensor, before)
+
+        surely(back)
         raise
 
 

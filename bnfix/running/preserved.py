@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,9 +39,8 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
     rng = _rng_state()
     backends = (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, torch.is_grad_enabled())
     dtype = torch.get_default_dtype()
-    try:
-        yield model
-    finally:
+
+    def restore() -> None:
         for script, training in scripted:
             script.training = training
         for parameter, data in weights:
@@ -67,6 +66,24 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
         torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled = backends[:2]
         torch.set_grad_enabled(backends[2])
         torch.set_default_dtype(dtype)
+
+    try:
+        yield model
+    finally:
+        surely(restore)
+
+
+def surely(restore: Callable[[], None]) -> None:
+    """Run ``restore``, which may be run twice, to its end, also where an interrupt hits it; that is raised then.
+
+    A second Ctrl-C comes while the first is dealt with; and a DataLoader whose worker was killed raises wherever its
+    process happens to be.
+    """
+    try:
+        restore()
+    except BaseException:
+        restore()
+        raise
 
 
 def _changed(table: dict[str, Any], kept: dict[str, Any]) -> bool:

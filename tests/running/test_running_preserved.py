@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -57,3 +59,37 @@ def test_modes_of_scripted_parts() -> None:
         model(torch.randn(4, 3, 5, 5))
     assert [m.training for m in model.modules()] == modes
     assert all(torch.equal(a, b) for a, b in zip(values, model.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("hit", ["_changed", "_set_rng_state"])
+def test_an_interrupt_in_the_midst_of_putting_back(monkeypatch: pytest.MonkeyPatch, hit: str) -> None:
+    """A second Ctrl-C, or the signal of a loader whose worker was killed: it left a part as the forward had made it."""
+    module = sys.modules["bnfix.running.preserved"]
+    does = getattr(module, hit)
+    times = 0
+
+    def interrupted(*args: object) -> object:
+        nonlocal times
+        times += 1
+        if times == 1:
+            raise KeyboardInterrupt
+        return does(*args)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    values = [b.clone() for b in model.buffers()]
+    state = torch.get_rng_state()
+    monkeypatch.setattr(module, hit, interrupted)
+
+    def run() -> None:
+        with preserved(model):
+            model.train()
+            model[1].added = torch.randn(3)
+            model(torch.randn(4, 3, 5, 5))
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert times > 1
+    assert not any(m.training for m in model.modules())
+    assert not hasattr(model[1], "added")
+    assert all(torch.equal(a, b) for a, b in zip(values, model.buffers(), strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
