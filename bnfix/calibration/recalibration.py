@@ -47,6 +47,7 @@ def recalibrate(
 ) -> Recalibration:
     """The work of :func:`bnfix.recalibrate`; ``model`` is unwrapped, the options are checked."""
     began = time.process_time()
+    _refuse_sharded(model)
     norms = find_norms(model, select, include_frozen)
     _refuse_nothing(norms)
     ranks.alike(_asked(options, norms))
@@ -308,6 +309,21 @@ def _starts_with(old: Chunk, new: Chunk) -> bool:
 
 def _same_samples(a: Chunk, b: Chunk) -> bool:
     return a.samples == b.samples and a.origin == b.origin and _starts_with(a, b)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """A forward of a sharded model waits for all ranks, and each has chunks of its own: it would hang, or crash."""
+    whole = ("FullyShardedDataParallel", "FSDPModule")
+    path = next((n for n, m in model.named_modules() if any(k.__name__ in whole for k in type(m).__mro__)), None)
+    if path is None:
+        path = next((n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
+    if path is not None:
+        raise CalibrationError(
+            f"{path or 'the model'} is sharded over the ranks: its forward takes all of them in step",
+            hint="recalibrate a plain copy that holds all of the weights:\n"
+            "from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict\n"
+            "plain.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))",
+        )
 
 
 def _refuse_nothing(norms: Norms) -> None:

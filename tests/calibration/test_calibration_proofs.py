@@ -6,10 +6,12 @@ import copy
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.fsdp
 from calib_nets import batched, residual
 from torch import Tensor, nn
 
@@ -216,3 +218,21 @@ def test_a_copy_of_the_report_does_not_say_that_nothing_was_done() -> None:
     report.undo()
     with pytest.raises(CalibrationError, match="nothing to undo"):
         copy.deepcopy(report).undo()
+
+
+@pytest.mark.parametrize("how", ["FSDP", "fully_shard"])
+def test_sharded_models_are_refused(how: str, tmp_path: Path) -> None:
+    """Their forward waits for all ranks: with shares of two sizes the processes died, with FSDP in any case."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        model = made(Trunk)
+        if how == "FSDP":
+            model = dist.fsdp.FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        else:
+            dist.fsdp.fully_shard(model.second)  # type: ignore[operator]
+        with pytest.raises(CalibrationError, match="sharded over the ranks") as caught:
+            bnfix.recalibrate(model, images())
+        assert "get_model_state_dict" in str(caught.value.hint)
+    finally:
+        dist.destroy_process_group()
