@@ -44,6 +44,7 @@ PLAIN_BATCHES = 1024
 """Chunks (threads) at most where batches can't be joined."""
 READING = 256
 """Batches up to which they are kept as they are for nothing but that a forward looks at values."""
+READS = "the way through the model may depend on what is in a batch"
 SMALL = 32
 """Batches from which on a batch's own statistics are good enough to normalise with."""
 ENDLESS = 1 << 17
@@ -191,9 +192,12 @@ def _read(session: Session, reader: Reader, scouted: Scouted, held: list[Chunk])
             said = time.monotonic()
             session.say(f"reading: {reader.samples:,} samples")
     if scouted.reads and len(held) <= READING:
-        scouted.inseparable = scouted.inseparable or "the way through the model may depend on what is in a batch"
+        scouted.inseparable = scouted.inseparable or READS
     crowded = bool(scouted.inseparable) and len(held) > PLAIN_BATCHES
     fits = reader.ended and not crowded and (room is None or reader.samples <= room)
+    session.reads = scouted.reads
+    if scouted.reads and not fits:  # no proof follows that could show whether they may be joined
+        scouted.inseparable = scouted.inseparable or READS
     if not fits or session.coarse:
         _look_closer(session, scouted)
     count = reader.samples if room is None else min(reader.samples, room)
