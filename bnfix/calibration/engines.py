@@ -33,6 +33,8 @@ from bnfix.types import Residual
 _FULL = LEAKS + 1
 SETTLED = 1e-6
 """Movement of iterated norms, in standard deviations, at which they count as settled."""
+ROUGH = 1e-2
+"""The same in half precision, whose rounding alone moves statistics by some 1e-3."""
 ROUNDS = 40
 TAIL = 0.05
 """Share of a forward's time behind its last norm from which on it is worth ending the other chunks there."""
@@ -255,6 +257,7 @@ def _converged(
         if not stalled:
             best, last = ledger, moved
         settled = _size(last) <= limit or (stalled >= 2 and _size(last) <= max(limit, 10 * SETTLED))
+        settled = settled or (session.norms.half and stalled >= 4 and _size(last) <= ROUGH)
         if settled or rounds >= ROUNDS:
             break
         ledger = ledger.again(settling)

@@ -14,7 +14,7 @@ from torch import nn
 
 from bnfix.calibration import judging, summary
 from bnfix.calibration.chunks import Chunk, first_samples, splittable
-from bnfix.calibration.engines import Outcome, staged
+from bnfix.calibration.engines import ROUGH, Outcome, staged
 from bnfix.calibration.norms import Norms, Select, find_norms
 from bnfix.calibration.plain import measure, merged, residual_of
 from bnfix.calibration.planning import TOL, Plan, make_plan
@@ -259,7 +259,8 @@ class _Work:
         if outcome.moved is None:
             return
         far = max(outcome.moved.mean, outcome.moved.var)
-        settled = f"settled to {far:.1g} σ" if far <= 1e-4 else f"did NOT settle: still {far:.2g} σ apart (unshare)"
+        allowed = ROUGH if self.session.norms.half else 1e-4
+        settled = f"settled to {far:.1g} σ" if far <= allowed else f"did NOT settle: still {far:.2g} σ apart (unshare)"
         text = f"norms with several call sites were pooled and iterated {outcome.iterations} times: {settled}"
         self.session.notes.append(text)
 
