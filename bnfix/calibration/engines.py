@@ -167,7 +167,9 @@ def _parked(
     bounded = session.options.memory_budget is not None or spiller is not None
     with ExitStack() as stack:
         if scouted is not None and ways is not None and not bounded and session.device.type == "cpu":
-            stack.enter_context(kept_heap(int(scouted.parked * sum(c.samples for c in chunks[1:]))))
+            runs = max(c.samples for c in chunks)  # beside the others, which are parked
+            parked = sum(c.samples for c in chunks) - runs
+            stack.enter_context(kept_heap(int(scouted.parked * parked + scouted.forward * runs)))
         kind: Callable[..., ParkedStrand] = partial(ThreadStrand, ambient=Ambient(session.device))
         if ways is not None:
             guard = Guard()
