@@ -21,7 +21,7 @@ from bnfix.calibration.norms import Norms, norms_device
 from bnfix.calibration.spill import SpilledStrand
 from bnfix.errors import CalibrationError
 from bnfix.running import give_back
-from bnfix.stats import Moments, SampleSums, pool, sample_sums
+from bnfix.stats import Moments, SampleSums, pool
 
 Using = Callable[[Mapping[int, Stats]], AbstractContextManager[None]]
 Place = tuple[int, int]
@@ -69,7 +69,7 @@ class Strand:
         place = (key, calls[key])
         calls[key] += 1
         self.mask = mask_at(self.chunk, seen.x, seen.norm.path)
-        self.sums = sample_sums(seen.x, self.chunk.samples, self.mask)
+        self.sums = self.norms.sums(place, seen.x, self.chunk.samples, self.mask)
         self.x = seen.x
         return place
 
