@@ -129,9 +129,11 @@ def _proven(
 ) -> tuple[Outcome, int, str]:
     turn = Turn.now(session.device)
     watched = witnesses(chunks) if session.options.certify is not None else []
-    found = _parked(session, chunks, scouted, turn, watched, quiet, fibers)
+    found, left = _parked(session, chunks, scouted, turn, watched, quiet, fibers)
     found.chunks = chunks
     verdict, why = CLEAN, ""
+    if left and not watched:  # else it shows whether that made a difference
+        verdict, why = LEAKS, f"the forward changes {left[0]} around a norm, where all chunks see it"
     for number, witness in watched:
         session.say("replaying a part of one chunk alone")
         seeded = Turn.seeded(turn, number, session.device)
@@ -160,10 +162,12 @@ def _parked(
     watched: Sequence[tuple[int, Witness]],
     quiet: bool,
     fibers: bool,
-) -> Outcome:
+) -> tuple[Outcome, list[str]]:
+    """What parked forwards give; and what they left changed outside of the model, which is put back."""
     ways = scouted.ways if scouted is not None and fibers and Guard.possible() else None
     spiller = session.spiller
     first: list[Tensor] = []
+    left: list[str] = []
     bounded = session.options.memory_budget is not None or spiller is not None
     with ExitStack() as stack:
         if scouted is not None and ways is not None and not bounded and session.device.type == "cpu":
@@ -197,9 +201,11 @@ def _parked(
         engine = (
             "one chunk" if len(chunks) == 1 and session.ranks.world == 1 else "threads" if ways is None else "fibers"
         )
+        session.outside.settle()
+        stack.callback(lambda: left.extend(session.outside.put_back()))
         found = _converged(session, chunks, strands, scouted, engine, watch, quiet)
     found.first = first[0] if first else None
-    return found
+    return found, left
 
 
 def _plain_passes(session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, quiet: bool) -> Outcome:

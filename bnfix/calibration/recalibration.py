@@ -26,7 +26,7 @@ from bnfix.calibration.staged import MemoryFullError, out_of_memory
 from bnfix.calibration.streaming import stream
 from bnfix.calibration.transaction import Handle, commit
 from bnfix.errors import CalibrationError
-from bnfix.graph import no_footprints, replicator
+from bnfix.graph import Outside, no_footprints, replicator
 from bnfix.running import preserved, replayable, young_garbage_only
 from bnfix.types import Recalibration, Residual
 
@@ -51,13 +51,14 @@ def recalibrate(
     _refuse_nothing(norms)
     ranks.alike(_asked(options, norms))
     device = next((n.mean.device for n in norms.known.values()), None) or _device(model)
-    with young_garbage_only(), preserved(model), no_footprints(model, options.forward), torch.no_grad():
+    with young_garbage_only(), preserved(model), no_footprints(model, options.forward) as owners, torch.no_grad():
+        outside = Outside(owners, options.forward)
         for module in model.modules():
             module.training = False
             if getattr(module, "_compiled_call_impl", None) is not None:  # model.compile(): what it compiled is intact
                 module._compiled_call_impl = None
         replicate = replicator(model)
-        session = Session(model, norms, data, options, ranks, say, replicate, device, notes=list(notes))
+        session = Session(model, norms, data, options, ranks, say, replicate, device, outside, notes=list(notes))
         shared = replicate.shared
         if shared:
             session.notes.append(f"shared by all chunks, since it can't be copied: {', '.join(shared[:3])}")

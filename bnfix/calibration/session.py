@@ -19,7 +19,7 @@ from bnfix.calibration.ranks import Ranks
 from bnfix.calibration.reading import Mask
 from bnfix.calibration.spill import Spiller
 from bnfix.calibration.transaction import put
-from bnfix.graph import Replicator
+from bnfix.graph import Outside, Replicator
 from bnfix.running.call import Forward
 
 Say = Callable[[str], None]
@@ -62,6 +62,7 @@ class Session:
     say: Say
     replicate: Replicator
     device: torch.device
+    outside: Outside
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     advice: str = ""

@@ -1,0 +1,300 @@
+"""What the code of a model can rebind outside of it: globals, attributes of modules and classes, closures, settings.
+
+Forwards that wait for one another in the middle leave such things in another order than they came to them: where
+``mock.patch.object(F, "relu", …)`` is entered by one and then by a second, the first to leave takes the patch from the
+second, and the second leaves that of the first behind. A forward that runs alone puts back what it found.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bnfix.graph.footprints import CONTAINERS, LIBRARIES, restore, same
+from bnfix.graph.owners import Owners
+
+_DEPTH = 3  # functions named by functions named by the model's own
+_LARGE = 1000
+_LIBRARIES = frozenset(LIBRARIES) | sys.stdlib_module_names - {"__main__"}
+_OF_TURN = ("sys", "warnings")  # what matters of them, each forward gets at its turn as it left it
+_GONE = object()
+Values = dict[str, Any]
+
+
+class _Holder:
+    """Something with entries by name. ``names`` are those that count; None: all."""
+
+    label = ""
+
+    def now(self, names: frozenset[str] | None) -> Values:
+        """The entries at this moment."""
+        raise NotImplementedError
+
+    def write(self, name: str, value: Any) -> None:
+        """Make an entry what it was; ``_GONE`` takes it away."""
+        raise NotImplementedError
+
+
+class _Table(_Holder):
+    """A dict of names: of a module, or of an object's attributes."""
+
+    def __init__(self, table: Any, label: str) -> None:
+        self.table, self.label = table, label
+
+    def now(self, names: frozenset[str] | None) -> Values:
+        if names is None or len(names) > len(self.table):
+            return {k: v for k, v in self.table.copy().items() if names is None or k in names}
+        return {n: self.table[n] for n in names if n in self.table}
+
+    def write(self, name: str, value: Any) -> None:
+        if value is _GONE:
+            self.table.pop(name, None)
+        else:
+            self.table[name] = value
+
+
+class _Class(_Holder):
+    def __init__(self, cls: type) -> None:
+        self.cls, self.label = cls, cls.__qualname__
+
+    def now(self, names: frozenset[str] | None) -> Values:
+        return dict(vars(self.cls))
+
+    def write(self, name: str, value: Any) -> None:
+        if value is _GONE:
+            delattr(self.cls, name)
+        else:
+            setattr(self.cls, name, value)
+
+
+class _Cell(_Holder):
+    """A variable of a closure."""
+
+    def __init__(self, cell: types.CellType, name: str) -> None:
+        self.cell, self.name = cell, name
+
+    def now(self, names: frozenset[str] | None) -> Values:
+        try:
+            return {self.name: self.cell.cell_contents}
+        except ValueError:  # empty
+            return {}
+
+    def write(self, name: str, value: Any) -> None:
+        if value is _GONE:
+            del self.cell.cell_contents
+        else:
+            self.cell.cell_contents = value
+
+
+class _Container(_Holder):
+    """A list, a dict or a set, as a whole."""
+
+    def __init__(self, container: Any, name: str) -> None:
+        self.container, self.name = container, name
+
+    def now(self, names: frozenset[str] | None) -> Values:
+        return {self.name: _Entries(self.container)}
+
+    def write(self, name: str, value: Any) -> None:
+        restore(self.container, value.entries)
+
+
+class _Entries:
+    """What is in a container; equal where the same objects are."""
+
+    def __init__(self, container: Any) -> None:
+        self.entries = container.copy()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Entries) and same(self.entries, other.entries)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class _Setting(_Holder):
+    """Something with a getter and a setter."""
+
+    def __init__(self, name: str, get: Callable[[], Any], put: Callable[[Any], object]) -> None:
+        self.name, self.get, self.put = name, get, put
+
+    def now(self, names: frozenset[str] | None) -> Values:
+        return {self.name: self.get()}
+
+    def write(self, name: str, value: Any) -> None:
+        self.put(value)
+
+
+class Outside:
+    """What code of a model (by its ``owners``) and of ``functions`` can reach outside of the model, as it is now.
+
+    Of modules and objects the names that the code mentions; of ``torch``, ``torch.nn.functional`` and the classes of
+    the model's modules all of them; the environment, NumPy's error state, the number of threads.
+    """
+
+    def __init__(self, owners: Owners, *functions: Callable[..., Any] | None) -> None:
+        self._holders: dict[int, tuple[_Holder, frozenset[str] | None]] = {}
+        self._keep: list[Any] = []  # what is known by its id must live
+        self._names: set[str] = set()
+        for module in (torch, F):
+            self._add(vars(module), _Table(vars(module), module.__name__))
+        classes = {c for m in owners.modules.values() for c in type(m).__mro__ if c is not object}
+        for cls in (*classes, torch.Tensor):
+            self._add(cls, _Class(cls))
+        self._walk(
+            [
+                *(value for cls in classes if not _of_library(cls) for value in vars(cls).values()),
+                *(f for _, f in owners.functions),
+                *functions,
+            ]
+        )
+        everything = {id(vars(torch)), id(vars(F))}
+        names = frozenset(self._names)
+        self._holders = {
+            key: (holder, None if key in everything else names) for key, (holder, _) in self._holders.items()
+        }
+        for setting in _settings():
+            self._add(setting, setting)
+        self._before = {key: holder.now(names) for key, (holder, names) in self._holders.items()}
+        self._own: set[tuple[int, str]] = set()
+
+    def settle(self) -> bool:
+        """What has changed so far was changed by forwards that ran alone: it is theirs. Whether there is anything."""
+        changed = self._changed()
+        self._own |= changed.keys()
+        return bool(changed)
+
+    def put_back(self) -> list[str]:
+        """Give all that has changed since, but for what is a lone forward's own, its values back; says what."""
+        changed = self._changed()
+        for (key, name), value in changed.items():
+            self._holders[key][0].write(name, value)
+        return [f"{h.label}.{name}".strip(".") for (key, name) in changed for h in [self._holders[key][0]]]
+
+    def rewind(self) -> None:
+        """Give also what is a lone forward's own the values that it came with."""
+        own, self._own = self._own, set()
+        try:
+            self.put_back()
+        finally:
+            self._own = own
+
+    def _changed(self) -> dict[tuple[int, str], Any]:
+        """What it was, by holder and name."""
+        found: dict[tuple[int, str], Any] = {}
+        for key, (holder, names) in self._holders.items():
+            before, now = self._before[key], holder.now(names)
+            if before.keys() != now.keys() or not all(map(_alike, before.values(), map(now.get, before))):
+                for name in (*before, *(n for n in now if n not in before)):
+                    old = before.get(name, _GONE)
+                    if not _alike(old, now.get(name, _GONE)) and (key, name) not in self._own:
+                        found[key, name] = old
+        return found
+
+    def _add(self, thing: Any, holder: _Holder) -> None:
+        if id(thing) not in self._holders:
+            self._holders[id(thing)] = (holder, None)
+            self._keep.append(thing)
+
+    def _walk(self, values: list[Any]) -> None:
+        seen: set[int] = set()
+        pending: list[tuple[str, Any, int]] = [("", value, 0) for value in values]
+        while pending:
+            name, value, depth = pending.pop()
+            if id(value) in seen or depth > _DEPTH:
+                continue
+            seen.add(id(value))
+            self._keep.append(value)
+            if isinstance(value, types.FunctionType):
+                if not _of_library(value):
+                    pending += [(n, v, depth + 1) for n, v in self._function(value)]
+            elif isinstance(value, (types.MethodType, staticmethod, classmethod)):
+                pending.append((name, value.__func__, depth))
+            elif isinstance(value, functools.partial):
+                pending += [(name, value.func, depth), *((name, v, depth) for v in value.args)]
+            elif isinstance(value, property):
+                pending.append((name, value.fget, depth))
+            elif type(value) in CONTAINERS:
+                if len(value) <= _LARGE:
+                    self._add(value, _Container(value, name))
+                    inner = list(value.values()) if isinstance(value, dict) else list(value)
+                    pending += [(name, v, depth + 1) for v in inner]
+            elif isinstance(value, type):
+                if not _of_library(value):
+                    self._add(value, _Class(value))
+                    pending += [(n, v, depth + 1) for n, v in vars(value).items()]
+            elif not isinstance(value, (nn.Module, types.ModuleType)) and _has_own_attributes(value):
+                self._add(vars(value), _Table(vars(value), name))
+                pending += [(n, v, depth + 1) for n, v in vars(value).items()]
+
+    def _function(self, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+        """All that a function names, and what stands behind these names."""
+        codes = [function.__code__]
+        for code in codes:
+            codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+        mentioned = {n for code in codes for n in (*code.co_names, *_words(code.co_consts))}
+        self._names |= mentioned
+        known = function.__globals__
+        self._add(known, _Table(known, function.__module__ or ""))
+        for name in mentioned:
+            value = known.get(name) if name in known else sys.modules.get(name)
+            if not isinstance(value, types.ModuleType):
+                yield name, value
+            elif name not in _OF_TURN:
+                self._add(vars(value), _Table(vars(value), value.__name__))
+                if not _of_library(value):
+                    yield from ((n, vars(value)[n]) for n in mentioned & vars(value).keys())
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            holder = _Cell(cell, name)
+            self._add(cell, holder)
+            yield from holder.now(None).items()
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            yield "", value
+        if hasattr(function, "__wrapped__"):
+            yield "", function.__wrapped__
+
+
+def _words(constants: tuple[Any, ...]) -> Iterator[str]:
+    """What may be names of attributes and modules: of ``"package.module.name"`` each part, and the module."""
+    for text in constants:
+        if isinstance(text, str) and all(part.isidentifier() for part in text.split(".")):
+            yield from text.split(".")
+            yield text.rpartition(".")[0]
+
+
+def _of_library(value: Any) -> bool:
+    """Whether it is code of Python or of PyTorch: it is not looked into."""
+    module = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+    return (module or "").partition(".")[0] in _LIBRARIES
+
+
+def _has_own_attributes(value: Any) -> bool:
+    kind = type(value)
+    return type(getattr(value, "__dict__", None)) is dict and (kind is types.SimpleNamespace or not _of_library(kind))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and type(a) in (int, float, str, dict, _Entries) and bool(a == b))
+
+
+def _settings() -> Iterator[_Setting]:
+    yield _Setting("torch.get_num_threads()", torch.get_num_threads, torch.set_num_threads)
+    yield _Setting("os.environ", lambda: dict(os.environ), _put_environment)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        yield _Setting("numpy.geterr()", numpy.geterr, lambda errors: numpy.seterr(**errors))
+
+
+def _put_environment(values: dict[str, str]) -> None:
+    for name in [n for n in os.environ if n not in values]:
+        del os.environ[name]
+    for name, value in values.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
