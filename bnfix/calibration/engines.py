@@ -132,7 +132,7 @@ def _proven(
     found, left = _parked(session, chunks, scouted, turn, watched, quiet, fibers)
     found.chunks = chunks
     verdict, why = CLEAN, ""
-    if left and not watched:  # else it shows whether that made a difference
+    if left and not watched and len(chunks) > 1:  # a replay shows whether that made a difference
         verdict, why = LEAKS, f"the forward changes {left[0]} around a norm, where all chunks see it"
     for number, witness in watched:
         session.say("replaying a part of one chunk alone")
@@ -193,6 +193,8 @@ def _parked(
             ]
 
         def watch(place: Place, here: Sequence[Strand]) -> None:
+            if not watched and not left and len(chunks) > 1:
+                left.extend(session.outside.changed())
             for _, witness in watched:
                 witness.take(place, here)
             if not first:

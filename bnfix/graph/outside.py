@@ -11,7 +11,8 @@ import functools
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
+from operator import is_
 from typing import Any
 
 import torch
@@ -30,13 +31,17 @@ Values = dict[str, Any]
 
 
 class _Holder:
-    """Something with entries by name. ``names`` are those that count; None: all."""
+    """Something with entries by name."""
 
     label = ""
 
-    def now(self, names: frozenset[str] | None) -> Values:
+    def now(self) -> Values:
         """The entries at this moment."""
         raise NotImplementedError
+
+    def untouched(self, before: Values) -> bool:
+        """Whether nothing has changed, told quickly; False where that takes a closer look."""
+        return False
 
     def write(self, name: str, value: Any) -> None:
         """Make an entry what it was; ``_GONE`` takes it away."""
@@ -44,15 +49,20 @@ class _Holder:
 
 
 class _Table(_Holder):
-    """A dict of names: of a module, or of an object's attributes."""
+    """A dict of names, of a module or of an object's attributes; those in ``names`` count, with None all."""
 
-    def __init__(self, table: Any, label: str) -> None:
-        self.table, self.label = table, label
+    def __init__(self, table: dict[str, Any], label: str, names: Set[str] | None) -> None:
+        self.table, self.label, self.names = table, label, names
+        self.size = len(table)
 
-    def now(self, names: frozenset[str] | None) -> Values:
-        if names is None or len(names) > len(self.table):
-            return {k: v for k, v in self.table.copy().items() if names is None or k in names}
-        return {n: self.table[n] for n in names if n in self.table}
+    def now(self) -> Values:
+        table = self.table
+        return table.copy() if self.names is None else {n: table[n] for n in self.names & table.keys()}
+
+    def untouched(self, before: Values) -> bool:
+        table = self.table
+        current = table.values() if self.names is None else map(table.get, before)
+        return len(table) == self.size and all(map(is_, current, before.values()))
 
     def write(self, name: str, value: Any) -> None:
         if value is _GONE:
@@ -65,8 +75,11 @@ class _Class(_Holder):
     def __init__(self, cls: type) -> None:
         self.cls, self.label = cls, cls.__qualname__
 
-    def now(self, names: frozenset[str] | None) -> Values:
+    def now(self) -> Values:
         return dict(vars(self.cls))
+
+    def untouched(self, before: Values) -> bool:
+        return len(vars(self.cls)) == len(before) and all(map(is_, vars(self.cls).values(), before.values()))
 
     def write(self, name: str, value: Any) -> None:
         if value is _GONE:
@@ -81,7 +94,7 @@ class _Cell(_Holder):
     def __init__(self, cell: types.CellType, name: str) -> None:
         self.cell, self.name = cell, name
 
-    def now(self, names: frozenset[str] | None) -> Values:
+    def now(self) -> Values:
         try:
             return {self.name: self.cell.cell_contents}
         except ValueError:  # empty
@@ -100,7 +113,7 @@ class _Container(_Holder):
     def __init__(self, container: Any, name: str) -> None:
         self.container, self.name = container, name
 
-    def now(self, names: frozenset[str] | None) -> Values:
+    def now(self) -> Values:
         return {self.name: _Entries(self.container)}
 
     def write(self, name: str, value: Any) -> None:
@@ -125,7 +138,7 @@ class _Setting(_Holder):
     def __init__(self, name: str, get: Callable[[], Any], put: Callable[[Any], object]) -> None:
         self.name, self.get, self.put = name, get, put
 
-    def now(self, names: frozenset[str] | None) -> Values:
+    def now(self) -> Values:
         return {self.name: self.get()}
 
     def write(self, name: str, value: Any) -> None:
@@ -140,11 +153,11 @@ class Outside:
     """
 
     def __init__(self, owners: Owners, *functions: Callable[..., Any] | None) -> None:
-        self._holders: dict[int, tuple[_Holder, frozenset[str] | None]] = {}
+        self._holders: dict[int, _Holder] = {}
         self._keep: list[Any] = []  # what is known by its id must live
         self._names: set[str] = set()
         for module in (torch, F):
-            self._add(vars(module), _Table(vars(module), module.__name__))
+            self._add(vars(module), _Table(vars(module), module.__name__, None))
         classes = {c for m in owners.modules.values() for c in type(m).__mro__ if c is not object}
         for cls in (*classes, torch.Tensor):
             self._add(cls, _Class(cls))
@@ -155,14 +168,9 @@ class Outside:
                 *functions,
             ]
         )
-        everything = {id(vars(torch)), id(vars(F))}
-        names = frozenset(self._names)
-        self._holders = {
-            key: (holder, None if key in everything else names) for key, (holder, _) in self._holders.items()
-        }
         for setting in _settings():
             self._add(setting, setting)
-        self._before = {key: holder.now(names) for key, (holder, names) in self._holders.items()}
+        self._before = {key: holder.now() for key, holder in self._holders.items()}
         self._own: set[tuple[int, str]] = set()
 
     def settle(self) -> bool:
@@ -171,12 +179,16 @@ class Outside:
         self._own |= changed.keys()
         return bool(changed)
 
+    def changed(self) -> list[str]:
+        """What has changed since, but for what is a lone forward's own."""
+        return [self._told(*place) for place in self._changed()]
+
     def put_back(self) -> list[str]:
-        """Give all that has changed since, but for what is a lone forward's own, its values back; says what."""
+        """Give it the values that it had; says what."""
         changed = self._changed()
         for (key, name), value in changed.items():
-            self._holders[key][0].write(name, value)
-        return [f"{h.label}.{name}".strip(".") for (key, name) in changed for h in [self._holders[key][0]]]
+            self._holders[key].write(name, value)
+        return [self._told(*place) for place in changed]
 
     def rewind(self) -> None:
         """Give also what is a lone forward's own the values that it came with."""
@@ -186,22 +198,30 @@ class Outside:
         finally:
             self._own = own
 
+    def _told(self, key: int, name: str) -> str:
+        return f"{self._holders[key].label}.{name}".strip(".")
+
     def _changed(self) -> dict[tuple[int, str], Any]:
         """What it was, by holder and name."""
         found: dict[tuple[int, str], Any] = {}
-        for key, (holder, names) in self._holders.items():
-            before, now = self._before[key], holder.now(names)
-            if before.keys() != now.keys() or not all(map(_alike, before.values(), map(now.get, before))):
-                for name in (*before, *(n for n in now if n not in before)):
-                    old = before.get(name, _GONE)
-                    if not _alike(old, now.get(name, _GONE)) and (key, name) not in self._own:
-                        found[key, name] = old
+        for key, holder in self._holders.items():
+            before = self._before[key]
+            if holder.untouched(before):
+                continue
+            now = holder.now()
+            for name in (*before, *(n for n in now if n not in before)):
+                old = before.get(name, _GONE)
+                if not _alike(old, now.get(name, _GONE)) and (key, name) not in self._own:
+                    found[key, name] = old
         return found
 
     def _add(self, thing: Any, holder: _Holder) -> None:
         if id(thing) not in self._holders:
-            self._holders[id(thing)] = (holder, None)
+            self._holders[id(thing)] = holder
             self._keep.append(thing)
+
+    def _add_table(self, table: dict[str, Any], label: str) -> None:
+        self._add(table, _Table(table, label, self._names))  # the names are all there once the walk is over
 
     def _walk(self, values: list[Any]) -> None:
         seen: set[int] = set()
@@ -231,7 +251,7 @@ class Outside:
                     self._add(value, _Class(value))
                     pending += [(n, v, depth + 1) for n, v in vars(value).items()]
             elif not isinstance(value, (nn.Module, types.ModuleType)) and _has_own_attributes(value):
-                self._add(vars(value), _Table(vars(value), name))
+                self._add_table(vars(value), name)
                 pending += [(n, v, depth + 1) for n, v in vars(value).items()]
 
     def _function(self, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
@@ -242,19 +262,19 @@ class Outside:
         mentioned = {n for code in codes for n in (*code.co_names, *_words(code.co_consts))}
         self._names |= mentioned
         known = function.__globals__
-        self._add(known, _Table(known, function.__module__ or ""))
+        self._add_table(known, function.__module__ or "")
         for name in mentioned:
             value = known.get(name) if name in known else sys.modules.get(name)
             if not isinstance(value, types.ModuleType):
                 yield name, value
             elif name not in _OF_TURN:
-                self._add(vars(value), _Table(vars(value), value.__name__))
+                self._add_table(vars(value), value.__name__)
                 if not _of_library(value):
                     yield from ((n, vars(value)[n]) for n in mentioned & vars(value).keys())
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             holder = _Cell(cell, name)
             self._add(cell, holder)
-            yield from holder.now(None).items()
+            yield from holder.now().items()
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             yield "", value
         if hasattr(function, "__wrapped__"):
