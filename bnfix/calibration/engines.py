@@ -73,8 +73,16 @@ def staged(
         MemoryFullError: the chunks don't fit into memory together.
     """
     kept = batches or chunks
-    cut = any(said[0] for said in session.ranks.numbers([int(chunks is not kept)]))
+    said = session.ranks.numbers([int(chunks is not kept), int(bool(session.remembers))])
+    cut = any(n for n, _ in said)
     notes: list[str] = [] if quiet else session.notes
+    if any(n for _, n in said):
+        where = session.remembers or "something, on another rank"
+        notes.append(
+            f"what the forward computes depends on earlier calls (it changes {where}): these are the statistics of one "
+            "pass over the batches in this order, found in plain passes"
+        )
+        return _plain_passes(session, kept, scouted, quiet)
     found, verdict, why = _tried(session, chunks, scouted, quiet, cut=cut)
     if verdict == MIXED:
         notes.append(f"{why}: the loader's batches were kept as they are")
@@ -216,7 +224,14 @@ def _plain_passes(session: Session, chunks: Sequence[Chunk], scouted: Scouted | 
 
     def strands() -> Sequence[Strand]:
         made[:] = [
-            RerunStrand(chunk, session.model, session.norms, Turn.seeded(turn, number, session.device), session.using)
+            RerunStrand(
+                chunk,
+                session.model,
+                session.norms,
+                Turn.seeded(turn, number, session.device),
+                session.using,
+                None if number else session.rewind,
+            )
             for number, chunk in enumerate(chunks)
         ]
         return made

@@ -6,11 +6,10 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import nn
 
 from bnfix.calibration.ambient import Turn
@@ -30,15 +29,14 @@ from bnfix.calibration.chunks import (
     splittable,
 )
 from bnfix.calibration.fibers import Guard
-from bnfix.calibration.ledger import Place
 from bnfix.calibration.plain import listen
 from bnfix.calibration.reading import Reader, length
+from bnfix.calibration.remembering import alike, look_for_memory
 from bnfix.calibration.scouting import Scouted, mixed, scout
 from bnfix.calibration.session import Session
 from bnfix.calibration.streaming import rejoined
 from bnfix.errors import CalibrationError
 from bnfix.running import drawing, free_bytes, give_back, kept_random
-from bnfix.stats import SampleSums
 
 PLAIN_BATCHES = 1024
 """Chunks (threads) at most where batches can't be joined."""
@@ -122,18 +120,26 @@ def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chu
         ways = [(few, session.replicate), (few, lambda: session.model), (first, lambda: session.model)]
     for last, (chunk, make) in enumerate(ways, 1 - len(ways)):
         try:
+            ran = make()
             with drawing() as drawn:
-                found = scout(chunk, make, session.norms)
+                found = scout(chunk, partial(_itself, ran), session.norms)
         except CalibrationError:
             if not last:
                 raise
             continue
+        look_for_memory(session, chunk, ran)
+        if session.remembers:
+            found.inseparable = found.inseparable or "the forward depends on earlier calls"
         if drawn and _depends_on_chance(session, chunk):
             _say_that_it_draws(session, found)
         if chunk is not ways[0][0]:
             found.inseparable = found.inseparable or "the model does not take a part of a batch"
         return found, held
     raise AssertionError
+
+
+def _itself(ran: nn.Module) -> nn.Module:
+    return ran
 
 
 def _depends_on_chance(session: Session, chunk: Chunk) -> bool:
@@ -152,11 +158,7 @@ def _depends_on_chance(session: Session, chunk: Chunk) -> bool:
         return False
     finally:
         session.rewind()
-    return _same_sums(runs[0], runs[1]) and not _same_sums(runs[0], runs[2])
-
-
-def _same_sums(a: Mapping[Place, SampleSums], b: Mapping[Place, SampleSums]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[p].s, b[p].s) and torch.equal(a[p].q, b[p].q) for p in a)
+    return alike(runs[0], runs[1]) and not alike(runs[0], runs[2])
 
 
 def _say_that_it_draws(session: Session, scouted: Scouted) -> None:

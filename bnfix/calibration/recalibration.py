@@ -70,6 +70,8 @@ def recalibrate(
             elif error.hint is None and "the forward failed" in error.message:
                 error.hint = session.advice or None
             raise
+        finally:
+            session.rewind()
     # Only now, with the model back in its own modes: the one step that changes it.
     handle = Handle()
     if report.changed:
@@ -189,6 +191,7 @@ class _Work:
         session = self.session
         session.say("certifying: plain forwards over the same tensors")
         norms = session.norms
+        session.rewind()
         with session.using(stats):
             found = merged(measure(session.model, chunks, norms), norms, self.ranks)
             in_use = {n.key: (n.mean.detach().clone(), n.var.detach().clone()) for n in norms if n.key in outcome.stats}
@@ -205,6 +208,7 @@ class _Work:
             return None  # the loader gives the same tensors again
         session.say("certifying: a new draw of the data")
         start = [first] if first is not None else []
+        session.rewind()
         with session.using(outcome.stats):
             here = measure(session.model, itertools.chain(start, reader), session.norms)
             found = merged(here, session.norms, self.ranks)

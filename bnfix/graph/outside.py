@@ -173,11 +173,11 @@ class Outside:
         self._before = {key: holder.now() for key, holder in self._holders.items()}
         self._own: set[tuple[int, str]] = set()
 
-    def settle(self) -> bool:
-        """What has changed so far was changed by forwards that ran alone: it is theirs. Whether there is anything."""
+    def settle(self) -> list[str]:
+        """What has changed so far was changed by forwards that ran alone, and is theirs; says what."""
         changed = self._changed()
         self._own |= changed.keys()
-        return bool(changed)
+        return [self._told(*place) for place in changed]
 
     def changed(self) -> list[str]:
         """What has changed since, but for what is a lone forward's own."""
@@ -191,10 +191,15 @@ class Outside:
         return [self._told(*place) for place in changed]
 
     def rewind(self) -> None:
-        """Give also what is a lone forward's own the values that it came with."""
+        """Give what forwards count in, numbers and containers, the values that it came with.
+
+        Not what they keep once they have it (a handle, a flag that something is set up): it may not be done twice.
+        """
         own, self._own = self._own, set()
         try:
-            self.put_back()
+            for (key, name), value in self._changed().items():
+                if (key, name) in own and type(value) in (int, float, _Entries):
+                    self._holders[key].write(name, value)
         finally:
             self._own = own
 

@@ -7,6 +7,7 @@ function of a Team. Worlds of two and three are sub-groups of the four.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import sys
@@ -208,13 +209,10 @@ def full_on_one(team: Team) -> Met:
 @scenario
 def full_in_proof(team: Team) -> Met:
     """One rank has no memory left when it runs a part of a chunk again; its first look at the data went well."""
-    times = 0
+    times = itertools.count()  # no number in a closure: that would be put back
 
     def forward(m: nn.Module, x: Tensor) -> Tensor:
-        nonlocal times
-        times += by_itself()
-        if team.rank == 1 and times == 2:
-            times += 1
+        if by_itself() and next(times) == 1 and team.rank == 1:
             raise torch.OutOfMemoryError("no memory left")
         return m(x)
 

@@ -263,3 +263,124 @@ def test_a_check_puts_back_as_well(parked: str) -> None:
     bnfix.check(lived_in(model), data=images())
     assert now() is before
     assert max(residual(model, images())) > EXACT
+
+
+# Forwards that remember: what a norm sees depends on the calls before.
+
+CALLS = 0
+COUNTS = {"calls": 0}
+
+
+class CountsInGlobal(Two):
+    """Each call scales by another factor."""
+
+    def forward(self, x: Tensor) -> Any:
+        global CALLS
+        CALLS += 1
+        return self.second(self.first(x) * (1 + CALLS))
+
+
+class CountsInDict(Two):
+    """Every second call is another."""
+
+    def forward(self, x: Tensor) -> Any:
+        COUNTS["calls"] += 1
+        return self.second(self.first(x) * (1 + COUNTS["calls"] % 2))
+
+
+class CountsOnSelf(Two):
+    """A counter among its attributes."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        return self.second(self.first(x) * (1 + self.calls % 2))
+
+
+class CountsInBuffer(Two):
+    """A counter among its buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1  # type: ignore[operator]
+        return self.second(self.first(x) * (1 + self.calls % 2))
+
+
+class AnotherFirstTime(Two):
+    """The first call is another than all later ones."""
+
+    ready = False
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.first(x) * (1 if self.ready else 3)
+        self.ready = True
+        return self.second(y)
+
+
+REMEMBERS = [CountsInGlobal, CountsInDict, CountsOnSelf, CountsInBuffer, AnotherFirstTime]
+
+
+@pytest.fixture
+def counted() -> Iterator[Callable[[], tuple[int, dict[str, int]]]]:
+    global CALLS
+    CALLS, COUNTS["calls"] = 0, 0
+    yield lambda: (CALLS, dict(COUNTS))
+    CALLS, COUNTS["calls"] = 0, 0
+
+
+@pytest.mark.parametrize("options", [{}, {"certify": None}, {"certify": "full"}], ids=["replay", "none", "full"])
+@pytest.mark.parametrize("count", [40, 400])
+@pytest.mark.parametrize("net", REMEMBERS)
+def test_a_forward_that_remembers_earlier_calls(
+    net: type[Two], count: int, options: dict[str, Any], counted: Callable[[], Any]
+) -> None:
+    report = exact(net(), images(count), **options)  # the pass of the judge begins in the same state
+    assert report.engine == PLAIN
+    assert any("depends on earlier calls" in note for note in report.notes)
+    if report.residual is not None:
+        assert max(report.residual.mean, report.residual.var) <= EXACT
+
+
+def test_counts_that_matter_are_as_before(counted: Callable[[], Any]) -> None:
+    for net in REMEMBERS:
+        model, before = lived_in(net()), counted()
+        stored, own = bits(model), {k: v for k, v in vars(model).items() if isinstance(v, int)}
+        bnfix.recalibrate(model, images(), dry_run=True)
+        assert counted() == before
+        assert same_bits(model, stored)
+        assert {k: v for k, v in vars(model).items() if isinstance(v, int)} == own
+
+
+def test_a_counter_in_the_closure_of_the_users_forward(counted: Callable[[], Any]) -> None:
+    calls = 0
+
+    def forward(model: Any, batch: Tensor) -> Any:
+        nonlocal calls
+        calls += 1
+        return model.second(model.first(batch) * (1 + calls % 2))
+
+    model = lived_in(Two())
+    assert bnfix.recalibrate(model, images(), forward=forward).engine == PLAIN
+    assert calls == 0
+    assert max(residual(model, images(), forward)) <= EXACT
+
+
+class OnlyCounts(Two):
+    """Counts, and does nothing with it."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Any:
+        global CALLS
+        CALLS += 1
+        self.calls += 1
+        COUNTS["calls"] += 1
+        return super().forward(x)
+
+
+def test_a_count_that_does_not_matter_costs_nothing(parked: str, counted: Callable[[], Any]) -> None:
+    assert exact(OnlyCounts(), images()).engine == parked
