@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from bnfix.calibration.chunks import Chunk, first_samples, splittable
+from bnfix.calibration.values import hollow
 from bnfix.errors import BnfixError, CalibrationError, PassError, one_line
 from bnfix.running import Call, bind, check_finite, count, feeding, size
 from bnfix.running.call import Forward, describe
@@ -90,6 +91,11 @@ class Reader:
             bound = bind(batch, self._model, self._forward)
         except PassError as error:
             raise CalibrationError(f"batch {number}: {error.message}", hint=error.hint) from error
+        except NotImplementedError as error:  # a meta tensor
+            raise CalibrationError(f"batch {number} can't be brought to the model: {one_line(error)}") from error
+        told = next(filter(None, map(hollow, bound.call.tensors())), "")
+        if told:
+            raise CalibrationError(f"batch {number} holds a tensor that {told}: it has no values")
         if not self.used:
             self.used = bound.used
             self.advice = "" if self._forward is not None else feeding(batch, bound.call)

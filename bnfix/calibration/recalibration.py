@@ -25,6 +25,7 @@ from bnfix.calibration.session import Options, Say, Session
 from bnfix.calibration.staged import MemoryFullError, out_of_memory
 from bnfix.calibration.streaming import stream
 from bnfix.calibration.transaction import Handle, commit
+from bnfix.calibration.values import check_values, check_writable
 from bnfix.errors import CalibrationError
 from bnfix.graph import Outside, no_footprints, replicator
 from bnfix.running import preserved, replayable, young_garbage_only
@@ -47,8 +48,10 @@ def recalibrate(
 ) -> Recalibration:
     """The work of :func:`bnfix.recalibrate`; ``model`` is unwrapped, the options are checked."""
     began = time.process_time()
+    check_values(model)
     norms = find_norms(model, select, include_frozen)
     _refuse_nothing(norms)
+    check_writable(norms)
     ranks.alike(_asked(options, norms))
     device = next((n.mean.device for n in norms.known.values()), None) or _device(model)
     with young_garbage_only(), preserved(model), no_footprints(model, options.forward) as owners, torch.no_grad():
@@ -98,6 +101,7 @@ class _Work:
         session, options = self.session, self.options
         with self._timed("reading"):
             plan = make_plan(session)
+        check_writable(session.norms)  # functional ones are known by now
         with self._timed("estimating"):
             plan, outcome = self._estimated(plan)
         chunks, reader, scouted = plan.chunks, plan.reader, plan.scouted
