@@ -82,6 +82,13 @@ class Reader:
         self.largest = max(self.largest, chunk.samples)
         return chunk
 
+    def samples_of(self, batch: Any) -> int:
+        """How many samples a batch holds that is not its turn yet; as many as the largest where that can't be told."""
+        try:
+            return count(bind(batch, self._model, self._forward).call)
+        except (BnfixError, NotImplementedError):  # will be met when its turn comes
+            return self.largest
+
     def _where(self) -> str:
         return f"after batch {self.batches - 1}" if self.batches else "at its first batch"
 
