@@ -42,10 +42,11 @@ def recalibrate(
 
     Afterwards they are mean and variance of each norm's input when the model runs in evaluation mode over the same
     data: the fixed point of the data seen (precise BN, BN re-estimation; torch's ``update_bn`` only comes near it).
-    Everything but the norms is in evaluation mode while it runs. Whatever goes wrong, Ctrl-C included, the model is as
-    it was to the bit; ``report.undo()`` takes a finished one back. ``torch.compile``, ``DataParallel`` and DDP
-    wrappers are looked through. With ``torch.distributed`` set up, every rank calls this with its own share of the
-    data, and all end with the same bits.
+    All modules are in evaluation mode while it runs. Beside them only a ``num_batches_tracked`` is written, where it
+    says that hardly anything was averaged yet. Whatever goes wrong, Ctrl-C included, the model is as it was to the
+    bit; ``report.undo()`` takes a finished one back. ``torch.compile``, ``DataParallel`` and DDP wrappers are looked
+    through. With ``torch.distributed`` set up, every rank calls this with its own share of the data, and all end with
+    the same bits.
 
     Args:
         model: in any mode. Norms in evaluation mode inside a model in training mode count as frozen and stay; in a
