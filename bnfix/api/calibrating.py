@@ -67,9 +67,9 @@ def recalibrate(
         tol: for the streaming methods: stop once every standard error is at most ``tol`` (of means in standard
             deviations, of variances relative). A stream of unknown length stops at .01.
         certify: ``"replay"`` runs two samples of a chunk again, alone (all of it if in doubt), and compares what each
-            norm sees: what chunks that take turns do to one another is found out, and plain passes take over. ``"full"``
-            also measures ``residual`` with plain forwards over all samples, and ``residual_fresh`` where the loader
-            draws anew. None leaves both out.
+            norm sees: what chunks that take turns do to one another is found out, and plain passes take over.
+            ``"full"`` also measures ``residual`` with plain forwards over all samples, and ``residual_fresh`` where the
+            loader draws anew. None leaves both out.
         memory_budget: bytes, or such as ``"2GB"``, for what parked samples hold; default: a quarter of what is free on
             the model's device.
         spill_dir: a folder for the activations of parked samples: then all samples fit (Linux, CPU).
