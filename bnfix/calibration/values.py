@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,18 +19,18 @@ def check_values(model: nn.Module) -> None:
     Raises:
         CalibrationError: one is on the meta device, or fake; or we are inside a FakeTensorMode.
     """
-    kinds = tuple(_fakes("FakeTensorMode"))
-    if any(isinstance(mode, kinds) for mode in _get_current_dispatch_mode_stack()):
+    if any(type(mode).__name__ == "FakeTensorMode" for mode in _get_current_dispatch_mode_stack()):
         raise CalibrationError(
             "called inside a FakeTensorMode: tensors have no values there",
             hint="leave the mode, and call bnfix on a model that was made outside of it",
         )
-    for path, module in model.named_modules():
+    for module in model.modules():
         if hasattr(module, "_hf_hook"):  # accelerate: on the meta device until the forward needs them
             continue
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             told = hollow(tensor)
-            if told and (tensor.is_meta is False or name in module._parameters):  # a meta buffer may never be read
+            if told and not ("meta" in told and name in module._buffers):  # a meta buffer may never be read
+                path = next(path for path, m in model.named_modules() if m is module)
                 raise CalibrationError(
                     f"{path}.{name} {told}: it has no values".lstrip("."),
                     hint="make the model outside of the FakeTensorMode, and load its weights"
@@ -44,7 +43,7 @@ def hollow(tensor: Any) -> str:
     """Why a tensor has no values; empty if it has, and for anything else."""
     if not isinstance(tensor, Tensor):
         return ""
-    if isinstance(tensor, tuple(_fakes("FakeTensor"))):
+    if type(tensor).__name__ == "FakeTensor":
         return "is a fake tensor"
     return "is on the meta device" if tensor.is_meta else ""
 
@@ -65,9 +64,3 @@ def check_writable(norms: Iterable[Norm]) -> None:
                     if own
                     else f"give each channel a number of its own:  torch.zeros({norm.channels}), nothing expanded",
                 )
-
-
-def _fakes(name: str) -> list[type]:
-    """The class of this name, where it has been imported: it takes time, and without it there is no such tensor."""
-    module = sys.modules.get("torch._subclasses.fake_tensor")
-    return [getattr(module, name)] if hasattr(module, name) else []

@@ -26,6 +26,7 @@ _DEPTH = 3  # functions named by functions named by the model's own
 _LARGE = 1000
 _LIBRARIES = frozenset(LIBRARIES) | sys.stdlib_module_names - {"__main__"}
 _OF_TURN = ("sys", "warnings")  # what matters of them, each forward gets at its turn as it left it
+_OF_PYTHON = ("__annotations__", "__annotations_cache__", "__annotate_func__", "__abstractmethods__", "__doc__")
 _GONE = object()
 Values = dict[str, Any]
 
@@ -57,7 +58,7 @@ class _Table(_Holder):
 
     def now(self) -> Values:
         table = self.table
-        return table.copy() if self.names is None else {n: table[n] for n in self.names & table.keys()}
+        return table.copy() if self.names is None else {n: table[n] for n in self.names if n in table}
 
     def untouched(self, before: Values) -> bool:
         table = self.table
@@ -215,8 +216,9 @@ class Outside:
                 continue
             now = holder.now()
             for name in (*before, *(n for n in now if n not in before)):
-                old = before.get(name, _GONE)
-                if not _alike(old, now.get(name, _GONE)) and (key, name) not in self._own:
+                old, new = before.get(name, _GONE), now.get(name, _GONE)
+                imported = old is _GONE and _is_module(new)  # once, and there for all from then on
+                if not (_alike(old, new) or imported or name in _OF_PYTHON or (key, name) in self._own):
                     found[key, name] = old
         return found
 
@@ -237,27 +239,27 @@ class Outside:
                 continue
             seen.add(id(value))
             self._keep.append(value)
-            if isinstance(value, types.FunctionType):
+            kind = type(value)  # not isinstance: a proxy would answer for what it stands for
+            if kind is types.FunctionType:
                 if not _of_library(value):
                     pending += [(n, v, depth + 1) for n, v in self._function(value)]
-            elif isinstance(value, (types.MethodType, staticmethod, classmethod)):
+            elif kind in (types.MethodType, staticmethod, classmethod):
                 pending.append((name, value.__func__, depth))
-            elif isinstance(value, functools.partial):
+            elif issubclass(kind, functools.partial):
                 pending += [(name, value.func, depth), *((name, v, depth) for v in value.args)]
-            elif isinstance(value, property):
+            elif issubclass(kind, property):
                 pending.append((name, value.fget, depth))
-            elif type(value) in CONTAINERS:
+            elif kind in CONTAINERS:
                 if len(value) <= _LARGE:
                     self._add(value, _Container(value, name))
-                    inner = list(value.values()) if isinstance(value, dict) else list(value)
-                    pending += [(name, v, depth + 1) for v in inner]
-            elif isinstance(value, type):
+                    pending += [(name, v, depth + 1) for v in (value.values() if hasattr(value, "values") else value)]
+            elif issubclass(kind, type):
                 if not _of_library(value):
                     self._add(value, _Class(value))
                     pending += [(n, v, depth + 1) for n, v in vars(value).items()]
-            elif not isinstance(value, (nn.Module, types.ModuleType)) and _has_own_attributes(value):
-                self._add_table(vars(value), name)
-                pending += [(n, v, depth + 1) for n, v in vars(value).items()]
+            elif not issubclass(kind, (nn.Module, types.ModuleType)) and (own := _own_attributes(value)) is not None:
+                self._add_table(own, name)
+                pending += [(n, v, depth + 1) for n, v in own.items()]
 
     def _function(self, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
         """All that a function names, and what stands behind these names."""
@@ -270,7 +272,7 @@ class Outside:
         self._add_table(known, function.__module__ or "")
         for name in mentioned:
             value = known.get(name) if name in known else sys.modules.get(name)
-            if not isinstance(value, types.ModuleType):
+            if not _is_module(value):
                 yield name, value
             elif name not in _OF_TURN:
                 self._add_table(vars(value), value.__name__)
@@ -296,13 +298,20 @@ def _words(constants: tuple[Any, ...]) -> Iterator[str]:
 
 def _of_library(value: Any) -> bool:
     """Whether it is code of Python or of PyTorch: it is not looked into."""
-    module = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+    module = value.__name__ if _is_module(value) else getattr(value, "__module__", None)
     return (module or "").partition(".")[0] in _LIBRARIES
 
 
-def _has_own_attributes(value: Any) -> bool:
+def _is_module(value: Any) -> bool:
+    return issubclass(type(value), types.ModuleType)
+
+
+def _own_attributes(value: Any) -> dict[str, Any] | None:
     kind = type(value)
-    return type(getattr(value, "__dict__", None)) is dict and (kind is types.SimpleNamespace or not _of_library(kind))
+    if not kind.__dictoffset__ or (kind is not types.SimpleNamespace and _of_library(kind)):
+        return None
+    own = object.__getattribute__(value, "__dict__")
+    return own if type(own) is dict else None
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -118,3 +118,57 @@ def test_names_that_no_code_mentions_are_nobodys_business() -> None:
     module.unrelated = 2  # type: ignore[attr-defined]
     assert outside.put_back() == []
     assert (OTHERS, module.unrelated) == (6, 2)
+
+
+def test_a_module_that_was_imported_meanwhile_stays() -> None:
+    _, outside = outside_of()
+    torch.bnfix_test = types.ModuleType("torch.bnfix_test")  # type: ignore[attr-defined]
+    try:
+        assert outside.put_back() == []
+        assert hasattr(torch, "bnfix_test")
+    finally:
+        del torch.bnfix_test  # type: ignore[attr-defined]
+
+
+class Proxy:
+    """Would build what it stands for when asked for anything."""
+
+    __slots__ = ("__dict__",)
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(f"asked for {name}")
+
+
+class Config:
+    """Settings with others in them."""
+
+    def __init__(self, *inner: Any) -> None:
+        self.inner, self.value = inner, 1
+
+
+class MetaOfItsOwn(type):
+    """Answers to every name."""
+
+    def __getattr__(cls, name: str) -> Any:
+        raise RuntimeError(f"asked for {name}")
+
+
+PROXY, MANY, CONFIG = Proxy(), dict.fromkeys(range(5000)), Config([Config()], Config())
+ODD = MetaOfItsOwn("ODD", (), {"value": 1})
+
+
+class Odd(nn.Module):
+    """Mentions objects that mind being looked at."""
+
+    def forward(self, x: Tensor) -> Any:
+        return x if PROXY is None else x + len(MANY) + CONFIG.value + ODD.value
+
+
+def test_nothing_is_asked_of_objects_that_are_looked_at() -> None:
+    outside = Outside(find_owners(Odd()))
+    assert outside.changed() == []
+    MANY[0] = 1  # type: ignore[assignment]  # too large to be a patch
+    CONFIG.value, CONFIG.inner[1].value = 5, 5
+    ODD.value = 5
+    assert sorted(outside.put_back()) == ["CONFIG.value", "ODD.value", "inner.value"]
+    assert (CONFIG.value, CONFIG.inner[1].value, ODD.value) == (1, 1, 1)
