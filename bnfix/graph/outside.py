@@ -13,7 +13,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Set
 from operator import is_
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -249,9 +249,10 @@ class Outside:
                 pending += [(name, value.func, depth), *((name, v, depth) for v in value.args)]
             elif issubclass(kind, property):
                 pending.append((name, value.fget, depth))
-            elif kind in CONTAINERS:
+            elif kind is tuple or kind in CONTAINERS:
                 if len(value) <= _LARGE:
-                    self._add(value, _Container(value, name))
+                    if kind is not tuple:
+                        self._add(value, _Container(value, name))
                     pending += [(name, v, depth + 1) for v in (value.values() if hasattr(value, "values") else value)]
             elif issubclass(kind, type):
                 if not _of_library(value):
@@ -302,7 +303,7 @@ def _of_library(value: Any) -> bool:
     return (module or "").partition(".")[0] in _LIBRARIES
 
 
-def _is_module(value: Any) -> bool:
+def _is_module(value: Any) -> TypeGuard[types.ModuleType]:
     return issubclass(type(value), types.ModuleType)
 
 
