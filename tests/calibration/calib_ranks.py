@@ -219,6 +219,21 @@ def full_in_proof(team: Team) -> Met:
     return attempt(team, net(), team.share(data(400), (200, 200, *[0] * (team.world - 2))), forward=forward)
 
 
+@scenario
+def remembers_on_one(team: Team) -> Met:
+    """What one rank computes depends on how often it ran."""
+    calls = 0
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += team.rank == 1
+        return m(x * (1 + calls % 2))
+
+    met = attempt(team, net(), team.share(data(400), (200, 200, *[0] * (team.world - 2))), forward=forward)
+    met.extra["calls"] = calls
+    return met
+
+
 def _save(results: dict[tuple[str, int], Met | None], path: Path) -> None:
     torch.save({key: met and vars(met) for key, met in results.items()}, path)
 
