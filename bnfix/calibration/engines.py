@@ -73,8 +73,16 @@ def staged(
         MemoryFullError: the chunks don't fit into memory together.
     """
     kept = batches or chunks
-    cut = any(said[0] for said in session.ranks.numbers([int(chunks is not kept)]))
+    said = session.ranks.numbers([int(chunks is not kept), int(bool(session.remembers))])
+    cut = any(n for n, _ in said)
     notes: list[str] = [] if quiet else session.notes
+    if any(n for _, n in said):
+        where = session.remembers or "something, on another rank"
+        notes.append(
+            f"what the forward computes depends on earlier calls (it changes {where}): these are the statistics of one "
+            "pass over the batches in this order, found in plain passes"
+        )
+        return _plain_passes(session, kept, scouted, quiet)
     found, verdict, why = _tried(session, chunks, scouted, quiet, cut=cut)
     if verdict == MIXED:
         notes.append(f"{why}: the loader's batches were kept as they are")
@@ -129,9 +137,11 @@ def _proven(
 ) -> tuple[Outcome, int, str]:
     turn = Turn.now(session.device)
     watched = witnesses(chunks) if session.options.certify is not None else []
-    found = _parked(session, chunks, scouted, turn, watched, quiet, fibers)
+    found, left = _parked(session, chunks, scouted, turn, watched, quiet, fibers)
     found.chunks = chunks
     verdict, why = CLEAN, ""
+    if left and not watched and len(chunks) > 1:  # a replay shows whether that made a difference
+        verdict, why = LEAKS, f"the forward changes {left[0]} around a norm, where all chunks see it"
     for number, witness in watched:
         session.say("replaying a part of one chunk alone")
         seeded = Turn.seeded(turn, number, session.device)
@@ -160,10 +170,12 @@ def _parked(
     watched: Sequence[tuple[int, Witness]],
     quiet: bool,
     fibers: bool,
-) -> Outcome:
+) -> tuple[Outcome, list[str]]:
+    """What parked forwards give; and what they left changed outside of the model, which is put back."""
     ways = scouted.ways if scouted is not None and fibers and Guard.possible() else None
     spiller = session.spiller
     first: list[Tensor] = []
+    left: list[str] = []
     bounded = session.options.memory_budget is not None or spiller is not None
     with ExitStack() as stack:
         if scouted is not None and ways is not None and not bounded and session.device.type == "cpu":
@@ -191,6 +203,8 @@ def _parked(
             ]
 
         def watch(place: Place, here: Sequence[Strand]) -> None:
+            if not watched and not left and len(chunks) > 1:
+                left.extend(session.outside.changed())
             for _, witness in watched:
                 witness.take(place, here)
             if not first:
@@ -199,9 +213,11 @@ def _parked(
         engine = (
             "one chunk" if len(chunks) == 1 and session.ranks.world == 1 else "threads" if ways is None else "fibers"
         )
+        session.outside.settle()
+        stack.callback(lambda: left.extend(session.outside.put_back()))
         found = _converged(session, chunks, strands, scouted, engine, watch, quiet)
     found.first = first[0] if first else None
-    return found
+    return found, left
 
 
 def _plain_passes(session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, quiet: bool) -> Outcome:
@@ -210,7 +226,14 @@ def _plain_passes(session: Session, chunks: Sequence[Chunk], scouted: Scouted | 
 
     def strands() -> Sequence[Strand]:
         made[:] = [
-            RerunStrand(chunk, session.model, session.norms, Turn.seeded(turn, number, session.device), session.using)
+            RerunStrand(
+                chunk,
+                session.model,
+                session.norms,
+                Turn.seeded(turn, number, session.device),
+                session.using,
+                None if number else session.rewind,
+            )
             for number, chunk in enumerate(chunks)
         ]
         return made

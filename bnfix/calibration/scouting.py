@@ -35,10 +35,10 @@ class Scouted:
 
     ``parked``, ``forward`` and ``largest`` are bytes a sample: alive at the worst norm, at a forward's peak, and of the
     largest input of a norm. ``tail`` is the share of the time that comes after the last norm. ``inseparable`` says
-    why samples can't be put together and cut apart at will; empty if they can. ``reads`` says that the way through the
-    model may depend on values, ``ways`` are those on which norms were reached (None: a forward can't be left at each of
-    them in a thread that others use), ``reached`` says how often each norm module was called; ``outputs`` are those of
-    ``chunk``.
+    why samples can't be put together and cut apart at will; empty if they can, ``parted`` that this was tried.
+    ``reads`` says that the way through the model may depend on values, ``ways`` are those on which norms were reached
+    (None: a forward can't be left at each of them in a thread that others use), ``reached`` says how often each norm
+    module was called; ``outputs`` are those of ``chunk``.
     """
 
     chunk: Chunk
@@ -48,6 +48,7 @@ class Scouted:
     largest: float = 0.0
     tail: float = 0.0
     inseparable: str = ""
+    parted: bool = False
     mixing: bool = False
     reads: bool = False
     ways: frozenset[Way] | None = None

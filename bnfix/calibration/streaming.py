@@ -44,6 +44,7 @@ def stream(session: Session, chunks: Iterable[Chunk], method: str) -> Outcome:
 
 
 def _through(session: Session, chunks: Iterable[Chunk], method: str, sites: dict[Place, Moments]) -> None:
+    session.rewind()
     replica = session.replicate()
     pooled: dict[int, Moments] = {}
     for number, chunk in enumerate(chunks):

@@ -79,8 +79,8 @@ CertifyOption = Annotated[
     Certify,
     typer.Option(
         "--certify",
-        help="replay: one chunk is run again by itself and compared. full: the residual is measured as well, which "
-        "takes about two passes more.",
+        help="replay: two samples of a chunk are run again alone and compared. full: the residual is measured too, "
+        "which takes about two passes more.",
         rich_help_panel=_HOW,
     ),
 ]
