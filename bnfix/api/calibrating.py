@@ -42,10 +42,11 @@ def recalibrate(
 
     Afterwards they are mean and variance of each norm's input when the model runs in evaluation mode over the same
     data: the fixed point of the data seen (precise BN, BN re-estimation; torch's ``update_bn`` only comes near it).
-    Everything but the norms is in evaluation mode while it runs. Whatever goes wrong, Ctrl-C included, the model is as
-    it was to the bit; ``report.undo()`` takes a finished one back. ``torch.compile``, ``DataParallel`` and DDP
-    wrappers are looked through. With ``torch.distributed`` set up, every rank calls this with its own share of the
-    data, and all end with the same bits.
+    All modules are in evaluation mode while it runs. Beside them only a ``num_batches_tracked`` is written, where it
+    says that hardly anything was averaged yet. Whatever goes wrong, Ctrl-C included, the model is as it was to the
+    bit; ``report.undo()`` takes a finished one back. ``torch.compile``, ``DataParallel`` and DDP wrappers are looked
+    through. With ``torch.distributed`` set up, every rank calls this with its own share of the data, and all end with
+    the same bits.
 
     Args:
         model: in any mode. Norms in evaluation mode inside a model in training mode count as frozen and stay; in a
@@ -65,9 +66,11 @@ def recalibrate(
         max_samples: stop reading there; with several ranks, on each.
         tol: for the streaming methods: stop once every standard error is at most ``tol`` (of means in standard
             deviations, of variances relative). A stream of unknown length stops at .01.
-        certify: ``"replay"`` runs a part of one chunk alone and compares what it contributed; ``"full"`` also measures
-            ``residual`` with plain forwards over all samples, and ``residual_fresh`` where the loader draws anew; None
-            leaves the replay out too where it proves nothing: all samples are one batch of the loader's.
+        certify: ``"replay"`` runs two samples of a chunk again, alone (all of it if in doubt), and compares what each
+            norm sees: what chunks that take turns do to one another is found out, and plain passes take over.
+            ``"full"`` also measures ``residual`` with plain forwards over all samples, and ``residual_fresh`` where the
+            loader draws anew. None leaves the replay out too where it proves nothing: all samples are one batch of the
+            loader's.
         memory_budget: bytes, or such as ``"2GB"``, for what parked samples hold; default: a quarter of what is free on
             the model's device.
         spill_dir: a folder for the activations of parked samples: then all samples fit (Linux, CPU).

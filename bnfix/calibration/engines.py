@@ -76,8 +76,16 @@ def staged(
         MemoryFullError: the chunks don't fit into memory together.
     """
     kept = batches or chunks
-    cut = any(said[0] for said in session.ranks.numbers([int(chunks is not kept)]))
+    said = session.ranks.numbers([int(chunks is not kept), int(bool(session.remembers))])
+    cut = any(n for n, _ in said)
     notes: list[str] = [] if quiet else session.notes
+    if any(n for _, n in said):
+        where = session.remembers or "something, on another rank"
+        notes.append(
+            f"what the forward computes depends on earlier calls (it changes {where}): these are the statistics of one "
+            "pass over the batches in this order, found in plain passes"
+        )
+        return _plain_passes(session, kept, scouted, quiet)
     found, verdict, why = _tried(session, chunks, scouted, quiet, cut=cut)
     if verdict == MIXED:
         notes.append(f"{why}: the loader's batches were kept as they are")
@@ -166,13 +174,16 @@ def _parked(
     quiet: bool,
     fibers: bool,
 ) -> Outcome:
+    """What parked forwards give; what they left changed outside of the model is put back."""
     ways = scouted.ways if scouted is not None and fibers and Guard.possible() else None
     spiller = session.spiller
     first: list[Tensor] = []
     bounded = session.options.memory_budget is not None or spiller is not None
     with ExitStack() as stack:
         if scouted is not None and ways is not None and not bounded and session.device.type == "cpu":
-            stack.enter_context(kept_heap(int(scouted.parked * sum(c.samples for c in chunks[1:]))))
+            runs = max(c.samples for c in chunks)  # beside the others, which are parked
+            parked = sum(c.samples for c in chunks) - runs
+            stack.enter_context(kept_heap(int(scouted.parked * parked + scouted.forward * runs)))
         kind: Callable[..., ParkedStrand] = partial(ThreadStrand, ambient=Ambient(session.device))
         if ways is not None:
             guard = Guard()
@@ -202,6 +213,8 @@ def _parked(
         engine = (
             "one chunk" if len(chunks) == 1 and session.ranks.world == 1 else "threads" if ways is None else "fibers"
         )
+        session.outside.settle()
+        stack.callback(session.outside.put_back)
         found = _converged(session, chunks, strands, scouted, engine, watch, quiet)
     found.first = first[0] if first else None
     return found
@@ -213,7 +226,14 @@ def _plain_passes(session: Session, chunks: Sequence[Chunk], scouted: Scouted | 
 
     def strands() -> Sequence[Strand]:
         made[:] = [
-            RerunStrand(chunk, session.model, session.norms, Turn.seeded(turn, number, session.device), session.using)
+            RerunStrand(
+                chunk,
+                session.model,
+                session.norms,
+                Turn.seeded(turn, number, session.device),
+                session.using,
+                None if number else session.rewind,
+            )
             for number, chunk in enumerate(chunks)
         ]
         return made

@@ -40,6 +40,7 @@ class Change:
 
 def outputs(session: Session, chunk: Chunk, stats: dict[int, Stats]) -> Any:
     """The model's outputs with these statistics."""
+    session.rewind()
     with session.using(stats):
         return listen(session.model, chunk, session.norms)[1]
 

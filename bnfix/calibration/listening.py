@@ -6,8 +6,10 @@ A TorchFunctionMode sees ``F.batch_norm`` whoever calls it; hooks on modules mis
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,12 +18,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bnfix.calibration.norms import Norm, Norms
+from bnfix.calibration.patched import original
 from bnfix.graph.per_call import StatisticsOfCall, arguments_of
 
 _aten, functorch = torch.ops.aten, torch._C._functorch
 _LEGACY = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
+_BY_NAME = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _NAMES: Mapping[Any, tuple[str, ...]] = {
-    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    F.batch_norm: _BY_NAME,
     torch.batch_norm: _LEGACY,
     torch.native_batch_norm: _LEGACY[:-1],
     _aten.batch_norm: _LEGACY,
@@ -32,6 +36,8 @@ _NAMES: Mapping[Any, tuple[str, ...]] = {
     _aten._native_batch_norm_legit_no_training.default: (*_LEGACY[:5], *_LEGACY[6:8]),
 }
 """Functions that normalise with running statistics, and the names of their arguments by position."""
+
+_FUNCTIONAL = vars(F)
 
 _PLAIN = frozenset({F.batch_norm, torch.batch_norm, torch.native_batch_norm})
 """Those that are called from Python without an operator object in between."""
@@ -111,8 +117,10 @@ class Listener(TorchFunctionMode):
                 super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if torch.compiler.is_dynamo_compiling():  # the body of a torch.cond is traced here: nothing can be heard
             return func(*args, **(kwargs or {}))
+        if type(func) is FunctionType and func.__globals__ is not _FUNCTIONAL:
+            func = original(func, sys._getframe(1))
         try:
-            names = _NAMES.get(func)
+            names = _NAMES.get(func) or _names_of(func)
             self.reads = self.reads or func in _READS or (func in _MAY_READ and _finds(func, args))
         except TypeError:  # an unhashable callable
             names = None
@@ -131,18 +139,26 @@ class Listener(TorchFunctionMode):
                 if norm is not None and not norm.why:
                     norm.why = "normalises with the batch in evaluation mode too: nothing reads its running statistics"
                 given |= {"running_mean": mean.clone(), "running_var": None if var is None else var.clone()}
-            return func(**given) if func is F.batch_norm else func(*(given[n] for n in names if n in given))
+            return func(**given) if type(func) is FunctionType else func(*(given[n] for n in names if n in given))
         norm = self.norms.of(mean, var)
         if norm is None:
             self.norms.odd.add(f"{tuple(given['input'].shape)}")
         elif not norm.why:
-            found = self.heard(Seen(norm, physical(given["input"]), func not in _PLAIN))
+            found = self.heard(
+                Seen(norm, physical(given["input"]), func not in _PLAIN and type(func) is not FunctionType)
+            )
             if found is not None:
                 given |= {"running_mean": found[0], "running_var": found[1]}
-        if func is F.batch_norm:
+        if type(func) is FunctionType:
             return func(**given)
         positional = [given.pop(n) for n in names[: len(args)]]
         return func(*positional, **given)
+
+
+def _names_of(func: Any) -> tuple[str, ...] | None:
+    """Of ``F.batch_norm``, where somebody's wrapper has its name since before this was imported."""
+    own = type(func) is FunctionType and func.__globals__ is _FUNCTIONAL and func.__name__ == "batch_norm"
+    return _BY_NAME if own else None
 
 
 def _per_call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> type[StatisticsOfCall] | None:

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from bnfix.errors import CalibrationError
 from bnfix.graph import find_owners
 from bnfix.graph.owners import storage_key
+from bnfix.stats import SampleSums, sample_sums
 
 Select = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
@@ -45,13 +46,18 @@ class Norm:
 
 @dataclass
 class Norms:
-    """All norms of one model, by the identity of their ``running_mean``; functional ones are found as they are seen."""
+    """All norms of one model, by the identity of their ``running_mean``; functional ones are found as they are seen.
+
+    ``repeats`` holds, for a norm's key and the how-manieth of its calls, how often all samples come one after the other
+    in the rows of its input, where that is more than once.
+    """
 
     model: nn.Module
     known: dict[int, Norm] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     instance: tuple[str, ...] = ()
     odd: set[str] = field(default_factory=set)
+    repeats: dict[tuple[int, int], int] = field(default_factory=dict)
     _tensors: dict[int, tuple[int, str, nn.Module, str]] = field(default_factory=dict)
     _decide: Callable[[str, nn.Module], tuple[str, bool]] = lambda _path, _module: ("", False)
 
@@ -82,6 +88,10 @@ class Norms:
             return None
         held = (_held(place) for place in self._tensors.values())
         return next((t for t in held if t is not None and id(t) in self._tensors and storage_key(t) == form), None)
+
+    def sums(self, place: tuple[int, int], x: Tensor, samples: int, mask: Tensor | None) -> SampleSums:
+        """Per-sample sums of the input ``x`` of a norm, at one of its calls in the forward of so many samples."""
+        return sample_sums(x, samples, mask, self.repeats.get(place, 1))
 
     def meet(self, key: int, var_key: int) -> None:
         """Know the norm with these buffers, also if only other ranks have come by it."""

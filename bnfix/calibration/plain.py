@@ -17,7 +17,7 @@ from bnfix.calibration.norms import Norms
 from bnfix.calibration.ranks import Ranks
 from bnfix.calibration.staged import forward_of
 from bnfix.errors import CalibrationError
-from bnfix.stats import Moments, SampleSums, pool, sample_sums
+from bnfix.stats import Moments, SampleSums, pool
 from bnfix.types import Residual
 
 
@@ -30,7 +30,7 @@ def listen(model: nn.Module, chunk: Chunk, norms: Norms) -> tuple[dict[Place, Sa
     found: dict[Place, SampleSums] = {}
 
     def hear(place: Place, x: Tensor, mask: Tensor | None) -> None:
-        found[place] = sample_sums(x, chunk.samples, mask)
+        found[place] = norms.sums(place, x, chunk.samples, mask)
 
     return found, _forward(model, chunk, norms, hear)
 
@@ -53,7 +53,7 @@ def measure(model: nn.Module, chunks: Iterable[Chunk], norms: Norms) -> dict[Pla
     for chunk in chunks:
 
         def hear(place: Place, x: Tensor, mask: Tensor | None, chunk: Chunk = chunk) -> None:
-            moments = pool([sample_sums(x, chunk.samples, mask)], [x], [mask])
+            moments = pool([norms.sums(place, x, chunk.samples, mask)], [x], [mask])
             found[place] = found[place].merge(moments) if place in found else moments
 
         _forward(model, chunk, norms, hear)

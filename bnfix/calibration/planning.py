@@ -6,11 +6,10 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import nn
 
 from bnfix.calibration.ambient import Turn
@@ -29,28 +28,30 @@ from bnfix.calibration.chunks import (
     pieces,
     splittable,
 )
+from bnfix.calibration.deciding import (
+    ENDLESS,
+    PLAIN_BATCHES,
+    TOGETHER,
+    Decision,
+    Found,
+    decide,
+    expected,
+    gigabytes,
+    total_of,
+)
 from bnfix.calibration.fibers import Guard
-from bnfix.calibration.ledger import Place
 from bnfix.calibration.plain import listen
 from bnfix.calibration.reading import Reader, length
+from bnfix.calibration.remembering import alike, look_for_memory
 from bnfix.calibration.scouting import Scouted, mixed, scout
 from bnfix.calibration.session import Session
 from bnfix.calibration.streaming import rejoined
 from bnfix.errors import CalibrationError
 from bnfix.running import drawing, free_bytes, give_back, kept_random
-from bnfix.stats import SampleSums
 
-PLAIN_BATCHES = 1024
-"""Chunks (threads) at most where batches can't be joined."""
 READING = 256
 """Batches up to which they are kept as they are for nothing but that a forward looks at values."""
 READS = "the way through the model may depend on what is in a batch"
-SMALL = 32
-"""Batches from which on a batch's own statistics are good enough to normalise with."""
-ENDLESS = 1 << 17
-"""Samples after which data of unknown length is taken to have no end, if ``max_samples`` does not say where it is."""
-TOGETHER = 64
-"""Samples to which the batches of a stream are joined, where they can be."""
 SAID = 1.0
 """Seconds between two lines on how far the reading is."""
 TOL = 0.01
@@ -73,20 +74,6 @@ class Plan:
     stream: Iterable[Chunk] = ()
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What one rank knows; all of it is exchanged."""
-
-    samples: int = 0
-    held: int = 0
-    fits: bool = True
-    inseparable: str = ""
-    largest: int = 0
-    budget: int = 0
-    total: str = ""
-    crowded: bool = False
-
-
 def make_plan(session: Session) -> Plan:
     """Read as much of the data as the staged method can hold, and decide. All ranks decide alike.
 
@@ -96,15 +83,17 @@ def make_plan(session: Session) -> Plan:
     options, ranks = session.options, session.ranks
     reader = Reader(session.data, session.model, options.forward, options.mask, options.max_samples)
     scouted, held = _scouted(session, reader)
-    mine = _Found()
+    mine, foretold = Found(), None
     if scouted is not None and options.method in ("auto", "staged"):
-        held, mine = _read(session, reader, scouted, held)
+        budget, room = _room(session, scouted)
+        foretold = _foretold(session, reader, scouted, budget, room)
+        held, mine = _read(session, reader, scouted, held, budget, room)
     said = ranks.all_of((mine, scouted is not None, {n.key: n.why for n in session.norms if n.why}))
     if not any(has for _, has, _ in said):
         raise CalibrationError("the data holds no batch", hint="a generator that was used up gives nothing any more")
     for norm in session.norms:  # what one rank found out about a norm holds for all
         norm.why = norm.why or next((whys[norm.key] for _, _, whys in said if norm.key in whys), "")
-    return _decided(session, reader, scouted, held, [found for found, has, _ in said if has])
+    return _decided(session, reader, scouted, held, [found for found, has, _ in said if has], foretold)
 
 
 def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chunk]]:
@@ -123,18 +112,26 @@ def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chu
         ways = [(few, session.replicate), (few, lambda: session.model), (first, lambda: session.model)]
     for last, (chunk, make) in enumerate(ways, 1 - len(ways)):
         try:
+            ran = make()
             with drawing() as drawn:
-                found = scout(chunk, make, session.norms)
+                found = scout(chunk, partial(_itself, ran), session.norms)
         except CalibrationError:
             if not last:
                 raise
             continue
+        look_for_memory(session, chunk, ran)
+        if session.remembers:
+            found.inseparable = found.inseparable or "the forward depends on earlier calls"
         if drawn and _depends_on_chance(session, chunk):
             _say_that_it_draws(session, found)
         if chunk is not ways[0][0]:
             found.inseparable = found.inseparable or "the model does not take a part of a batch"
         return found, held
     raise AssertionError
+
+
+def _itself(ran: nn.Module) -> nn.Module:
+    return ran
 
 
 def _depends_on_chance(session: Session, chunk: Chunk) -> bool:
@@ -153,11 +150,7 @@ def _depends_on_chance(session: Session, chunk: Chunk) -> bool:
         return False
     finally:
         session.rewind()
-    return _same_sums(runs[0], runs[1]) and not _same_sums(runs[0], runs[2])
-
-
-def _same_sums(a: Mapping[Place, SampleSums], b: Mapping[Place, SampleSums]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[p].s, b[p].s) and torch.equal(a[p].q, b[p].q) for p in a)
+    return alike(runs[0], runs[1]) and not alike(runs[0], runs[2])
 
 
 def _say_that_it_draws(session: Session, scouted: Scouted) -> None:
@@ -169,7 +162,8 @@ def _say_that_it_draws(session: Session, scouted: Scouted) -> None:
     )
 
 
-def _read(session: Session, reader: Reader, scouted: Scouted, held: list[Chunk]) -> tuple[list[Chunk], _Found]:
+def _room(session: Session, scouted: Scouted) -> tuple[int, int | None]:
+    """The budget in bytes, and how many samples it holds; None: all."""
     options = session.options
     budget = options.memory_budget
     if budget is None:
@@ -178,6 +172,33 @@ def _read(session: Session, reader: Reader, scouted: Scouted, held: list[Chunk])
     room = max(1, int(budget / max(scouted.parked, 1.0))) if options.spill_dir is None else None
     if length(session.data) is None and options.max_samples is None and (room is None or room > ENDLESS):
         room = ENDLESS
+    return budget, room
+
+
+def _foretold(session: Session, reader: Reader, scouted: Scouted, budget: int, room: int | None) -> Decision | None:
+    """What is going to be done, said before all the data is read, which takes its time."""
+    found = expected(reader, session.data, session.options, budget, room)
+    if found is None:
+        most = "" if room is None else f", up to {room:,} ({gigabytes(budget)})"
+        session.say(f"reading as many samples as there are{most}")
+        return None
+    batches = -(-found.samples // reader.largest)
+    _keep_batches(scouted, batches)
+    crowded = bool(scouted.inseparable) and batches > PLAIN_BATCHES
+    fits = found.fits and not crowded
+    _keep_batches(scouted, batches, fits)
+    if not fits or session.coarse or batches > PLAIN_BATCHES:
+        _look_closer(session, scouted)
+    found = dataclasses.replace(found, fits=fits, crowded=crowded, inseparable=scouted.inseparable)
+    decision = decide(session.options, [found], found.held, session.ranks.world)
+    session.say(decision.line)
+    return decision
+
+
+def _read(
+    session: Session, reader: Reader, scouted: Scouted, held: list[Chunk], budget: int, room: int | None
+) -> tuple[list[Chunk], Found]:
+    options = session.options
     said = time.monotonic()
     while room is None or reader.samples <= room:
         if len(held) == PLAIN_BATCHES:
@@ -191,20 +212,30 @@ def _read(session: Session, reader: Reader, scouted: Scouted, held: list[Chunk])
         if time.monotonic() - said > SAID:
             said = time.monotonic()
             session.say(f"reading: {reader.samples:,} samples")
-    if scouted.reads and len(held) <= READING:
-        scouted.inseparable = scouted.inseparable or READS
+    _keep_batches(scouted, len(held))
     crowded = bool(scouted.inseparable) and len(held) > PLAIN_BATCHES
     fits = reader.ended and not crowded and (room is None or reader.samples <= room)
     session.reads = scouted.reads
-    if scouted.reads and not fits:  # no proof follows that could show whether they may be joined
-        scouted.inseparable = scouted.inseparable or READS
+    _keep_batches(scouted, len(held), fits)
     if not fits or session.coarse:
         _look_closer(session, scouted)
-    count = reader.samples if room is None else min(reader.samples, room)
-    found = _Found(
-        reader.samples, count, fits, scouted.inseparable, reader.largest, budget, _total(session, reader), crowded
+    return held, Found(
+        reader.samples,
+        reader.samples if room is None else min(reader.samples, room),
+        fits,
+        scouted.inseparable,
+        reader.largest,
+        budget,
+        total_of(reader, session.data, options),
+        crowded,
+        reader.cut,
     )
-    return held, found
+
+
+def _keep_batches(scouted: Scouted, batches: int, fits: bool = True) -> None:
+    """Where they do not fit no proof follows that could show whether they may be joined."""
+    if scouted.reads and (batches <= READING or not fits):
+        scouted.inseparable = scouted.inseparable or READS
 
 
 def _in_files(session: Session, chunk: Chunk, sources: Sequence[Chunk] = ()) -> Chunk:
@@ -221,61 +252,31 @@ def _in_files(session: Session, chunk: Chunk, sources: Sequence[Chunk] = ()) -> 
 
 def _look_closer(session: Session, scouted: Scouted) -> None:
     """Whether samples can be told apart, where no later proof will show it."""
-    if not scouted.inseparable:
+    if not scouted.inseparable and not scouted.parted:
         scouted.inseparable = mixed(scouted.chunk, session.replicate, session.norms)
-
-
-def _total(session: Session, reader: Reader) -> str:
-    batches = length(session.data)
-    if reader.ended:
-        return f"{reader.samples:,}"
-    if batches is None:
-        return "an unknown number of"
-    known = length(getattr(session.data, "dataset", None))
-    total = batches * reader.largest if known is None else known
-    about = "about " if known is None else ""
-    return f"{about}{min(total, session.options.max_samples or total):,}"
+        scouted.parted = not scouted.inseparable
 
 
 def _decided(
-    session: Session, reader: Reader, scouted: Scouted | None, held: list[Chunk], said: Sequence[_Found]
+    session: Session,
+    reader: Reader,
+    scouted: Scouted | None,
+    held: list[Chunk],
+    said: Sequence[Found],
+    foretold: Decision | None,
 ) -> Plan:
-    method = session.options.method
     fits = all(f.fits for f in said)
-    apart = next((f.inseparable for f in said if f.inseparable), "")
-    budget = _gigabytes(min(f.budget for f in said))
-    asked = "as asked for" if method != "auto" else ""
+    kept = held if fits else _that_fit(held, min(f.held for f in said))
+    decision = decide(session.options, said, sum(c.samples for c in kept), session.ranks.world)
+    if foretold is None or not foretold.came_true(decision, reader.largest):
+        session.say(decision.line)
     stream = itertools.chain(held, reader)
-    if method in ("population", "online"):
-        why = f"{asked}; one pass over the loader"
-        session.say(f"method {method}: {why}")
-        return Plan(method, why, reader, scouted, stream=stream)
-    if method == "staged" or fits:
-        held = held if fits else _that_fit(held, min(f.held for f in said))
-        count = sum(c.samples for c in held)
-        kept = f"; its batches are kept as they are ({apart})" if apart else ""
-        share = f"{count:,} of {said[0].total} samples"
-        if fits:  # with max_samples nobody looked whether there are more
-            share = f"the {count:,} samples asked for" if reader.cut else f"all {count:,} samples"
-            share = "1 sample" if count == 1 else share
-        share += " of this rank" * (session.ranks.world > 1)
-        room = "in files" if session.options.spill_dir is not None else f"in memory ({budget})"
-        fit = f"fits {room}" if count == 1 else f"fit {room} together"
-        why = f"{share} {fit}{kept}; one pass over the loader"
-        why = f"{asked}: {why}" if asked else why
-        session.say(f"method staged: {why}")
-        return Plan("staged", why, reader, scouted, chunks=_chunks(session, held, scouted, apart), batches=held)
-    largest = max(f.largest for f in said)
-    chosen = "population" if not apart or largest >= SMALL else "online"
-    short = f"{min(f.held for f in said):,} of {said[0].total} samples fit ({budget})"
-    if any(f.held == ENDLESS for f in said):
-        short = f"data of unknown length, and more than {ENDLESS:,} samples"
-    if any(f.crowded for f in said):
-        short = f"more than {PLAIN_BATCHES} batches that can't be joined ({apart})"
-    way = f"batches joined to {TOGETHER}" if not apart else f"batches of {largest} as they are ({apart})"
-    why = f"{short}: {way}; one pass over the loader; spill_dir=, max_samples= or memory_budget= make it exact"
-    session.say(f"method {chosen}: {why}")
-    return Plan(chosen, why, reader, scouted, stream=iter(stream) if apart else rejoined(stream, TOGETHER))
+    method, why, apart = decision.method, decision.why, decision.apart
+    if method == "staged":
+        return Plan(method, why, reader, scouted, chunks=_chunks(session, kept, scouted, apart), batches=kept)
+    if session.options.method == "auto" and not apart:
+        return Plan(method, why, reader, scouted, stream=rejoined(stream, TOGETHER))
+    return Plan(method, why, reader, scouted, stream=stream)
 
 
 def _that_fit(held: list[Chunk], room: int) -> list[Chunk]:
@@ -302,7 +303,3 @@ def _chunks(session: Session, held: list[Chunk], scouted: Scouted | None, apart:
     most = min(TARGET, int(largest / max(scouted.largest, 1.0)), int(room / 4 / max(scouted.forward, 1.0)))
     keep = partial(_in_files, session)
     return centred(pieces(held, max(most, LEAST, -(-total // MOST)), keep), PROBED)
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from bnfix.calibration.chunks import Chunk, first_samples, splittable
+from bnfix.calibration.values import hollow
 from bnfix.errors import BnfixError, CalibrationError, PassError, one_line
 from bnfix.running import Call, bind, check_finite, count, feeding, size
 from bnfix.running.call import Forward, describe
@@ -81,6 +82,13 @@ class Reader:
         self.largest = max(self.largest, chunk.samples)
         return chunk
 
+    def samples_of(self, batch: Any) -> int:
+        """How many samples a batch holds that is not its turn yet; as many as the largest where that can't be told."""
+        try:
+            return count(bind(batch, self._model, self._forward).call)
+        except (BnfixError, NotImplementedError):  # will be met when its turn comes
+            return self.largest
+
     def _where(self) -> str:
         return f"after batch {self.batches - 1}" if self.batches else "at its first batch"
 
@@ -90,6 +98,11 @@ class Reader:
             bound = bind(batch, self._model, self._forward)
         except PassError as error:
             raise CalibrationError(f"batch {number}: {error.message}", hint=error.hint) from error
+        except NotImplementedError as error:  # a meta tensor
+            raise CalibrationError(f"batch {number} can't be brought to the model: {one_line(error)}") from error
+        told = next(filter(None, map(hollow, bound.call.tensors())), "")
+        if told:
+            raise CalibrationError(f"batch {number} holds a tensor that {told}: it has no values")
         if not self.used:
             self.used = bound.used
             self.advice = "" if self._forward is not None else feeding(batch, bound.call)

@@ -25,8 +25,9 @@ from bnfix.calibration.session import Options, Say, Session
 from bnfix.calibration.staged import MemoryFullError, out_of_memory
 from bnfix.calibration.streaming import stream
 from bnfix.calibration.transaction import Handle, commit
+from bnfix.calibration.values import check_values, check_writable
 from bnfix.errors import CalibrationError
-from bnfix.graph import no_footprints, replicator
+from bnfix.graph import Outside, no_footprints, replicator
 from bnfix.running import preserved, replayable, young_garbage_only
 from bnfix.types import Recalibration, Residual
 
@@ -47,18 +48,21 @@ def recalibrate(
 ) -> Recalibration:
     """The work of :func:`bnfix.recalibrate`; ``model`` is unwrapped, the options are checked."""
     began = time.process_time()
+    check_values(model)
     _refuse_sharded(model)
     norms = find_norms(model, select, include_frozen)
     _refuse_nothing(norms)
+    check_writable(norms)
     ranks.alike(_asked(options, norms))
     device = next((n.mean.device for n in norms.known.values()), None) or _device(model)
-    with young_garbage_only(), preserved(model), no_footprints(model, options.forward), torch.no_grad():
+    with young_garbage_only(), preserved(model), no_footprints(model, options.forward) as owners, torch.no_grad():
+        outside = Outside(owners, options.forward)
         for module in model.modules():
             module.training = False
             if getattr(module, "_compiled_call_impl", None) is not None:  # model.compile(): what it compiled is intact
                 module._compiled_call_impl = None
         replicate = replicator(model)
-        session = Session(model, norms, data, options, ranks, say, replicate, device, notes=list(notes))
+        session = Session(model, norms, data, options, ranks, say, replicate, device, outside, notes=list(notes))
         shared = replicate.shared
         if shared:
             session.notes.append(f"shared by all chunks, since it can't be copied: {', '.join(shared[:3])}")
@@ -73,6 +77,8 @@ def recalibrate(
             elif error.hint is None and "the forward failed" in error.message:
                 error.hint = session.advice or None
             raise
+        finally:
+            session.rewind()
     # Only now, with the model back in its own modes: the one step that changes it.
     handle = Handle()
     if report.changed:
@@ -99,6 +105,7 @@ class _Work:
         session, options = self.session, self.options
         with self._timed("reading"):
             plan = make_plan(session)
+        check_writable(session.norms)  # functional ones are known by now
         with self._timed("estimating"):
             plan, outcome = self._estimated(plan)
         chunks, reader, scouted = plan.chunks, plan.reader, plan.scouted
@@ -199,6 +206,7 @@ class _Work:
         session = self.session
         session.say("certifying: plain forwards over the same tensors")
         norms = session.norms
+        session.rewind()
         with session.using(stats):
             found = merged(measure(session.model, chunks, norms), norms, self.ranks)
             in_use = {n.key: (n.mean.detach().clone(), n.var.detach().clone()) for n in norms if n.key in outcome.stats}
@@ -215,6 +223,7 @@ class _Work:
             return None  # the loader gives the same tensors again
         session.say("certifying: a new draw of the data")
         start = [first] if first is not None else []
+        session.rewind()
         with session.using(outcome.stats):
             here = measure(session.model, itertools.chain(start, reader), session.norms)
             found = merged(here, session.norms, self.ranks)
@@ -317,7 +326,7 @@ def _refuse_sharded(model: nn.Module) -> None:
     whole = ("FullyShardedDataParallel", "FSDPModule")
     path = next((n for n, m in model.named_modules() if any(k.__name__ in whole for k in type(m).__mro__)), None)
     if path is None:
-        path = next((n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
+        path = next((n for n, p in model.named_parameters() if type(p).__name__ == "DTensor"), None)
     if path is not None:
         raise CalibrationError(
             f"{path or 'the model'} is sharded over the ranks: its forward takes all of them in step",

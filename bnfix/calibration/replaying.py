@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bnfix.calibration.ambient import Turn
-from bnfix.calibration.chunks import PROBED, Chunk, amid, kind_of, part, splittable
+from bnfix.calibration.chunks import PROBED, Chunk, amid, joined, kind_of, part, splittable
 from bnfix.calibration.ledger import Place
 from bnfix.calibration.listening import Stats
 from bnfix.calibration.plain import listen
@@ -87,9 +87,14 @@ class Witness:
             why = "the forward keeps values where chunks that run in turns overwrite them, or reads running statistics"
             return LEAKS, f"{why} ({far})"
         if cut and self.chunk.samples > 1 and splittable(self.chunk) and not session.coarse:
-            why = "samples are mixed within a batch" if math.isfinite(near) else ""
             with session.using(stats):
-                why = why or mixed(few, session.replicate, session.norms)
+                if math.isfinite(near):
+                    why = self._minds(session, few, start, sites, turn) or (
+                        f"samples alone and among others differ by {near:.2g} σ (rounding that the network makes "
+                        "large, or code that counts them)"
+                    )
+                else:
+                    why = mixed(few, session.replicate, session.norms)
             if why:
                 return MIXED, why
         return CLEAN, ""
@@ -117,6 +122,23 @@ class Witness:
                 return math.inf
             worst = max(worst, _distance(apart, together, sites[place]))
         return worst
+
+    def _minds(self, session: Session, few: Chunk, start: int, sites: Mapping[Place, Moments], turn: Turn) -> str:
+        """That samples are mixed, where ``few`` at its place in the chunk sees something else among others; or nothing.
+
+        As many others: whatever depends on the number of samples alone, rounding above all, stays as it was.
+        """
+        behind = self.chunk.samples - start - few.samples
+        others = joined([*_copies(few, start), few, *_copies(few, behind)])
+        turn.put(session.device)
+        try:
+            seen = {} if others is None else listen(session.model, others, session.norms)[0]
+        except CalibrationError:
+            seen = {}
+        self.samples += self.chunk.samples
+        here = slice(start, start + few.samples)
+        far = _exact(_rows(seen, here), _rows(self.sums, here), sites)
+        return "" if far <= APART else "samples are mixed within a batch"
 
     def _replay(self, session: Session, chunk: Chunk, stats: dict[int, Stats], turn: Turn) -> dict[Place, SampleSums]:
         turn.put(session.device)
@@ -160,15 +182,23 @@ def _near(
     """The distance of samples alone and among others, in deviations of the site; inf where rows don't match."""
     if alone.keys() != among.keys():
         return float("inf")
-    worst = 0.0
-    for place, a in alone.items():
-        b = among[place]
-        if a.s.shape[0] != count or b.s.shape[0] < start + count:
-            return float("inf")
-        here = slice(start, start + count)
-        rows = SampleSums(b.s[here], b.q[here], b.n if isinstance(b.n, int) else b.n[here])
-        worst = max(worst, _distance(a, rows, sites[place]))
-    return worst
+    if any(len(a.s) != count or len(among[place].s) < start + count for place, a in alone.items()):
+        return float("inf")
+    return _exact(alone, _rows(among, slice(start, start + count)), sites)
+
+
+def _rows(sums: Mapping[Place, SampleSums], here: slice) -> dict[Place, SampleSums]:
+    """What some of the samples contribute."""
+    return {
+        place: SampleSums(of.s[here], of.q[here], of.n if isinstance(of.n, int) else of.n[here])
+        for place, of in sums.items()
+    }
+
+
+def _copies(chunk: Chunk, count: int) -> list[Chunk]:
+    """``count`` samples: those of ``chunk`` over and over."""
+    whole, rest = divmod(count, chunk.samples)
+    return [chunk] * whole + ([part(chunk, 0, rest)] if rest else [])
 
 
 class _Total(SampleSums):
@@ -179,8 +209,9 @@ class _Total(SampleSums):
 
 def _total(several: Sequence[SampleSums]) -> _Total:
     n = [torch.full((len(x.s),), x.n, device=x.s.device) if isinstance(x.n, int) else x.n for x in several]
-    s, q = torch.cat([x.s for x in several]), torch.cat([x.q for x in several])
-    return _Total(*(t.double().sum(0, keepdim=True) for t in (s, q, torch.cat(n))))
+    parts = (torch.cat([x.s for x in several]), torch.cat([x.q for x in several]), torch.cat(n))
+    s, q, count = (t.double().sum(0, keepdim=True) for t in parts)
+    return _Total(s, q, count)
 
 
 def _exact(

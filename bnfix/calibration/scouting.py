@@ -25,6 +25,8 @@ from bnfix.stats import SampleSums, sample_sums
 SEPARABLE = {torch.float64: 1e-4, torch.float32: 1e-3}
 """By how much samples may differ alone and together, of the root of the mean square: kernels differ by some 1e-6 with
 the batch size (in half precision by its own rounding), layers that mix a batch by 1e-1."""
+SEEN, APART = 8, 1e-2
+"""Channels that are looked at to tell rows apart, and the part of the largest value from which on they are."""
 
 
 @dataclass
@@ -33,10 +35,10 @@ class Scouted:
 
     ``parked``, ``forward`` and ``largest`` are bytes a sample: alive at the worst norm, at a forward's peak, and of the
     largest input of a norm. ``tail`` is the share of the time that comes after the last norm. ``inseparable`` says
-    why samples can't be put together and cut apart at will; empty if they can. ``reads`` says that the way through the
-    model may depend on values, ``ways`` are those on which norms were reached (None: a forward can't be left at each of
-    them in a thread that others use), ``reached`` says how often each norm module was called; ``outputs`` are those of
-    ``chunk``.
+    why samples can't be put together and cut apart at will; empty if they can, ``parted`` that this was tried.
+    ``reads`` says that the way through the model may depend on values, ``ways`` are those on which norms were reached
+    (None: a forward can't be left at each of them in a thread that others use), ``reached`` says how often each norm
+    module was called; ``outputs`` are those of ``chunk``.
     """
 
     chunk: Chunk
@@ -46,6 +48,7 @@ class Scouted:
     largest: float = 0.0
     tail: float = 0.0
     inseparable: str = ""
+    parted: bool = False
     mixing: bool = False
     reads: bool = False
     ways: frozenset[Way] | None = None
@@ -57,6 +60,7 @@ class Scouted:
 class _Trip:
     route: tuple[Place, ...]
     sums: dict[Place, SampleSums]
+    rows: dict[Place, Tensor]
     outputs: Any
     seconds: float
     last: float
@@ -81,6 +85,8 @@ def scout(chunk: Chunk, replicate: Callable[[], nn.Module], norms: Norms) -> Sco
         found.inseparable = _whole(chunk)
     elif trip.mixing:
         found.inseparable = "a norm uses the batch's own statistics in evaluation mode"
+    if trip.rows and splittable(chunk) and chunk.samples > 1:
+        norms.repeats = _repeats(chunk, trip, replicate, norms)
     for norm in norms:
         if 0 < trip.heard.get(norm.key, 0) < found.reached[id(norm.mean)] and not norm.why:
             norm.why = "is also called where bnfix can't see it (a thread of the model's own, torch functions disabled)"
@@ -107,6 +113,33 @@ def mixed(chunk: Chunk, replicate: Callable[[], nn.Module], norms: Norms) -> str
     return _difference(_trip(chunk, replicate(), norms, Counter()), parts, norms)
 
 
+def _repeats(chunk: Chunk, trip: _Trip, replicate: Callable[[], nn.Module], norms: Norms) -> dict[Place, int]:
+    """Where all samples come several times one after the other, and how often: its first sample alone shows which rows
+    are its own.
+
+    Rows of one sample are mostly neighbours, ``(N, T, C)`` as ``(N·T, C)``. ``torch.cat((a, b))`` inside a forward puts
+    N others between them.
+    """
+    try:
+        alone = _trip(halves(chunk, 1)[0], replicate(), norms, Counter()).rows
+    except CalibrationError:  # it takes no single sample
+        return {}
+    found = {}
+    for place, rows in trip.rows.items():
+        own = alone.get(place)
+        if own is None or len(own) * chunk.samples != len(rows):
+            continue
+        away = {
+            n: (rows.view(n, chunk.samples, len(own) // n, -1)[:, 0].flatten(0, 1) - own).abs().max().item()
+            for n in range(1, len(own) + 1)
+            if len(own) % n == 0
+        }
+        best = min(away, key=away.__getitem__)
+        if away[1] > APART * rows.abs().max().item() and away[best] < away[1] / 10:
+            found[place] = best
+    return found
+
+
 def _whole(chunk: Chunk) -> str:
     if chunk.call.forward is not None:
         return "forward= takes a batch as it is"
@@ -117,6 +150,7 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
     """One forward: with what it takes, where ``measured``; else with the sums of each norm's input."""
     route: list[Place] = []
     sums: dict[Place, SampleSums] = {}
+    rows: dict[Place, Tensor] = {}
     calls: dict[int, int] = defaultdict(int)
     parked, largest, last = 0, 0, 0.0
     held = Footprint(t for t in (*replica.parameters(), *replica.buffers())) if measured else None
@@ -132,8 +166,10 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
         largest = max(largest, seen.x.numel() * seen.x.element_size())
         route.append(place)
         mask = mask_at(chunk, seen.x, seen.norm.path)
+        if len(seen.x) > chunk.samples and len(seen.x) % chunk.samples == 0:
+            rows[place] = sample_sums(seen.x[:, :SEEN], None, mask).s.cpu()
         if not measured:  # figures are wanted then, not what the norm sees
-            sums[place] = sample_sums(seen.x, chunk.samples, mask)
+            sums[place] = norms.sums(place, seen.x, chunk.samples, mask)
         last = time.perf_counter()
 
     def note(module: nn.Module, _args: Any) -> None:
@@ -161,6 +197,7 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
     return _Trip(
         tuple(route),
         sums,
+        rows,
         outputs,
         end - start,
         last - start,

@@ -19,7 +19,7 @@ from bnfix.calibration.ranks import Ranks
 from bnfix.calibration.reading import Mask
 from bnfix.calibration.spill import Spiller
 from bnfix.calibration.transaction import put
-from bnfix.graph import Replicator
+from bnfix.graph import Outside, Replicator
 from bnfix.running.call import Forward
 
 Say = Callable[[str], None]
@@ -62,12 +62,15 @@ class Session:
     say: Say
     replicate: Replicator
     device: torch.device
+    outside: Outside
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     advice: str = ""
 
     draws: bool = False
     """Whether a forward draws random numbers."""
+    remembers: str = ""
+    """What a forward changes that matters to the next one; empty if nothing does."""
 
     reads: bool = False
     """Whether the way through the model may depend on what is in a batch."""
@@ -77,12 +80,34 @@ class Session:
         statistics = {id(t) for n in self.norms for t in (n.mean, n.var, n.tracked)}
         others = [b for b in self.model.buffers() if id(b) not in statistics and not (b.is_meta or is_lazy(b))]
         self._others = [(b, b.detach().clone()) for b in others]
+        self._numbers = [(m, numbers(m)) for m in self.model.modules()]
+
+    def changed(self, ran: nn.Module) -> list[str]:
+        """What the first run changed, on the model or a replica, that the next may look at: outside, in it, buffers."""
+        found = self.outside.settle()
+        for (_, before), module in zip(self._numbers, ran.modules(), strict=False):
+            now = numbers(module)
+            found += [
+                f"{type(module).__name__}.{name}" for name in now if name not in before or before[name] != now[name]
+            ]
+        if any(not torch.equal(buffer, value) for buffer, value in self._others):
+            found.append("buffers")
+        return found
 
     def rewind(self) -> None:
-        """Give buffers that are no statistics (a counter, a moving average) the values that they came with."""
+        """Give buffers that are no statistics (a counter, a moving average) the values that they came with.
+
+        Where a forward ``remembers``, what it counts in as well.
+        """
         for buffer, value in self._others:
             if not torch.equal(buffer, value):
                 put(buffer, value)
+        if self.remembers:
+            for module, before in self._numbers:
+                for name in numbers(module).keys() - before.keys():
+                    del module.__dict__[name]
+                module.__dict__.update(before)
+            self.outside.rewind()
 
     @cached_property
     def spiller(self) -> Spiller | None:
@@ -108,3 +133,8 @@ class Session:
             for (norm, _), (mean, var) in zip(written, kept, strict=True):
                 put(norm.mean, mean)
                 put(norm.var, var)
+
+
+def numbers(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that count or tell first from later calls."""
+    return {name: value for name, value in vars(module).items() if type(value) in (int, float, bool)}

@@ -159,8 +159,9 @@ class Run:
         self._attempt(lambda: self._advance(here, stats))
 
     def _advance(self, strands: Sequence[Strand], stats: object = None, *, first: bool = False) -> None:
-        # The chunk that parked last goes on first: what it left is still in the cache.
-        turns = strands if self.stop or self._served % 2 == 0 else strands[::-1]
+        # The chunk that parked last goes on first: what it left is still in the cache. Plain forwards keep their order.
+        onward = self.stop or self._served % 2 == 0 or any(s.alone for s in strands)
+        turns = strands if onward else strands[::-1]
         for number, strand in enumerate(turns):
             if number and self.stop and not first and self._last(strands[0]):
                 strand.leave()

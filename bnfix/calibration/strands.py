@@ -21,7 +21,7 @@ from bnfix.calibration.norms import Norms, norms_device
 from bnfix.calibration.spill import SpilledStrand
 from bnfix.errors import CalibrationError
 from bnfix.running import give_back
-from bnfix.stats import Moments, SampleSums, pool, sample_sums
+from bnfix.stats import Moments, SampleSums, pool
 
 Using = Callable[[Mapping[int, Stats]], AbstractContextManager[None]]
 Place = tuple[int, int]
@@ -69,7 +69,7 @@ class Strand:
         place = (key, calls[key])
         calls[key] += 1
         self.mask = mask_at(self.chunk, seen.x, seen.norm.path)
-        self.sums = sample_sums(seen.x, self.chunk.samples, self.mask)
+        self.sums = self.norms.sums(place, seen.x, self.chunk.samples, self.mask)
         self.x = seen.x
         return place
 
@@ -185,12 +185,21 @@ class RerunStrand(Strand):
     """A forward of the plain model that is run again for each norm: nothing is parked.
 
     It runs to its end each time, since a forward that is cut short may leave locks taken and notes written. What the
-    norms before were given stands in the buffers meanwhile, for code that reads them there.
+    norms before were given stands in the buffers meanwhile, for code that reads them there. ``rewind``, of the first
+    chunk, is called each time it begins: all chunks then make one pass, as a user would.
     """
 
-    def __init__(self, chunk: Chunk, model: nn.Module, norms: Norms, turn: Turn, using: Using) -> None:
+    def __init__(
+        self,
+        chunk: Chunk,
+        model: nn.Module,
+        norms: Norms,
+        turn: Turn,
+        using: Using,
+        rewind: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__(chunk, norms)
-        self._model, self._turn, self._using = model, turn, using
+        self._model, self._turn, self._using, self._rewind = model, turn, using, rewind
         self._given: list[Stats | None] = []
         self._device = norms_device(norms)
         self.forwards = 0
@@ -215,6 +224,8 @@ class RerunStrand(Strand):
                 self.place = self._arrive(seen, calls)
             return None
 
+        if self._rewind is not None:
+            self._rewind()
         mine = Turn.now(self._device)
         self._turn.put_all(self._device)
         known = {key: given for (key, _), given in zip(self.route, self._given, strict=True) if given is not None}

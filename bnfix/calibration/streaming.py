@@ -20,7 +20,7 @@ from bnfix.calibration.plain import by_norm, merged
 from bnfix.calibration.session import Session
 from bnfix.calibration.staged import MemoryFullError, forward_of, memory
 from bnfix.errors import CalibrationError
-from bnfix.stats import Moments, pool, round_once, sample_sums
+from bnfix.stats import Moments, pool, round_once
 
 LOOK = 16
 """Batches between two looks at the standard error."""
@@ -44,6 +44,7 @@ def stream(session: Session, chunks: Iterable[Chunk], method: str) -> Outcome:
 
 
 def _through(session: Session, chunks: Iterable[Chunk], method: str, sites: dict[Place, Moments]) -> None:
+    session.rewind()
     replica = session.replicate()
     pooled: dict[int, Moments] = {}
     for number, chunk in enumerate(chunks):
@@ -55,7 +56,7 @@ def _through(session: Session, chunks: Iterable[Chunk], method: str, sites: dict
             place = (norm.key, calls[norm.key])
             calls[norm.key] += 1
             mask = mask_at(chunk, seen.x, norm.path)
-            mine = pool([sample_sums(seen.x, chunk.samples, mask)], [seen.x], [mask])
+            mine = pool([session.norms.sums(place, seen.x, chunk.samples, mask)], [seen.x], [mask])
             if not bool(torch.isfinite(mine.m2.sum() + mine.mean.sum())):
                 raise CalibrationError(f"{norm.path}: its input holds NaN or Inf")
             sites[place] = sites[place].merge(mine) if place in sites else mine

@@ -79,7 +79,7 @@ CertifyOption = Annotated[
     Certify,
     typer.Option(
         "--certify",
-        help="replay: a part of one chunk is run again by itself and compared. full: the residual is measured as well, "
+        help="replay: two samples of a chunk are run again alone and compared. full: the residual is measured too, "
         "which takes about two passes more. none: no replay where all samples are one batch.",
         rich_help_panel=_HOW,
     ),

@@ -150,15 +150,31 @@ def _opener(
     return lambda: opened()[0], notes
 
 
+def check_mendable(path: str) -> None:
+    """Whether ``--fix`` can do anything with such a file at all: said before a name for what it writes is asked for.
+
+    Raises:
+        UsageError: it is an ONNX file.
+    """
+    from bnfix import api
+
+    if os.path.isfile(path) and api.info(path).kind == "onnx":
+        raise _not_mended(path)
+
+
+def _not_mended(path: str) -> UsageError:
+    return UsageError(
+        f"{path} is an ONNX file: what is wrong in it is mended in the model that it was exported from",
+        hint="mend that, and export it again:   bnfix export fixed.pt --arch timm:resnet50 -o model.onnx",
+    )
+
+
 def _onnx(asked: Asked, given: Evidence, steps: Steps, *, whole: bool) -> Subject:
     """An ONNX file; with ``--against`` the model that it was exported from, and what both are run on."""
     from bnfix import api
 
     if whole:
-        raise UsageError(
-            f"{asked.model} is an ONNX file: what is wrong in it is mended in the model that it was exported from",
-            hint="mend that, and export it again:   bnfix export fixed.pt --arch timm:resnet50 -o model.onnx",
-        )
+        raise _not_mended(asked.model)
     if given.against is None:
         if asked.arch or asked.input or asked.data:
             raise UsageError(

@@ -32,7 +32,7 @@ from bnfix.calibration.session import Session
 from bnfix.errors import CalibrationError, one_line
 from bnfix.evidence.drifting import gauge
 from bnfix.evidence.loading import Sample, Say, read
-from bnfix.graph import find_owners, no_footprints, replicator
+from bnfix.graph import Outside, find_owners, no_footprints, replicator
 from bnfix.running import accepts, preserved, young_garbage_only
 from bnfix.running.call import Forward
 from bnfix.stats import Moments, pool, sample_sums
@@ -101,14 +101,14 @@ def measured(
         TraceError: a part of the model can't be observed.
     """
     norms, others = find_norms(model), find_norms(model)  # modes count: before all is in evaluation mode
-    with _quiet(model, forward):
-        session = _session(model, norms, sample, progress)
+    with _quiet(model, forward) as outside:
+        session = _session(model, norms, sample, progress, outside)
         gauged = gauge(session, sample.chunks, in_turn=sample.stands_for_all)
         with session.using(gauged.stats):
             sites = _sites(session, sample.chunks)
         there = None
         if deployed is not None:
-            other = _session(model, others, deployed, progress)
+            other = _session(model, others, deployed, progress, outside)
             there = gauge(other, deployed.chunks, in_turn=deployed.stands_for_all).drift
     drift = _doubted(gauged.drift, sample)
     return DataEvidence(
@@ -136,17 +136,17 @@ def _doubted(drift: Drift, sample: Sample) -> Drift:
 
 
 @contextmanager
-def _quiet(model: nn.Module, forward: Forward | None) -> Iterator[None]:
-    """Inside, everything is in evaluation mode; afterwards nothing is left of it."""
-    with young_garbage_only(), preserved(model), no_footprints(model, forward), torch.no_grad():
+def _quiet(model: nn.Module, forward: Forward | None) -> Iterator[Outside]:
+    """Inside, everything is in evaluation mode; afterwards nothing is left of it. Gives what lies outside of it."""
+    with young_garbage_only(), preserved(model), no_footprints(model, forward) as owners, torch.no_grad():
         for module in model.modules():
             module.training = False
             if getattr(module, "_compiled_call_impl", None) is not None:  # what model.compile() compiled is intact
                 module._compiled_call_impl = None
-        yield
+        yield Outside(owners, forward)
 
 
-def _session(model: nn.Module, norms: Norms, sample: Sample, say: Say) -> Session:
+def _session(model: nn.Module, norms: Norms, sample: Sample, say: Say, outside: Outside) -> Session:
     """A session of calibration over what was read. Never with other processes: each checks by itself."""
     masks = {id(c.call): c.mask for c in sample.chunks}
     options = Options(
@@ -157,7 +157,7 @@ def _session(model: nn.Module, norms: Norms, sample: Sample, say: Say) -> Sessio
     )
     device = next((n.mean.device for n in norms.known.values()), next((p.device for p in model.parameters()), _CPU))
     calls = [c.call for c in sample.chunks]
-    return Session(model, norms, calls, options, ranks_of(False), say, replicator(model), device)
+    return Session(model, norms, calls, options, ranks_of(False), say, replicator(model), device, outside)
 
 
 _CPU = torch.device("cpu")

@@ -16,6 +16,7 @@ from bnfix.graph.norm_layers import (
     stand_in,
     type_of,
 )
+from bnfix.graph.outside import Outside
 from bnfix.graph.owners import Slot, find_owners
 from bnfix.graph.per_call import FunctionalNorm, NormPerCall
 from bnfix.graph.recipe import replay
@@ -36,6 +37,7 @@ __all__ = [
     "FrozenBatchNorm",
     "FunctionalNorm",
     "NormPerCall",
+    "Outside",
     "Replicator",
     "Slot",
     "Surgeon",

@@ -18,8 +18,8 @@ from torch import nn
 
 from bnfix.graph.owners import Owners, closure_values, find_owners
 
-_CONTAINERS = (list, dict, set, collections.defaultdict, collections.OrderedDict, collections.deque)
-_LIBRARIES = ("torch", "builtins", "numpy", "collections", "functools", "typing", "abc")
+CONTAINERS = (list, dict, set, collections.defaultdict, collections.OrderedDict, collections.deque)
+LIBRARIES = ("torch", "builtins", "numpy", "collections", "functools", "typing", "abc")
 _SIMPLE = (
     str,
     bytes,
@@ -39,12 +39,13 @@ _DEPTH = 3  # functions named by functions named by the model's own
 
 
 @contextlib.contextmanager
-def no_footprints(model: nn.Module, *functions: Callable[..., Any] | None) -> Iterator[None]:
+def no_footprints(model: nn.Module, *functions: Callable[..., Any] | None) -> Iterator[Owners]:
     """Run ``model``, copies of it and ``functions`` inside; the containers that their code can reach stay as they were.
 
     What the model itself holds is looked through: lists, dicts and sets, the attributes of plain objects, tensors that
     are no parameters or buffers, random generators. Of what its code holds (closures, defaults, globals, classes), the
-    containers, and the containers in them one level down, get their entries back in place.
+    containers, and the containers in them one level down, get their entries back in place. Gives what it found out: who
+    holds what.
     """
     owners = find_owners(model)
     own, tensors, generators = _holdings(owners)
@@ -53,7 +54,7 @@ def no_footprints(model: nn.Module, *functions: Callable[..., Any] | None) -> It
     values = [(tensor, tensor.detach().clone()) for tensor in tensors]
     states = [(generator, generator.get_state()) for generator in generators]
     try:
-        yield
+        yield owners
     finally:
         for generator, state in states:
             generator.set_state(state)
@@ -62,8 +63,8 @@ def no_footprints(model: nn.Module, *functions: Callable[..., Any] | None) -> It
                 with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                     tensor.copy_(value)
         for container, entries in kept:
-            if not _same(container, entries):
-                _restore(container, entries)
+            if not same(container, entries):
+                restore(container, entries)
 
 
 def _holdings(owners: Owners) -> tuple[list[Any], list[torch.Tensor], list[torch.Generator]]:
@@ -71,7 +72,7 @@ def _holdings(owners: Owners) -> tuple[list[Any], list[torch.Tensor], list[torch
 
     Of objects, those of the packages that the modules are of: not a trainer, and all that it leads to.
     """
-    packages = {_package(m) for m in owners.modules.values()}.difference(_LIBRARIES)
+    packages = {_package(m) for m in owners.modules.values()}.difference(LIBRARIES)
     containers: list[Any] = []
     generators: list[torch.Generator] = []
     registered = {
@@ -90,7 +91,7 @@ def _holdings(owners: Owners) -> tuple[list[Any], list[torch.Tensor], list[torch
             generators.append(value)
         elif isinstance(value, tuple):
             pending += value
-        elif type(value) in _CONTAINERS:
+        elif type(value) in CONTAINERS:
             containers.append(value)
             if len(value) <= _LARGE:
                 pending += value.values() if isinstance(value, dict) else value
@@ -110,7 +111,7 @@ def _reachable(owners: Owners, functions: tuple[Callable[..., Any] | None, ...])
     seen: set[int] = set()
     pending: list[tuple[Any, int]] = [(f, 0) for f in (*(f for _, f in owners.functions), *functions)]
     for cls in {c for m in owners.modules.values() for c in type(m).__mro__}:
-        if cls.__module__.partition(".")[0] not in _LIBRARIES:
+        if cls.__module__.partition(".")[0] not in LIBRARIES:
             pending += [(value, 0) for value in vars(cls).values()]
     while pending:
         value, depth = pending.pop()
@@ -120,17 +121,18 @@ def _reachable(owners: Owners, functions: tuple[Callable[..., Any] | None, ...])
             continue
         seen.add(id(value))
         if isinstance(value, types.FunctionType):
-            if depth < _DEPTH and (value.__module__ or "").partition(".")[0] not in _LIBRARIES:
+            if depth < _DEPTH and (value.__module__ or "").partition(".")[0] not in LIBRARIES:
                 pending += [(inner, depth + 1) for _, inner in closure_values(value)]
-        elif type(value) in _CONTAINERS:
+        elif type(value) in CONTAINERS:
             found[id(value)] = value
             if len(value) < 1000:
                 inner_values = list(value.values()) if isinstance(value, dict) else list(value)
-                found.update({id(v): v for v in inner_values if type(v) in _CONTAINERS})
+                found.update({id(v): v for v in inner_values if type(v) in CONTAINERS})
     return list(found.values())
 
 
-def _same(container: Any, entries: Any) -> bool:
+def same(container: Any, entries: Any) -> bool:
+    """Whether a container holds the objects that are in ``entries``."""
     if len(container) != len(entries):
         return False
     if isinstance(container, dict):
@@ -140,7 +142,8 @@ def _same(container: Any, entries: Any) -> bool:
     return all(a is b for a, b in zip(container, entries, strict=True))
 
 
-def _restore(container: Any, entries: Any) -> None:
+def restore(container: Any, entries: Any) -> None:
+    """Make ``entries`` what a container holds, in place."""
     container.clear()
     if isinstance(container, (list, collections.deque)):
         container.extend(entries)

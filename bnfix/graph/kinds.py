@@ -17,12 +17,14 @@ import sys
 import threading
 import types
 import weakref
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+T = TypeVar("T")
 Kind = Literal[
     "atom", "shared", "module", "object", "dict", "list", "set", "deque", "namespace", "tuple", "frozenset", "function",
     "cell", "method", "builtin", "partial", "cached", "compiled", "view", "ref", "proxy", "id", "lock", "flat",
@@ -82,15 +84,22 @@ _STATELESS = frozenset({
 })  # fmt: skip
 
 
-class Kinds(dict[type, Kind]):
-    """The kind of the instances of a class, found when it is first asked for."""
+class ByClass(dict[type, T]):
+    """What holds for all instances of a class, found when it is first asked for.
 
-    def __missing__(self, cls: type) -> Kind:
-        kind = self[cls] = _kind_of(cls)
-        return kind
+    One a plan, none for good: a class may hold on to a model.
+    """
+
+    def __init__(self, find: Callable[[type], T]) -> None:
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, cls: type) -> T:
+        found = self[cls] = self._find(cls)
+        return found
 
 
-def _kind_of(cls: type) -> Kind:
+def kind_of(cls: type) -> Kind:
     if issubclass(cls, nn.Module):
         return "module"
     if issubclass(cls, _ATOMS) or cls is object:
@@ -127,10 +136,10 @@ def slots_of(cls: type) -> tuple[Any, ...]:
     )
 
 
-def filled_slots(value: Any) -> list[tuple[Any, Any]]:
-    """Slots of ``value`` that are set, and what is in them."""
+def filled_slots(value: Any, slots: tuple[Any, ...]) -> list[tuple[Any, Any]]:
+    """Those of ``slots``, all of its class, that are set in ``value``, and what is in them."""
     found = []
-    for slot in slots_of(type(value)):
+    for slot in slots:
         with contextlib.suppress(AttributeError):
             found.append((slot, slot.__get__(value)))
     return found
@@ -160,7 +169,7 @@ def is_global(function: types.FunctionType) -> bool:
 def is_sentinel(value: Any) -> bool:
     """Whether this is a mark like ``MISSING = _Missing()``: nothing in it, and known by its identity."""
     module = sys.modules.get(type(value).__module__)
-    if module is None or state_of(value) or filled_slots(value):
+    if module is None or state_of(value) or filled_slots(value, slots_of(type(value))):
         return False
     return any(v is value for v in vars(module).values())
 

@@ -20,20 +20,23 @@ from torch.utils.hooks import RemovableHandle
 from bnfix.errors import TraceError
 from bnfix.graph.kinds import (
     IMMUTABLE,
+    ByClass,
     Kind,
-    Kinds,
     base_of,
     filled_slots,
     is_frozen,
     is_global,
     is_sentinel,
+    kind_of,
     made_in_python,
+    slots_of,
     state_of,
 )
 
 _LARGE = 1000
 _LARGE_ARRAY = 1 << 20
 _WITH_STATE = frozenset({"module", "object", "dict", "list", "set", "deque", "namespace", "tuple"})
+_BARE = frozenset({dict, list, set, tuple, deque})  # no __dict__, no slots
 _COMPILED = (
     "is compiled by torch.compile: its run cannot be observed",
     "pass the model as it was before that was compiled",
@@ -69,7 +72,9 @@ class Plan:
         self.nodes: list[Node] = []
         self.order: list[int] = []  # the immutable ones that a replica needs for itself: parts before wholes
         self.shared: list[str] = []
-        self._kinds = Kinds()
+        self._kinds = ByClass(kind_of)
+        self._bases, self._slots = ByClass(base_of), ByClass(slots_of)
+        self._whole = ByClass(lambda cls: made_in_python(cls, object))
         self._index: dict[int, int] = {}
         self._add(model, 0, "")
         explored = 0
@@ -138,17 +143,17 @@ class Plan:
             case "module":
                 self._check_module(i, value)
             case "dict":
-                items = list(base_of(type(value)).items(value))  # type: ignore[attr-defined]
+                items = list(self._bases[type(value)].items(value))  # type: ignore[attr-defined]
                 if isinstance(value, defaultdict):
                     node.parts.append(self._part(value.default_factory, i, ".default_factory"))
                 for k, v in items:
                     text = f".{k}" if node.name is None else f"[{k!r}]"
                     node.parts += [self._part(k, i, text), self._part(v, i, text)]
             case "list" | "tuple" | "deque":
-                base = base_of(type(value))
+                base = self._bases[type(value)]
                 node.parts = [self._part(v, i, f"[{n}]") for n, v in enumerate(base.__iter__(value))]  # type: ignore[attr-defined]
             case "set" | "frozenset":
-                node.parts = [self._part(v, i, "[…]") for v in base_of(type(value)).__iter__(value)]  # type: ignore[attr-defined]
+                node.parts = [self._part(v, i, "[…]") for v in self._bases[type(value)].__iter__(value)]  # type: ignore[attr-defined]
             case "function":
                 own = not is_global(value)
                 rebound = _rebound(value.__code__) if value.__closure__ and not own else set()
@@ -179,7 +184,7 @@ class Plan:
             case "ref":
                 if not isinstance(value, weakref.WeakMethod):  # that one's callback is its own affair
                     node.parts = [self._part(value.__callback__, i, ".__callback__")]
-        if node.kind in _WITH_STATE:
+        if node.kind in _WITH_STATE and type(value) not in _BARE:
             self._open_state(i, node)
 
     def _open_state(self, i: int, node: Node) -> None:
@@ -192,7 +197,10 @@ class Plan:
                     node.links.append((key, j))
             if node.kind == "module" and "training" in state:
                 node.state["training"] = False
-        node.slots = [(slot, self._part(value, i, f".{slot.__name__}")) for slot, value in filled_slots(node.value)]
+        node.slots = [
+            (slot, self._part(value, i, f".{slot.__name__}"))
+            for slot, value in filled_slots(node.value, self._slots[type(node.value)])
+        ]
 
     def _check_module(self, i: int, module: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
@@ -201,7 +209,7 @@ class Plan:
             )
         if type(module).__name__ == "OptimizedModule" or vars(module).get("_compiled_call_impl") is not None:
             raise self._refuse(i, *_COMPILED)
-        if not made_in_python(type(module), object):
+        if not self._whole[type(module)]:
             raise self._refuse(
                 i,
                 f"is of a class made outside Python ({type(module).__qualname__}): there is no second one of it",
@@ -292,7 +300,7 @@ class Plan:
                 pending += [(j, False) for j in node.nodes()]
 
 
-def _inert(value: Any, kinds: Kinds, depth: int = 3) -> bool:
+def _inert(value: Any, kinds: ByClass[Kind], depth: int = 3) -> bool:
     """Whether there is nothing in it but plain values: no tensor, no module, no object with a state of its own."""
     if kinds[type(value)] == "atom":
         return not isinstance(value, Tensor)

@@ -73,14 +73,14 @@ def to_rich(value: Any, about: About | None = None) -> Any:
     """``value`` as something that ``rich.print`` draws; it reads width and encoding from the console."""
     from bnfix.render.terminal import Drawn
 
-    return Drawn(page_of(value), _about(about))
+    return Drawn(_page(value, about), _about(about))
 
 
 def to_text(value: Any, about: About | None = None, width: int = 100) -> str:
     """``value`` as plain text, lines of at most ``width`` characters (what is to be pasted stays whole); no colours."""
     from bnfix.render.terminal import draw
 
-    page = page_of(value)
+    page = _page(value, about)
     if not page.rows and about is None and len(page.lines) == 1:
         return " · ".join(page.verdict)
     return "\n".join(line.plain for line in draw(page, _about(about), width))
@@ -88,7 +88,7 @@ def to_text(value: Any, about: About | None = None, width: int = 100) -> str:
 
 def to_html(value: Any, about: About | None = None) -> str:
     """``value`` as one HTML ``<div>``: inline styles, nothing fetched, all text escaped."""
-    return page_html.fragment(page_of(value), _about(about))
+    return page_html.fragment(_page(value, about), _about(about))
 
 
 def to_json(value: Any, about: About | None = None) -> str:
@@ -99,7 +99,7 @@ def to_json(value: Any, about: About | None = None) -> str:
 def _document(value: Any, about: About | None) -> dict[str, Any]:
     document: dict[str, Any] = value.to_dict()
     if about is not None:
-        document["run"] = {**_run(about), "verdict": " · ".join(page_of(value).verdict)}
+        document["run"] = {**_run(about), "verdict": " · ".join(_page(value, about).verdict)}
     return document
 
 
@@ -115,17 +115,17 @@ def _run(about: About) -> dict[str, Any]:
 
 def to_concise(value: Any, about: About | None = None) -> str:
     """One line for each norm (or output, or fact), and one for the verdict."""
-    return text.concise(page_of(value), _about(about))
+    return text.concise(_page(value, about), _about(about))
 
 
 def to_github(value: Any, about: About | None = None) -> str:
     """Annotations of a GitHub workflow for all that was refused or failed, and for the verdict."""
-    return text.github(page_of(value), _about(about))
+    return text.github(_page(value, about), _about(about))
 
 
 def to_markdown(value: Any, about: About | None = None) -> str:
     """A heading, the verdict, the table, the notes and the lines to paste."""
-    return text.markdown(page_of(value), _about(about))
+    return text.markdown(_page(value, about), _about(about))
 
 
 def render(value: Any, format: Format = "full", console: Console | None = None, about: About | None = None) -> None:
@@ -137,7 +137,7 @@ def render(value: Any, format: Format = "full", console: Console | None = None, 
     if format == "json":
         _write(console or _standard(), to_json(value, about))
     else:
-        _render(page_of(value), _about(about), format, console or _standard())
+        _render(_page(value, about), _about(about), format, console or _standard())
 
 
 def render_all(
@@ -185,6 +185,13 @@ def _render(page: Page, about: About, format: Format, console: Console) -> None:
 def _write(console: Console, written: str) -> None:
     console.file.write(written + "\n")
     console.file.flush()
+
+
+def _page(value: Any, about: About | None) -> Page:
+    page = page_of(value)
+    if about is None or about.worded is None:
+        return page
+    return replace(page, verdict=tuple(map(about.worded, page.verdict)))
 
 
 def _about(about: About | None) -> About:

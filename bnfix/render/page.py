@@ -6,6 +6,7 @@ pages and knows nothing of values. Text is plain: no markup, no escapes, no colo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,7 +76,7 @@ class About:
     """What the value itself can't know: what was asked, which files were written, what to type next.
 
     ``next`` holds pairs of a label and a line to paste. ``failed``: the command counts it as a failure, whatever the
-    value says of itself.
+    value says of itself. ``worded`` says what is said of arguments in Python as it is asked for here.
     """
 
     command: str = ""
@@ -84,3 +85,4 @@ class About:
     notes: tuple[str, ...] = ()
     next: tuple[tuple[str, str], ...] = ()
     failed: bool = False
+    worded: Callable[[str], str] | None = None

@@ -16,22 +16,27 @@ from mmap import PAGESIZE
 import torch
 from torch import Tensor
 
-from bnfix.running.memory import give_back
+from bnfix.running.memory import free_bytes, give_back
 
 _BLOCK = 1 << 20
 _MAPPED = (32 << 20) - (16 << 10)
 """The largest block whose release makes glibc take such ones from its heap from then on; larger ones never are."""
 _KEPT = 1 << 30
-"""Bytes that may stay with the process for the next time: to fetch them anew takes a tenth of a MobileNet's time."""
+"""Bytes that stay with the process for the next time, if that is no more than an eighth of what is free: to fetch them
+anew takes a tenth of a MobileNet's time."""
 _POPULATE_WRITE = 23
 """MADV_POPULATE_WRITE of Linux 5.14; an older one says no, and each page is fetched when it is first used."""
 
 
+_ends: list[Tensor] = []  # the block above what stayed
+
+
 @contextmanager
 def kept_heap(count: int) -> Iterator[None]:
-    """``count`` bytes of the heap are ready for tensors on the CPU inside. More than 1 GB goes back to the system.
+    """``count`` bytes of the heap are ready for tensors on the CPU inside.
 
-    Nothing is promised: where the C library or the kernel is another one, all is as it was.
+    Up to 1 GB of them stay with the process, for the next time and for whatever else it computes; more goes back to
+    the system. Nothing is promised: where the C library or the kernel is another one, all is as it was.
     """
     last: Tensor | None = None
     if sys.platform == "linux" and count >= _BLOCK:
@@ -41,8 +46,10 @@ def kept_heap(count: int) -> Iterator[None]:
         yield
     finally:
         if last is not None:
+            stays = count <= min(_KEPT, free_bytes(last.device) // 8)
+            _ends[:] = [last] if stays else []
             last = None
-            if count > _KEPT:
+            if not stays:
                 give_back()  # a small block at the heap's end would keep all that lies below it
 
 

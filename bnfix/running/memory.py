@@ -47,7 +47,8 @@ def free_bytes(device: torch.device) -> int:
 
     CUDA: what the driver has free, and what PyTorch's allocator keeps unused. CPU: what the system calls available (on
     macOS, which does not tell without further tools, half of what is installed), or what the control groups of this
-    process, containers and batch systems, leave of their limits if that is less. Others: :data:`UNKNOWN`.
+    process (containers, batch systems) or its own limits (``ulimit -v``, ``ulimit -d``; Linux) leave if that is less.
+    Others: :data:`UNKNOWN`.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -62,8 +63,8 @@ def free_bytes(device: torch.device) -> int:
 
 
 def available_on_cpu(root: Path) -> int:
-    """What Linux has available below the file system ``root``, within the limits of this process's control groups."""
-    known = [*_left_by_cgroups(root)]
+    """What Linux has available below the file system ``root``, within the limits of this process and its groups."""
+    known = [*_left_by_cgroups(root), *_left_by_limits(root)]
     match = re.search(r"^MemAvailable:\s*(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
     if match is not None:
         known.append(int(match[1]) * 1024)
@@ -93,6 +94,19 @@ def _left_by_cgroups(root: Path) -> Iterator[int]:
             if limit.isdigit() and usage.isdigit():
                 stat = re.search(rf"^{files[2]} (\d+)", _read(folder / "memory.stat"), re.MULTILINE)
                 yield int(limit) - int(usage) + (int(stat[1]) if stat else 0)
+
+
+def _left_by_limits(root: Path) -> Iterator[int]:
+    """Soft limit − use of address space (RLIMIT_AS) and of private writable memory (RLIMIT_DATA), where there are any.
+
+    What the allocator keeps for later counts as used: it may well be of use to nobody who needs a large block.
+    """
+    limits, status = _read(root / "proc/self/limits"), _read(root / "proc/self/status")
+    for name, used in (("address space", "VmSize"), ("data size", "VmData")):
+        limit = re.search(rf"^Max {name}\s+(\d+)\s", limits, re.MULTILINE)
+        now = re.search(rf"^{used}:\s*(\d+) kB", status, re.MULTILINE)
+        if limit is not None and now is not None:
+            yield int(limit[1]) - int(now[1]) * 1024
 
 
 def _read(path: Path) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnfix.stats.moments import Moments
-from bnfix.stats.sums import SampleSums, aligned, row_sums
+from bnfix.stats.sums import SampleSums, aligned, row_sums, together
 
 _CANCELLING = 16.0
 """Σx²/n − mean² magnifies the rounding of float32 sums by 1 + mean²/var: beyond this ratio, no more of that. Measured:
@@ -47,8 +47,7 @@ def pool(sums: Sequence[SampleSums], xs: Sequence[Tensor], masks: Sequence[Tenso
         return replace(found, sure=several and sums[0].s.dtype == torch.float32)
     shift = found.mean[again].nan_to_num(0.0, 0.0, 0.0)
     about = [
-        _about(x, shift, again, len(part.s), mask)
-        for x, part, mask in zip(xs, sums, masks or [None] * len(xs), strict=True)
+        _about(x, shift, again, part, mask) for x, part, mask in zip(xs, sums, masks or [None] * len(xs), strict=True)
     ]
     exact = _moments(_joined([s for s, _ in about], [q for _, q in about]), counts)
     square = exact.m2 + exact.n * exact.mean**2
@@ -138,9 +137,10 @@ def _doubtful(found: Moments, sums: Sequence[SampleSums]) -> Tensor | None:
     return indices if len(indices) else None
 
 
-def _about(x: Tensor, shift: Tensor, channels: Tensor, samples: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums of x − shift and of its square for some channels, float64, shape (samples, len(channels)) each."""
-    group = len(x) // samples if samples else 1
+def _about(x: Tensor, shift: Tensor, channels: Tensor, of: SampleSums, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums of x − shift and its square for some channels, float64, (N, len(channels)) each, as ``of`` has them."""
+    blocks = len(of.s) * of.repeats
+    group = len(x) // blocks if blocks else 1
     per_sample = group * len(channels) * x.shape[2:].numel()
     step = group * max(1, (_BLOCK << 9 if x.is_cuda else _BLOCK) // max(per_sample, 1))
     keep = None if mask is None else aligned(mask, x)
@@ -151,7 +151,8 @@ def _about(x: Tensor, shift: Tensor, channels: Tensor, samples: int, mask: Tenso
         parts.append(row_sums(d if keep is None else d.masked_fill_(~keep[i : i + step].unsqueeze(1), 0), group))
     if not parts:
         return row_sums(_chosen(x.detach(), channels).double())
-    return torch.cat([s for s, _ in parts]), torch.cat([q for _, q in parts])
+    s, q = torch.cat([s for s, _ in parts]), torch.cat([q for _, q in parts])
+    return together(s, of.repeats), together(q, of.repeats)
 
 
 def _chosen(x: Tensor, channels: Tensor) -> Tensor:

@@ -30,20 +30,24 @@ class SampleSums:
         s: sum over positions of x, shape (N, C).
         q: sum of squares, shape (N, C).
         n: values per sample; with a mask a float64 tensor of shape (N,).
+        repeats: how many times all samples come one after the other in the rows of the input.
     """
 
     s: Tensor
     q: Tensor
     n: Tensor | int
+    repeats: int = 1
 
 
-def sample_sums(x: Tensor, samples: int | None = None, mask: Tensor | None = None) -> SampleSums:
+def sample_sums(x: Tensor, samples: int | None = None, mask: Tensor | None = None, repeats: int = 1) -> SampleSums:
     """Sum and sum of squares of ``x`` for each sample and channel. Never waits for the device.
 
     Args:
         x: the input of a norm, shape (R, C, *positions), floating point, any strides.
         samples: number N of independent samples. Where it divides R, each R/N consecutive rows are one sample (as
             ``x.flatten(0, 1)`` of (N, T, C) makes them); else each row is one.
+        repeats: how many times all samples come one after the other, as ``torch.cat((a, b))`` of two (N, C, …) makes
+            them twice; 1 where the rows can't be cut so.
         mask: bool, True for positions that count; shape (R,) or (R, *positions), where axes may have size 1. What is
             masked may be anything, NaN included.
 
@@ -52,16 +56,23 @@ def sample_sums(x: Tensor, samples: int | None = None, mask: Tensor | None = Non
     """
     x = x.detach()
     rows = x.shape[0]
-    group = rows // samples if samples and rows and rows % samples == 0 else 1
+    if not samples or rows % (samples * repeats):
+        repeats = 1
+    group = rows // samples // repeats if samples and rows and rows % samples == 0 else 1
     n: Tensor | int
     if mask is None:
-        n = x.shape[2:].numel() * group
+        n = x.shape[2:].numel() * group * repeats
     else:
         seen = aligned(mask, x)
         x = x.masked_fill(~seen.unsqueeze(1), 0)
-        n = seen.reshape(rows // group, -1).sum(1, dtype=torch.float64)
+        n = together(seen.reshape(rows // group, -1).sum(1, dtype=torch.float64), repeats)
     s, q = row_sums(x, group)
-    return SampleSums(s, q, n)
+    return SampleSums(together(s, repeats), together(q, repeats), n, repeats)
+
+
+def together(rows: Tensor, repeats: int) -> Tensor:
+    """The sum over repeats of what (repeats·N, …) rows hold."""
+    return rows if repeats == 1 else rows.reshape(repeats, -1, *rows.shape[1:]).sum(0)
 
 
 def aligned(mask: Tensor, x: Tensor) -> Tensor:

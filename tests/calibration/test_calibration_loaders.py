@@ -16,9 +16,10 @@ from calib_nets import residual
 from nets import lived_in
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from trap_nets import EXACT, Two, exact, images
+from trap_nets import EXACT, Two, as_is, exact, images
 
 import bnfix
+from bnfix.types import Recalibration
 
 
 class OneBuffer(Dataset[Tensor]):
@@ -280,3 +281,114 @@ def test_batches_that_are_tensordicts(way: str) -> None:
     assert report.n == sum(len(x) for x in images())
     inner = model.net if isinstance(model, Whole) else model
     assert max(residual(inner, images())) <= EXACT
+
+
+# What is going to be done is said before the data is read, as far as the data says how much there is.
+
+
+class Slow:
+    """A loader that notes what was said before it gives its next batch."""
+
+    def __init__(self, batches: list[Tensor], length: int | None, dataset: int | None = None) -> None:
+        self.batches, self.said, self.before = batches, [], []  # type: ignore[var-annotated]
+        self.length = length
+        if dataset is not None:
+            self.dataset = range(dataset)
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError("of no length")
+        return self.length
+
+    def __iter__(self) -> Any:
+        for batch in self.batches:
+            self.before.append([line for line in self.said if line.startswith("method ")])
+            yield batch
+
+
+def told(loader: Slow, **options: Any) -> tuple[list[str], list[str], Recalibration]:
+    """The decisions said before the second batch was read, and those said later."""
+    report = bnfix.recalibrate(lived_in(Two()), loader, progress=loader.said.append, **options)
+    early = loader.before[1] if len(loader.before) > 1 else []
+    return early, [line for line in loader.said if line.startswith("method ")][len(early) :], report
+
+
+FIT = "samples fit in memory"
+
+
+def test_what_will_be_done_is_said_after_the_first_batch() -> None:
+    early, later, report = told(Slow(images(100), 7, dataset=100))
+    assert len(early) == 1
+    assert early[0].startswith(f"method staged: all 100 {FIT} (")
+    assert later == []
+    assert early[0] == f"method {report.method}: {report.why}"
+
+
+def test_how_many_samples_is_an_estimate_without_a_dataset() -> None:
+    early, later, report = told(Slow(images(100), 7))
+    assert early[0].startswith(f"method staged: about 112 {FIT} (")
+    assert later == []  # it is what was said, but for a part of a batch
+    assert report.why.startswith(f"all 100 {FIT}")
+
+
+def test_a_list_of_batches_whose_last_is_smaller() -> None:
+    said: list[str] = []
+    report = bnfix.recalibrate(lived_in(Two()), images(100), progress=said.append)
+    assert [line for line in said if line.startswith("method ")] == [f"method staged: {report.why}"]
+    assert report.why.startswith(f"all 100 {FIT}")
+
+
+def test_a_sampler_that_leaves_samples_out() -> None:
+    early, later, _ = told(Slow(images(96), 6, dataset=50_000))
+    assert early[0].startswith(f"method staged: about 96 {FIT} (")
+    assert later == []
+
+
+@pytest.mark.parametrize("length", [3, 40])
+def test_a_length_that_is_wrong_is_said_again(length: int) -> None:
+    early, later, _ = told(Slow(images(100), length))
+    assert early[0].startswith(f"method staged: about {16 * length} {FIT} (")
+    assert len(later) == 1
+    assert later[0].startswith(f"method staged: all 100 {FIT} (")
+
+
+def test_what_does_not_fit_is_said_after_the_first_batch() -> None:
+    early, later, report = told(Slow(images(), 25), memory_budget="100KB")
+    assert report.method == "population"
+    assert early[0] == f"method population: {report.why}"
+    assert "of about 400 samples fit (0.1 MB): batches joined to 64" in early[0]
+    assert later == []
+    early, later, report = told(Slow(images(), 25, dataset=400), memory_budget="100KB", method="staged")
+    assert early[0] == f"method staged: {report.why}"
+    assert "of 400 samples fit in memory (0.1 MB) together" in early[0]
+    assert later == []
+
+
+def test_what_was_taken_to_fit_and_does_not() -> None:
+    early, later, report = told(Slow(images(), 2), memory_budget="100KB")
+    assert early[0].startswith(f"method staged: about 32 {FIT} (")
+    assert report.method == "population"
+    assert [line.split(":")[0] for line in later] == ["method population"]
+
+
+def test_max_samples_are_what_is_asked_for() -> None:
+    early, later, _ = told(Slow(images(), 25), max_samples=50)
+    assert early[0].startswith("method staged: the 50 samples asked for fit in memory (")
+    assert later == []
+    early, later, _ = told(Slow(images(100), 7, dataset=100), max_samples=500)
+    assert early[0].startswith(f"method staged: all 100 {FIT} (")
+    assert later == []
+
+
+def test_batches_that_are_kept_are_said_so_at_once() -> None:
+    early, later, _ = told(Slow(images(100), 7, dataset=100), forward=as_is)
+    assert "its batches are kept as they are (forward= takes a batch as it is)" in early[0]
+    assert later == []
+
+
+def test_data_that_does_not_say_how_much_there_is() -> None:
+    loader = Slow(images(100), None)
+    early, later, _ = told(loader)
+    assert early == []
+    assert [line.split(" samples")[0] for line in later] == ["method staged: all 100"]
+    assert any(line.startswith("reading as many samples as there are, up to ") for line in loader.said)

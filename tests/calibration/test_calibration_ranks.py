@@ -114,6 +114,7 @@ GOOD = {
     "stuck_on_one": 400,
     "full_on_one": 400,
     "full_in_proof": 400,
+    "remembers_on_one": 400,
     "late": 97,
 }
 
@@ -215,6 +216,14 @@ def test_memory_full_on_one_rank_makes_all_stream(results: Results, name: str, w
     for met in results[name, world]:
         assert met.report["method"] == "population"
         assert any("out of memory" in note for note in met.report["notes"])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_forward_that_remembers_on_one_rank_is_done_in_plain_passes_on_all(results: Results, world: int) -> None:
+    for met in results["remembers_on_one", world]:
+        assert met.report["engine"] == "plain passes"
+        assert any("depends on earlier calls" in note for note in met.report["notes"])
+        assert met.extra["calls"] == 0
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -47,6 +47,16 @@ def images(count: int = 400, size: int = 16, seed: int = 3) -> list[Tensor]:
     return list((x * torch.linspace(0.5, 3, count).view(-1, 1, 1, 1) + 1).split(size))
 
 
+def mixed_modes() -> Two:
+    """In training mode, one norm frozen, a momentum of its own."""
+    model = lived_in(Two())
+    assert isinstance(model, Two)
+    model.train()
+    model.bn1.eval()
+    model.bn2.momentum = 0.03
+    return model
+
+
 def vectors(count: int = 400, size: int = 16, channels: int = 4, seed: int = 5) -> list[Tensor]:
     """The same with vectors."""
     x = torch.randn(count, channels, generator=torch.Generator().manual_seed(seed))

@@ -222,3 +222,13 @@ def test_num_batches_tracked_moves_only_where_it_says_initial_values_are_left(sh
     stats = {f"{i}.running_{what}" for i in (1, 4) for what in ("mean", "var")}
     assert changed == {*stats, "4.num_batches_tracked"}
     assert "44 with the default momentum" in (Path(bnfix.__file__).parent / "docs/recalibration.md").read_text()
+
+
+@pytest.mark.parametrize("form", ["full", "concise", "json", "markdown", "html", "github"])
+def test_what_was_not_measured_is_asked_for_as_an_option(shop: Path, capsys: Output, form: str) -> None:
+    assert run([*START, "--data", "loader.py:doubles", "--output-format", form]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "residual not measured (--certify full)" in out
+    assert "certify=" not in out
+    report = bnfix.recalibrate(net(), [torch.randn(8, 3, 12, 12)])
+    assert 'residual not measured (certify="full")' in " ".join(str(report).split())

@@ -53,7 +53,7 @@ def test_the_verdict_says_how_many_on_what_and_how() -> None:
         "recalibrated 53 of 53 norms on 256 samples (staged, one pass)",
         "the outputs change by 0.82 of their spread on 64 samples (two halves of the data: 0.031)",
         "part of a chunk replayed alone: 0 apart",
-        "residual not measured (certify: full)",
+        'residual not measured (certify="full")',
     )
     assert page_of(FEW_NORMS).verdict[0] == (
         "recalibrated 4 of 11 norms on 256 samples (staged, 2 passes, 8 iterations, 2 ranks)"
@@ -67,7 +67,7 @@ def test_the_verdict_says_how_many_on_what_and_how() -> None:
         (Residual(2e-3, 1e-6), "done", "residual 0.0020 σ / 1e-06"),
         (Residual(1e-6, 0.02), "unsure", "NOT at the fixed point of the data seen: residual 1e-06 σ / 0.020"),
         (Residual(math.nan, 0.0), "unsure", "NOT at the fixed point of the data seen: residual nan σ / 0"),
-        (None, "done", "residual not measured (certify: full)"),
+        (None, "done", 'residual not measured (certify="full")'),
     ],
 )
 def test_the_fixed_point_is_claimed_only_where_it_was_measured(

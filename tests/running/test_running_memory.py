@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,56 @@ def test_control_groups_of_the_first_version(tmp_path: Path) -> None:
 def test_group_over_its_limit_leaves_nothing(tmp_path: Path) -> None:
     files = {"proc/self/cgroup": "0::/\n", **_v2("sys/fs/cgroup", "1000", 2_000, 0)}
     assert available_on_cpu(_system(tmp_path, **files)) == 0
+
+
+LIMITS = """Limit                     Soft Limit           Hard Limit           Units
+Max cpu time              unlimited            unlimited            seconds
+Max data size             {:<20} 999999999            bytes
+Max resident set          1                    1                    bytes
+Max address space         {:<20} unlimited            bytes
+"""
+STATUS = "Name:\tpython\nVmPeak:\t     999 kB\nVmSize:\t     500 kB\nVmData:\t     100 kB\nVmStk:\t 1 kB\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "space", "left"),
+    [
+        ("unlimited", "unlimited", 1000 << 10),
+        ("unlimited", 900 << 10, 400 << 10),
+        (300 << 10, "unlimited", 200 << 10),
+        (300 << 10, 600 << 10, 100 << 10),
+        (1 << 40, 1 << 40, 1000 << 10),
+        ("unlimited", 400 << 10, 0),  # more is in use than the limit, which came later
+    ],
+)
+def test_limits_of_the_process_itself(tmp_path: Path, data: object, space: object, left: int) -> None:
+    files = {"proc/self/limits": LIMITS.format(data, space), "proc/self/status": STATUS}
+    assert available_on_cpu(_system(tmp_path, **files)) == left
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux knows them")
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_what_a_real_limit_leaves_can_be_had_and_not_much_more(limit: str) -> None:
+    code = f"""
+import resource, torch
+from bnfix.running import free_bytes
+cpu = torch.device("cpu")
+torch.empty(1 << 22).fill_(1)
+used = next(int(s.split()[1]) for s in open("/proc/self/status") if s.startswith("{_USED[limit]}")) << 10
+resource.setrlimit(resource.{limit}, (used + (300 << 20), resource.RLIM_INFINITY))
+left = free_bytes(cpu)
+assert 280 << 20 < left <= 320 << 20, left
+held = torch.empty(left - (40 << 20), dtype=torch.uint8)
+try:
+    torch.empty(left + (40 << 20), dtype=torch.uint8)
+except RuntimeError as error:
+    print("full:", "allocate memory" in str(error), free_bytes(cpu) < 80 << 20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "full: True True\n", done.stderr
+
+
+_USED = {"RLIMIT_AS": "VmSize:", "RLIMIT_DATA": "VmData:"}
 
 
 def test_system_that_tells_nothing_has_half_of_what_is_installed(tmp_path: Path) -> None:

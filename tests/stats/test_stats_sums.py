@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnfix.stats import sample_sums
+from bnfix.stats import pool, sample_sums
 from bnfix.stats.sums import _fused
 
 # Sums of n float32 values that are added in blocks: a few roundings of 6e-8 of the sum of magnitudes.
@@ -274,3 +276,26 @@ def test_on_cuda_nothing_waits(layout: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert close(found.q.cpu(), by_hand(x.cpu())[1], by_hand(x.cpu())[1])
+
+
+@given(
+    samples=st.integers(1, 5), repeats=st.integers(1, 4), inner=st.integers(1, 3), masked=st.booleans(),
+    far=st.sampled_from([0.0, 1e4]),
+)  # fmt: skip
+def test_repeats_are_rows_in_another_order(samples: int, repeats: int, inner: int, masked: bool, far: float) -> None:
+    """(repeats, N, inner) rows give what the same rows give sample by sample, where channels are computed anew too."""
+    x = torch.randn(repeats, samples, inner, 3, 4) + torch.tensor([0.0, far, 1.0]).view(3, 1)
+    mask = torch.rand(repeats, samples, inner, 4) < 0.7 if masked else None
+    inside = x.transpose(0, 1).flatten(0, 2), None if mask is None else mask.transpose(0, 1).flatten(0, 2)
+    across = x.flatten(0, 2), None if mask is None else mask.flatten(0, 2)
+    a = sample_sums(inside[0], samples, inside[1])
+    b = sample_sums(across[0], samples, across[1], repeats)
+    assert b.s.shape == (samples, 3)
+    torch.testing.assert_close(torch.as_tensor(a.n), torch.as_tensor(b.n), rtol=0, atol=0)
+    torch.testing.assert_close(a.s, b.s)
+    torch.testing.assert_close(a.q, b.q)
+    one, other = pool([a], [inside[0]], [inside[1]]), pool([b], [across[0]], [across[1]])
+    # The order of float32 sums; what float64 took over is the same to 1e-9.
+    torch.testing.assert_close(one.mean, other.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one.m2, other.m2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one.gram[3], other.gram[3], rtol=1e-3, atol=1e-4)

@@ -12,7 +12,7 @@ from bnfix.cli import calibration_options as calibration
 from bnfix.cli import check_options as c
 from bnfix.cli import options as o
 from bnfix.cli import typed
-from bnfix.cli.checking import Evidence, Subject, check_given, open_subject
+from bnfix.cli.checking import Evidence, Subject, check_given, check_mendable, open_subject
 from bnfix.cli.door import DONE, FAILED, UsageError, users_code, users_words
 from bnfix.cli.fix_lines import line_of
 from bnfix.cli.opening import check_there
@@ -115,6 +115,8 @@ def check(
     fix = fix or dry_run
     targets: Sequence[str | None] = [None] * len(asked)
     if fix:
+        if len(asked) == 1:
+            check_mendable(asked[0].model)
         targets = outputs(
             asked, output, in_place=in_place, dry_run=dry_run, done="fixed", dry="shows what would change"
         )

@@ -261,4 +261,5 @@ def _about(
         steps.append(("next", fold))
     elif would_change:
         steps.append(("next", typed.for_real(o.beside(o.named(asked.model), "recalibrated"))))
-    return About("bnfix recalibrate", asked.model, (written,) if written else (), tuple(said), tuple(steps))
+    files = (written,) if written else ()
+    return About("bnfix recalibrate", asked.model, files, tuple(said), tuple(steps), worded=as_options)

@@ -119,7 +119,7 @@ def _certified(value: Recalibration) -> tuple[State, list[str]]:
     fresh = [f"on a new draw {_residual(value.residual_fresh)}"] if value.residual_fresh else []
     found = value.residual
     if found is None:
-        return "done", ["residual not measured (certify: full)", *fresh]
+        return "done", ['residual not measured (certify="full")', *fresh]
     before = f" (before: {_residual(value.residual_before)})" if value.residual_before else ""
     said = f"residual {_residual(found)}{before}"
     if found.mean <= FIXED and found.var <= FIXED:

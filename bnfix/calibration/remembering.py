@@ -1,0 +1,66 @@
+"""Forwards that remember earlier ones: what a norm sees depends on what ran before, on a counter or a first call.
+
+There is no fixed point of samples for them, only that of a pass: the batches in this order, from the state in which
+the model is. Where a first run changed something that might be remembered, a second one shows whether it matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnfix.calibration.ambient import Turn
+from bnfix.calibration.chunks import Chunk
+from bnfix.calibration.ledger import Place
+from bnfix.calibration.plain import listen
+from bnfix.calibration.session import Session
+from bnfix.errors import CalibrationError
+from bnfix.running import kept_random
+from bnfix.stats import SampleSums
+
+_NEAR = 1e-3
+"""What kernels of an accelerator may differ by from run to run, of the largest value."""
+
+
+def look_for_memory(session: Session, chunk: Chunk, ran: nn.Module) -> None:
+    """See whether the forward of ``chunk``, which has just run on ``ran``, remembers; set ``session.remembers``.
+
+    Args:
+        session: untouched but for that run.
+        chunk: a few samples.
+        ran: the model, or a replica of it.
+    """
+    changed = session.changed(ran)
+    if not changed:
+        return
+    session.remembers = changed[0]  # so that all is rewound
+    session.rewind()
+    try:
+        with kept_random():
+            turn = Turn.now(session.device)
+            runs = []
+            for _ in range(2):
+                Turn.seeded(turn, 0, session.device).put_all(session.device)
+                runs.append(listen(session.model, chunk, session.norms)[0])
+            turn.put(session.device)
+        matters = not alike(*runs, exact=session.device.type == "cpu")
+    except (CalibrationError, MemoryError, RuntimeError):  # RuntimeError: no memory; what else fails will fail again
+        matters = False
+    finally:
+        session.rewind()
+    if not matters:
+        session.remembers = ""
+
+
+def alike(a: Mapping[Place, SampleSums], b: Mapping[Place, SampleSums], *, exact: bool = True) -> bool:
+    """Whether norms saw the same in two runs of one chunk."""
+    return a.keys() == b.keys() and all(_same(a[p].s, b[p].s, exact) and _same(a[p].q, b[p].q, exact) for p in a)
+
+
+def _same(a: Any, b: Any, exact: bool) -> bool:
+    if exact or a.shape != b.shape or not a.numel():
+        return torch.equal(a, b)
+    return bool((a - b).abs().max() <= _NEAR * a.abs().max())
