@@ -213,7 +213,7 @@ def _kind(value: Any, cut: int) -> Any:
     if isinstance(value, _PLAIN):
         return (type(value), value)
     if isinstance(value, Mapping):
-        value = [*value, *value.values()]
+        value = [*value.keys(), *value.values()]
     if not isinstance(value, (tuple, list)):
         return None
     parts = [_kind(v, cut) for v in value]

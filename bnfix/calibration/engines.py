@@ -21,6 +21,7 @@ from bnfix.calibration.plain import listen
 from bnfix.calibration.replaying import CLEAN, LEAKS, MIXED, Witness, witnesses
 from bnfix.calibration.scouting import Scouted
 from bnfix.calibration.session import Session
+from bnfix.calibration.settling import Settling
 from bnfix.calibration.staged import ElsewhereError, FailedError, MemoryFullError, Run, memory
 from bnfix.calibration.strands import ParkedStrand, RerunStrand, Strand, StuckError
 from bnfix.calibration.threads import ThreadStrand
@@ -32,6 +33,8 @@ from bnfix.types import Residual
 _FULL = LEAKS + 1
 SETTLED = 1e-6
 """Movement of iterated norms, in standard deviations, at which they count as settled."""
+ROUGH = 1e-2
+"""The same in half precision, whose rounding alone moves statistics by some 1e-3."""
 ROUNDS = 40
 TAIL = 0.05
 """Share of a forward's time behind its last norm from which on it is worth ending the other chunks there."""
@@ -136,12 +139,12 @@ def _proven(
     session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, quiet: bool, cut: bool, fibers: bool
 ) -> tuple[Outcome, int, str]:
     turn = Turn.now(session.device)
-    watched = witnesses(chunks) if session.options.certify is not None else []
-    found, left = _parked(session, chunks, scouted, turn, watched, quiet, fibers)
+    # Where chunks could see one another, or samples of several batches be mixed, nobody may leave the proof out.
+    together = len(chunks) > 1 or any(len(set(chunk.origin)) > 1 for chunk in chunks)
+    watched = witnesses(chunks) if together or session.options.certify is not None else []
+    found = _parked(session, chunks, scouted, turn, watched, quiet, fibers)
     found.chunks = chunks
     verdict, why = CLEAN, ""
-    if left and not watched and len(chunks) > 1:  # a replay shows whether that made a difference
-        verdict, why = LEAKS, f"the forward changes {left[0]} around a norm, where all chunks see it"
     for number, witness in watched:
         session.say("replaying a part of one chunk alone")
         seeded = Turn.seeded(turn, number, session.device)
@@ -170,12 +173,11 @@ def _parked(
     watched: Sequence[tuple[int, Witness]],
     quiet: bool,
     fibers: bool,
-) -> tuple[Outcome, list[str]]:
-    """What parked forwards give; and what they left changed outside of the model, which is put back."""
+) -> Outcome:
+    """What parked forwards give; what they left changed outside of the model is put back."""
     ways = scouted.ways if scouted is not None and fibers and Guard.possible() else None
     spiller = session.spiller
     first: list[Tensor] = []
-    left: list[str] = []
     bounded = session.options.memory_budget is not None or spiller is not None
     with ExitStack() as stack:
         if scouted is not None and ways is not None and not bounded and session.device.type == "cpu":
@@ -203,8 +205,6 @@ def _parked(
             ]
 
         def watch(place: Place, here: Sequence[Strand]) -> None:
-            if not watched and not left and len(chunks) > 1:
-                left.extend(session.outside.changed())
             for _, witness in watched:
                 witness.take(place, here)
             if not first:
@@ -214,10 +214,10 @@ def _parked(
             "one chunk" if len(chunks) == 1 and session.ranks.world == 1 else "threads" if ways is None else "fibers"
         )
         session.outside.settle()
-        stack.callback(lambda: left.extend(session.outside.put_back()))
+        stack.callback(session.outside.put_back)
         found = _converged(session, chunks, strands, scouted, engine, watch, quiet)
     found.first = first[0] if first else None
-    return found, left
+    return found
 
 
 def _plain_passes(session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, quiet: bool) -> Outcome:
@@ -258,25 +258,35 @@ def _converged(
     order = {place: i for i, place in enumerate(scouted.route)} if scouted else {}
     limit = max(SETTLED, session.options.settled)
     stop = scouted is not None and scouted.tail > TAIL and not scouted.reads and of_one_kind(chunks)
-    ledger = Ledger(session.norms, session.options.unbiased)
-    damping, best, rounds, last = 1.0, ledger, 0, Residual(float("inf"), float("inf"))
+    settling = Settling(lambda numbers: session.ranks.all_of(numbers)[0])
+    rounds, stalled, last = 0, 0, Residual(float("inf"), float("inf"))
+    ledger = best = Ledger(session.norms, session.options.unbiased)
+
+    def run() -> None:
+        label = f"iteration {rounds}, " if rounds > 1 else ""
+        say = None if quiet else (lambda line: session.say(f"{label}{line}"))
+        Run(strands(), ledger, session.ranks, order=order, stop=stop, watch=watch, progress=say).through()
+
     while True:
         rounds += 1
-        label = f"iteration {rounds}, " if rounds > 1 else ""
-        say = None if quiet else (lambda line, label=label: session.say(f"{label}{line}"))
-        Run(strands(), ledger, session.ranks, order=order, stop=stop, watch=watch, progress=say).through()
+        run()
         if not ledger.iterated:
             return Outcome(ledger.final(), ledger.sites, engine)
         moved = ledger.moved()
-        if _size(moved) < _size(last):
-            best = ledger
-        elif damping > 0.1:
-            damping /= 2
-        settled = _size(moved) <= limit or (rounds > 8 and _size(last) <= max(limit, 10 * SETTLED))
-        last = min(last, moved, key=_size)
+        stalled = 0 if _size(moved) < _size(last) else stalled + 1
+        if not stalled:
+            best, last = ledger, moved
+        settled = _size(last) <= limit or (stalled >= 2 and _size(last) <= max(limit, 10 * SETTLED))
+        settled = settled or (session.norms.half and stalled >= 4 and _size(last) <= ROUGH)
         if settled or rounds >= ROUNDS:
-            return Outcome(best.final(), best.sites, engine, float(rounds), rounds, last)
-        ledger = ledger.again(damping)
+            break
+        ledger = ledger.again(settling)
+    if ledger is not best or (_size(last) > limit and not ledger.given):
+        # What was watched is of the last run, so that has to be the one whose statistics count.
+        rounds, ledger = rounds + 1, best.repeated()
+        run()
+        last = ledger.moved()
+    return Outcome(ledger.final(), ledger.sites, engine, float(rounds), rounds, last)
 
 
 def _means(here: Sequence[Strand]) -> Tensor:

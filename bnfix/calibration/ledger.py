@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bnfix.calibration.listening import Stats
 from bnfix.calibration.norms import Norm, Norms
+from bnfix.calibration.settling import Settling
 from bnfix.errors import CalibrationError
 from bnfix.stats import Moments, round_once
 from bnfix.types import Residual
@@ -56,20 +57,21 @@ class Ledger:
             self.used[key] = stats
         return stats
 
-    def again(self, damping: float) -> Ledger:
-        """A ledger for the next run: iterated norms use what was pooled in this one.
+    def again(self, settling: Settling) -> Ledger:
+        """A ledger for the next run, in which iterated norms use what ``settling`` makes of this one."""
+        found = {
+            key: now
+            for key in sorted(self.iterated)
+            if (now := stored(self.norms.by_key(key), self.pooled[key], self.unbiased)) is not None
+        }
+        moved = self.moved()
+        return self._with(settling.next(self.given, found, max(moved.mean, moved.var)))
 
-        With ``damping`` below 1 only that part of the step is taken.
-        """
-        given: dict[int, Stats] = {}
-        for key in self.iterated:
-            norm = self.norms.by_key(key)
-            now = stored(norm, self.pooled[key], self.unbiased)
-            last = self.given.get(key)
-            if now is not None and last is not None and damping < 1:
-                now = (torch.lerp(last[0], now[0], damping), torch.lerp(last[1], now[1], damping))
-            if now is not None:
-                given[key] = now
+    def repeated(self) -> Ledger:
+        """A ledger for this run once more, in which iterated norms use from the start what they used in the end."""
+        return self._with({key: self.used[key] for key in sorted(self.iterated) if key in self.used})
+
+    def _with(self, given: dict[int, Stats]) -> Ledger:
         return Ledger(self.norms, self.unbiased, given, dict(given), iterated=set(self.iterated))
 
     def moved(self) -> Residual:

@@ -51,6 +51,7 @@ from bnfix.running import drawing, free_bytes, give_back, kept_random
 
 READING = 256
 """Batches up to which they are kept as they are for nothing but that a forward looks at values."""
+READS = "the way through the model may depend on what is in a batch"
 SAID = 1.0
 """Seconds between two lines on how far the reading is."""
 TOL = 0.01
@@ -213,7 +214,10 @@ def _read(
     _keep_batches(scouted, len(held))
     crowded = bool(scouted.inseparable) and len(held) > PLAIN_BATCHES
     fits = reader.ended and not crowded and (room is None or reader.samples <= room)
-    if not fits or session.coarse or options.certify is None:
+    session.reads = scouted.reads
+    if scouted.reads and not fits:  # no proof follows that could show whether they may be joined
+        scouted.inseparable = scouted.inseparable or READS
+    if not fits or session.coarse:
         _look_closer(session, scouted)
     return held, Found(
         reader.samples,
@@ -230,7 +234,7 @@ def _read(
 
 def _keep_batches(scouted: Scouted, batches: int) -> None:
     if scouted.reads and batches <= READING:
-        scouted.inseparable = scouted.inseparable or "the way through the model may depend on what is in a batch"
+        scouted.inseparable = scouted.inseparable or READS
 
 
 def _in_files(session: Session, chunk: Chunk, sources: Sequence[Chunk] = ()) -> Chunk:

@@ -149,7 +149,7 @@ def _no_mask(mask: Any, batch: Any, number: int, error: Exception) -> Calibratio
     if not isinstance(mask, str):
         return CalibrationError(f"batch {number}: no mask: {one_line(error)}", hint="mask= is a function of the batch")
     if isinstance(batch, Mapping):
-        keys = ", ".join(map(str, batch))
+        keys = ", ".join(map(str, batch.keys()))
         return CalibrationError(f"batch {number}: no mask: {one_line(error)}", hint=f"the keys of a batch:  {keys}")
     given = "one tensor" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
     return CalibrationError(

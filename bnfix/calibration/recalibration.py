@@ -14,7 +14,7 @@ from torch import nn
 
 from bnfix.calibration import judging, summary
 from bnfix.calibration.chunks import Chunk, first_samples, splittable
-from bnfix.calibration.engines import Outcome, staged
+from bnfix.calibration.engines import ROUGH, Outcome, staged
 from bnfix.calibration.norms import Norms, Select, find_norms
 from bnfix.calibration.plain import measure, merged, residual_of
 from bnfix.calibration.planning import TOL, Plan, make_plan
@@ -49,6 +49,7 @@ def recalibrate(
     """The work of :func:`bnfix.recalibrate`; ``model`` is unwrapped, the options are checked."""
     began = time.process_time()
     check_values(model)
+    _refuse_sharded(model)
     norms = find_norms(model, select, include_frozen)
     _refuse_nothing(norms)
     check_writable(norms)
@@ -67,6 +68,9 @@ def recalibrate(
             session.notes.append(f"shared by all chunks, since it can't be copied: {', '.join(shared[:3])}")
         try:
             report, stats, batches = _Work(session).report()
+        except MemoryFullError as error:
+            told = str(error) if "out of memory" in str(error) else f"out of memory: {error}"
+            raise CalibrationError(told, hint="let the loader give smaller batches") from error.__cause__
         except CalibrationError as error:
             if error.__cause__ is not None and out_of_memory(error.__cause__):
                 error.hint = "out of memory: let the loader give smaller batches"
@@ -85,8 +89,8 @@ def recalibrate(
 
 
 LOOKED = (
-    "looked for: modules with running_mean and running_var (BatchNorm, SyncBatchNorm, InstanceNorm that tracks them), "
-    "and calls of batch_norm with such buffers\nLayerNorm, GroupNorm and RMSNorm keep none"
+    "looked for: modules with running_mean and running_var (BatchNorm, SyncBatchNorm), and calls of batch_norm with "
+    "such buffers\nLayerNorm, GroupNorm and RMSNorm keep none"
 )
 
 
@@ -120,6 +124,8 @@ class _Work:
             session.norms, outcome, self._reached(scouted), masked=options.mask is not None
         )
         found = summary.layers(outcome, session.norms)
+        if not found and not outcome.sites and not session.norms.known and left_why:
+            raise CalibrationError(f"the model has no norm that can be recalibrated: {_first(left_why)}", hint=LOOKED)
         if not found and not outcome.sites and not session.norms.known:
             raise CalibrationError("the model has no norm with running statistics: nothing to recalibrate", hint=LOOKED)
         if not found:
@@ -135,6 +141,11 @@ class _Work:
                 hint="is the data what the model is called with?  forward=lambda m, b: m(b[0])",
             )
         self._note_iterations(outcome)
+        if not reader.counted and samples == batches > 1:
+            session.notes.append(
+                f"the inputs do not tell how many samples a batch holds: each of the {batches:,} batches counts as "
+                "one, in the standard errors too"
+            )
         report = Recalibration(
             layers=found,
             method=plan.method,
@@ -243,6 +254,11 @@ class _Work:
     def _leave_it(self, change: judging.Change) -> tuple[str, ...]:
         if change.value is None or change.null is None or change.worth_it:
             return ()
+        if change.value > judging.CHANGE:
+            return (
+                f"the outputs change by {change.value:.2g} of their spread, less than {judging.OVER_NULL:g} times what "
+                f"two halves of the data differ by ({change.null:.2g}): that can be chance, so take more samples",
+            )
         return (
             f"recalibration changes nothing here (outputs by {change.value:.2g} of their spread, two halves of the "
             f"data differ by {change.null:.2g}): leave the model as it is",
@@ -252,7 +268,8 @@ class _Work:
         if outcome.moved is None:
             return
         far = max(outcome.moved.mean, outcome.moved.var)
-        settled = f"settled to {far:.1g} σ" if far <= 1e-4 else f"did NOT settle: still {far:.2g} σ apart (unshare)"
+        allowed = ROUGH if self.session.norms.half else 1e-4
+        settled = f"settled to {far:.1g} σ" if far <= allowed else f"did NOT settle: still {far:.2g} σ apart (unshare)"
         text = f"norms with several call sites were pooled and iterated {outcome.iterations} times: {settled}"
         self.session.notes.append(text)
 
@@ -302,6 +319,21 @@ def _starts_with(old: Chunk, new: Chunk) -> bool:
 
 def _same_samples(a: Chunk, b: Chunk) -> bool:
     return a.samples == b.samples and a.origin == b.origin and _starts_with(a, b)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """A forward of a sharded model waits for all ranks, and each has chunks of its own: it would hang, or crash."""
+    whole = ("FullyShardedDataParallel", "FSDPModule")
+    path = next((n for n, m in model.named_modules() if any(k.__name__ in whole for k in type(m).__mro__)), None)
+    if path is None:
+        path = next((n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
+    if path is not None:
+        raise CalibrationError(
+            f"{path or 'the model'} is sharded over the ranks: its forward takes all of them in step",
+            hint="recalibrate a plain copy that holds all of the weights:\n"
+            "from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict\n"
+            "plain.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))",
+        )
 
 
 def _refuse_nothing(norms: Norms) -> None:

@@ -8,11 +8,14 @@ be told with so few samples, the whole chunk is run again: that has to agree to 
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bnfix.calibration.ambient import Turn
 from bnfix.calibration.chunks import PROBED, Chunk, amid, joined, kind_of, part, splittable
@@ -61,6 +64,10 @@ class Witness:
     ) -> tuple[int, str]:
         """Whether the chunk ran as if alone, and if not, what is wrong; ``cut``: it is not a batch of the loader's."""
         few, near = self.chunk, math.inf
+        if cut and session.reads and splittable(self.chunk) and self.chunk.samples > 1:
+            self.distance = self._batch_by_batch(session, stats, sites, turn)
+            if not self.distance <= NEAR * (1 if not session.coarse else 30):
+                return MIXED, "samples go other ways together than in the loader's batches"
         if splittable(self.chunk) and self.chunk.samples > PROBED and not session.coarse:
             # From the middle: there a sample has others before it and behind it that it could be mixed with.
             start = amid(self.chunk.samples, PROBED)
@@ -77,7 +84,8 @@ class Witness:
             far = f"a chunk alone differs by {self.distance:.2g} σ"
             if session.draws:
                 return LEAKS, f"the forward draws random numbers that chunks which run in turns share ({far})"
-            return LEAKS, f"the forward keeps values where chunks that run in turns overwrite them ({far})"
+            why = "the forward keeps values where chunks that run in turns overwrite them, or reads running statistics"
+            return LEAKS, f"{why} ({far})"
         if cut and self.chunk.samples > 1 and splittable(self.chunk) and not session.coarse:
             with session.using(stats):
                 if math.isfinite(near):
@@ -107,6 +115,30 @@ class Witness:
         here = slice(start, start + few.samples)
         far = _exact(_rows(seen, here), _rows(self.sums, here), sites)
         return "" if far <= APART else "samples are mixed within a batch"
+
+    def _batch_by_batch(
+        self, session: Session, stats: dict[int, Stats], sites: Mapping[Place, Moments], turn: Turn
+    ) -> float:
+        """How far what norms see of all of the chunk is from what they see of the loader's batches, one by one.
+
+        Two samples are not enough where the forward looks at values: they may decide as the whole chunk does.
+        """
+        batches: dict[Place, list[SampleSums]] = defaultdict(list)
+        start = 0
+        for _, same in itertools.groupby(self.chunk.origin):
+            count = len(list(same))
+            for place, sums in self._replay(session, part(self.chunk, start, count), stats, turn).items():
+                batches[place].append(sums)
+            start += count
+        if batches.keys() != self.sums.keys():
+            return math.inf
+        worst = 0.0
+        for place, several in batches.items():
+            apart, together = _total(several), _total([self.sums[place]])
+            if not torch.equal(apart.n, together.n):
+                return math.inf
+            worst = max(worst, _distance(apart, together, sites[place]))
+        return worst
 
     def _replay(self, session: Session, chunk: Chunk, stats: dict[int, Stats], turn: Turn) -> dict[Place, SampleSums]:
         turn.put(session.device)
@@ -167,6 +199,19 @@ def _copies(chunk: Chunk, count: int) -> list[Chunk]:
     """``count`` samples: those of ``chunk`` over and over."""
     whole, rest = divmod(count, chunk.samples)
     return [chunk] * whole + ([part(chunk, 0, rest)] if rest else [])
+
+
+class _Total(SampleSums):
+    """All samples as one, in float64."""
+
+    n: Tensor
+
+
+def _total(several: Sequence[SampleSums]) -> _Total:
+    n = [torch.full((len(x.s),), x.n, device=x.s.device) if isinstance(x.n, int) else x.n for x in several]
+    s, q = torch.cat([x.s for x in several]), torch.cat([x.q for x in several])
+    s, q, of_all = (t.double().sum(0, keepdim=True) for t in (s, q, torch.cat(n)))
+    return _Total(s, q, of_all)
 
 
 def _exact(

@@ -72,6 +72,9 @@ class Session:
     remembers: str = ""
     """What a forward changes that matters to the next one; empty if nothing does."""
 
+    reads: bool = False
+    """Whether the way through the model may depend on what is in a batch."""
+
     def __post_init__(self) -> None:
         """Keep what a forward may write to besides."""
         statistics = {id(t) for n in self.norms for t in (n.mean, n.var, n.tracked)}

@@ -204,14 +204,17 @@ def memory() -> Iterator[None]:
 
 @contextmanager
 def forward_of(chunk: Chunk) -> Iterator[None]:
-    """What fails inside is a :class:`CalibrationError` that names the batch; that there is no memory stays as it is."""
+    """What fails inside names the batch: a :class:`CalibrationError`, or a :class:`MemoryFullError`."""
     try:
         yield
     except CalibrationError as error:
         raise CalibrationError(f"{chunk.where}: {error.message}", hint=error.hint) from None
     except Exception as error:  # whatever the user's own forward raises
-        if out_of_memory(error):
+        if isinstance(error, MemoryFullError):
             raise
+        if out_of_memory(error):
+            told = f"{chunk.where}: out of memory in the forward of {chunk.samples:,} samples: {one_line(error)}"
+            raise MemoryFullError(told) from error
         raise CalibrationError(f"{chunk.where}: the forward failed: {one_line(error)}") from error
 
 

@@ -76,8 +76,7 @@ def _through(session: Session, chunks: Iterable[Chunk], method: str, sites: dict
             with memory(), forward_of(chunk), torch.no_grad(), Listener(session.norms, ask):
                 chunk.call.run(replica)
         except MemoryFullError as full:  # its cause brings the hint
-            told = f"{chunk.where}: out of memory in the forward of {chunk.samples:,} samples: {full}"
-            raise CalibrationError(told) from full.__cause__
+            raise CalibrationError(str(full)) from full.__cause__
         if session.options.tol is not None and number % LOOK == LOOK - 1 and _sure(sites, session.options.tol):
             session.notes.append(f"stopped when every standard error was at most {session.options.tol:g}")
             return

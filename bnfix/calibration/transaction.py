@@ -14,6 +14,7 @@ from bnfix.calibration.listening import Stats
 from bnfix.calibration.norms import Norm, Norms
 from bnfix.errors import CalibrationError
 from bnfix.graph import find_owners
+from bnfix.running.preserved import surely
 
 _LEFT = 0.01
 """A share of the first values that is none to speak of."""
@@ -21,15 +22,19 @@ _LEFT = 0.01
 
 @dataclass
 class Handle:
-    """What was written where, and what stood there; ``done`` is False where nothing was written."""
+    """What was written where, and what stood there; ``done`` is False where nothing was written.
+
+    ``copied``: that of a report that was pickled or copied.
+    """
 
     done: bool = False
+    copied: bool = False
     _entries: list[tuple[str, Tensor, Tensor, Tensor]] = field(default_factory=list)
     _model: Callable[[], nn.Module | None] = lambda: None
 
-    def __reduce__(self) -> tuple[type[Handle], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Handle], tuple[bool, bool]]:
         """A report that is pickled or copied is to be read: the model belongs to the first."""
-        return Handle, ()
+        return Handle, (False, self.done or self.copied)
 
     def undo(self) -> None:
         """Write back what stood there.
@@ -37,6 +42,10 @@ class Handle:
         Raises:
             CalibrationError: nothing is written now, or it has moved since: then nothing is changed.
         """
+        if self.copied:
+            raise CalibrationError(
+                "this is a copy of the report, which has no hold of the model", hint="undo the original"
+            )
         if not self.done:
             raise CalibrationError("nothing of this recalibration is in the model, so there is nothing to undo")
         model = self._model()
@@ -74,7 +83,7 @@ def commit(norms: Norms, stats: Mapping[int, Stats], batches: int) -> Handle:
         path = f"{norm.path}." if norm.path else ""
         entries += [(f"{path}{name}", tensor, tensor.detach().clone(), now) for name, tensor, now in pairs]
     _write([(tensor, now, before) for _, tensor, before, now in entries])
-    return Handle(True, entries, weakref.ref(norms.model))
+    return Handle(True, False, entries, weakref.ref(norms.model))
 
 
 def _counted(norm: Norm, batches: int) -> int:
@@ -101,8 +110,12 @@ def _write(changes: list[tuple[Tensor, Tensor, Tensor]]) -> None:
             written += 1
             put(tensor, value)
     except BaseException:
-        for tensor, _, before in changes[:written]:
-            put(tensor, before)
+
+        def back() -> None:
+            for tensor, _, before in changes[:written]:
+                put(tensor, before)
+
+        surely(back)
         raise
 
 

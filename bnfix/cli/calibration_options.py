@@ -80,7 +80,7 @@ CertifyOption = Annotated[
     typer.Option(
         "--certify",
         help="replay: two samples of a chunk are run again alone and compared. full: the residual is measured too, "
-        "which takes about two passes more.",
+        "which takes about two passes more. none: no replay where all samples are one batch.",
         rich_help_panel=_HOW,
     ),
 ]

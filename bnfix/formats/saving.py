@@ -29,12 +29,14 @@ def known_suffixes() -> tuple[str, ...]:
 
 
 def writer_for(path: str | os.PathLike[str]) -> Format:
-    """The format that the ending of ``path`` asks for.
+    """The format that the ending of ``path`` asks for; ``.pth.tar``, as many training scripts write, is ``.pth``.
 
     Raises:
         ValueError: no format writes such files.
     """
     suffix = Path(path).suffix.lower()
+    if suffix == ".tar" and Path(path).with_suffix("").suffix.lower() in (".pth", ".pt"):
+        suffix = ".pth"  # no archive: the example scripts of PyTorch name their checkpoints so
     for known in formats():
         if suffix in known.suffixes:
             return known

@@ -168,8 +168,10 @@ def resolve(spec: Spec) -> Any:
     for part in spec.name.split("."):
         if not hasattr(value, part):
             public = [n for n, v in vars(module).items() if not n.startswith("_") and not inspect.ismodule(v)]
+            own = [n for n in public if getattr(vars(module)[n], "__module__", None) == module.__name__]
             close = (
                 difflib.get_close_matches(part, public, n=3)
+                or own[:5]
                 or [n for n in public if isinstance(vars(module)[n], type)][:5]
             )
             raise LoadError(f"{spec.where} has no {spec.name}", hint=f"it has {', '.join(close)}" if close else None)

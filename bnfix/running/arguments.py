@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.errors import PassError
-from bnfix.running.call import Call, describe
+from bnfix.running.call import Call, describe, reading
 from bnfix.running.guess import accepts
 
 _TYPES = re.compile(r"dtype|scalar type|\btype\b|\bLong|\bInt\b|\bint64\b|indices|not implemented for", re.IGNORECASE)
@@ -71,6 +71,9 @@ def feeding(batch: Any, call: Call) -> str:
     """
     inputs = [*call.args, *call.kwargs.values()]
     form = "b[0]" if isinstance(batch, (tuple, list)) else f"b[{next(iter(call.kwargs))!r}]" if call.kwargs else "b"
+    if len(inputs) == 1 and type(inputs[0]) is type(batch) is not Tensor and reading(batch) != "b":
+        what = f"the model was called with {call.signature}: if it takes what is inside"
+        return f"{what}, for example:\nforward=lambda m, b: m({reading(batch)})"
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
         return f"the model was called with {call.signature}; another way:  forward=lambda m, b: m({form}, …)"
     given = inputs[0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.errors import PassError
-from bnfix.running.call import Call, Forward, as_call, describe, fit_call, home, movable
+from bnfix.running.call import Call, Forward, as_call, describe, fit_call, home, movable, reading
 
 _SEVERAL = "the batch holds several inputs that the model could be called with, one by one or together"
 _FEED = "say how a batch is fed:  forward=lambda m, b: "
@@ -103,16 +103,21 @@ def _bind(batch: Any, signature: _Signature) -> tuple[Call, str]:
     if isinstance(batch, Mapping) and (found := _by_name(batch, signature)) is not None:
         return found
     if isinstance(batch, Tensor) or movable(batch):
-        _check_count(1, signature)
+        _check_count(1, signature, alone=True)
         return Call((batch,)), "the batch" if isinstance(batch, Tensor) else f"the batch, a {type(batch).__name__}"
     if isinstance(batch, Mapping):
         raise PassError(
-            f"the batch has the keys {sorted(map(str, batch))}, and forward({signature.shown}) names none of them",
-            hint=f"{_FEED}m(b['image'])",
+            f"the batch has the keys {sorted(map(str, batch.keys()))}, and forward({signature.shown}) names none of "
+            "them",
+            hint=f"{_FEED}m({reading(batch)})",
         )
     if isinstance(batch, (tuple, list)):
         return _by_position(batch, signature)
-    raise PassError(f"a batch of type {type(batch).__name__} can't be bound to the forward", hint=f"{_FEED}m(b.pixels)")
+    form = reading(batch)
+    raise PassError(
+        f"a batch of type {type(batch).__name__} can't be bound to the forward",
+        hint=f"{_FEED}m({'b.pixels' if form == 'b' else form})",
+    )
 
 
 def _by_position(batch: Sequence[Any], signature: _Signature) -> tuple[Call, str]:
@@ -139,15 +144,16 @@ def _by_position(batch: Sequence[Any], signature: _Signature) -> tuple[Call, str
 
 def _by_name(batch: Mapping[Any, Any], signature: _Signature) -> tuple[Call, str] | None:
     """The elements that the signature names; None where it names none."""
-    keys = [name for name in (*signature.by_position, *signature.by_name) if name in batch]
+    given = list(batch.keys())  # going through a TensorDict gives its samples
+    keys = [name for name in (*signature.by_position, *signature.by_name) if name in given]
     if not keys and signature.all_kwargs and not signature.required:
-        keys = [key for key in batch if isinstance(key, str)]
+        keys = [key for key in given if isinstance(key, str)]
     if not keys:
         return None
     missing = [name for name in (*signature.required, *signature.required_by_name) if name not in keys]
     if missing:
         raise PassError(
-            f"the batch has the keys {sorted(map(str, batch))}, and forward({signature.shown}) requires "
+            f"the batch has the keys {sorted(map(str, given))}, and forward({signature.shown}) requires "
             f"{', '.join(missing)} too",
             hint=f"{_FEED}m({', '.join(f'b[{k!r}]' for k in keys)}, …)",
         )
@@ -156,23 +162,25 @@ def _by_name(batch: Mapping[Any, Any], signature: _Signature) -> tuple[Call, str
     for key in keys:
         if _is_nested(batch[key]):
             raise _several(f"b[{key!r}]", "as a list:", only, single=len(keys) == 1)
-    twins = [key for key in batch if key not in keys and _is_twin(batch[key], taken)]
+    twins = [key for key in given if key not in keys and _is_twin(batch[key], taken)]
     if twins:
         many = ", ".join(f"b[{key!r}]" for key in (*keys, *twins))
         raise _several(f"({many})", "only one: ", only, single=len(keys) == 1)
     args = tuple(batch[key] for key in keys if key in signature.by_position)
     kwargs = {key: batch[key] for key in keys if key not in signature.by_position}
-    return Call(args, kwargs), f"keys {', '.join(keys)} of {', '.join(map(str, batch))}"
+    return Call(args, kwargs), f"keys {', '.join(keys)} of {', '.join(map(str, given))}"
 
 
-def _check_count(count: int, signature: _Signature) -> None:
-    """Whether ``count`` positional inputs are enough for the forward, and it needs none by name."""
+def _check_count(count: int, signature: _Signature, *, alone: bool = False) -> None:
+    """Whether ``count`` positional inputs (``alone``: the batch itself) are enough, and none is needed by name."""
     if signature.required_by_name:
-        keywords = ", ".join(f"{name}=b[{i}]" for i, name in enumerate(signature.required_by_name, 1))
+        needed = [*signature.required, *signature.required_by_name]
+        forms = ["b"] if alone and len(needed) == 1 else [f"b[{i}]" for i in range(len(needed))]
+        inputs = [f if name in signature.required else f"{name}={f}" for name, f in zip(needed, forms, strict=True)]
         raise PassError(
             f"forward({signature.shown}) requires {', '.join(signature.required_by_name)} by name, and the batch "
             "has no names",
-            hint=f"{_FEED}m(b[0], {keywords})",
+            hint=f"{_FEED}m({', '.join(inputs)})",
         )
     if count < max(1, len(signature.required)):
         several = ", ".join(signature.required)

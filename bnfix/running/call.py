@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections import defaultdict
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -172,6 +174,9 @@ def _like_mapping(value: Any, items: dict[Any, Any]) -> Any:
     """``items`` in a mapping of the kind of ``value``; in a dict where its constructor takes something else."""
     if type(value) is dict:
         return items
+    if hasattr(value, "batch_size"):  # a TensorDict would forget how many of its axes are samples
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            return type(value)(items, batch_size=value.batch_size)
     try:
         return type(value)(value.default_factory, items) if isinstance(value, defaultdict) else type(value)(items)
     except TypeError:
@@ -212,6 +217,23 @@ def _copied(value: Any) -> Any:
 
 
 _UNCOPIED = (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, copy.Error)
+
+
+def reading(batch: Any) -> str:
+    """How the input in ``batch`` is most likely read, in Python: ``b['image']``, ``b.pixels``, ``b[0]`` or ``b``.
+
+    The first floating tensor or array that has a name, else the first name.
+    """
+    if isinstance(batch, Mapping):
+        names = {f"b[{key!r}]": value for key, value in batch.items()}
+    elif isinstance(batch, (tuple, list)):
+        return "b[0]"
+    else:
+        fields = vars(batch) if hasattr(batch, "__dict__") and not isinstance(batch, (Tensor, type)) else {}
+        names = {f"b.{key}": value for key, value in fields.items() if not key.startswith("_")}
+    given = [name for name, v in names.items() if isinstance(v, Tensor) and v.is_floating_point()]
+    given += [name for name, v in names.items() if isinstance(v, np.ndarray) and v.dtype.kind == "f"]
+    return next(iter([*given, *names]), "b")
 
 
 def describe(value: Any) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+
+SMALL = 1 << 16
+"""Numbers of a parameter up to which its values are kept: scales and biases, what is set up by a first batch."""
 
 
 @contextlib.contextmanager
@@ -19,19 +22,30 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
     Kept: the training flag of each module by itself, the values and identities of buffers, entries of
     each module's ``__dict__`` (an attribute written in forward goes again), the RNG states of torch, every
     CUDA device in use, NumPy where it is loaded, and ``random``; grad mode, default dtype and backend flags.
-    Parameters are not copied: nothing that bnfix runs inside writes to them.
+    Nothing that bnfix runs inside writes to parameters, but a forward may that sets a layer up by its first batch
+    (ActNorm): they get back the memory that they had, and its values up to :data:`SMALL` numbers each. Copies of
+    whole weights would cost as much memory as the model.
     """
+    scripted = [(m, m.training) for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # theirs can't be swapped
+    weights = [(p, p.data) for p in model.parameters() if type(p) is nn.Parameter and type(p.data) is torch.Tensor]
+    weights = [(p, data) for p, data in weights if data.layout is torch.strided and not data.is_meta]
+    small = [(data, data.clone()) for _, data in weights if data.numel() <= SMALL]
     dicts = [(m, dict(m.__dict__)) for m in modules]
     tables = [(m, dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in modules]
     buffers = [b for m in modules for b in m._buffers.values() if b is not None and not b.is_meta and not is_lazy(b)]
+    buffers += [b for m, _ in scripted for b in m.buffers(recurse=False)]
     values = [(b, b.detach().clone()) for b in buffers]
     rng = _rng_state()
     backends = (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, torch.is_grad_enabled())
     dtype = torch.get_default_dtype()
-    try:
-        yield model
-    finally:
+
+    def restore() -> None:
+        for script, training in scripted:
+            script.training = training
+        for parameter, data in weights:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
         for module, attributes in dicts:
             module.__dict__.clear()
             module.__dict__.update(attributes)
@@ -44,7 +58,7 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
                 if _changed(table, kept):
                     table.clear()
                     table.update(kept)  # type: ignore[arg-type]
-        for buffer, value in values:
+        for buffer, value in (*values, *small):
             if not torch.equal(buffer, value):  # NaN compares unequal and is written again: the same bits
                 with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                     buffer.copy_(value)
@@ -52,6 +66,24 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
         torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled = backends[:2]
         torch.set_grad_enabled(backends[2])
         torch.set_default_dtype(dtype)
+
+    try:
+        yield model
+    finally:
+        surely(restore)
+
+
+def surely(restore: Callable[[], None]) -> None:
+    """Run ``restore``, which may be run twice, to its end, also where an interrupt hits it; that is raised then.
+
+    A second Ctrl-C comes while the first is dealt with; and a DataLoader whose worker was killed raises wherever its
+    process happens to be.
+    """
+    try:
+        restore()
+    except BaseException:
+        restore()
+        raise
 
 
 def _changed(table: dict[str, Any], kept: dict[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 from bnfix.errors import LoadError
 from bnfix.formats import load, sniff
 from bnfix.formats.advice import example_arch, module_classes
-from bnfix.formats.specs import build, meant
+from bnfix.formats.specs import build, meant, parse_spec, resolve
 
 SOURCE = """
 import torch
@@ -192,3 +192,12 @@ def test_a_directory_gets_a_next_step() -> None:
     with pytest.raises(LoadError) as caught:
         sniff("adir")
     assert "name a file of weights" in (caught.value.hint or "")
+
+
+def test_a_wrong_name_in_a_file_is_answered_with_those_that_were_written_there(tmp_path):
+    """What the file imports came first: BatchSampler, ChainDataset … of a ``from torch.utils.data import *``."""
+    file = tmp_path / "loader.py"
+    file.write_text("from torch.utils.data import *\ndef make(): ...\ndef other(): ...\n")
+    with pytest.raises(LoadError, match="has no zz") as caught:
+        resolve(parse_spec(f"{file}:zz"))
+    assert caught.value.hint == "it has make, other"

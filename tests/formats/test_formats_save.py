@@ -45,6 +45,15 @@ def test_every_suffix_of_the_design_is_known():
         save(net(), "w")
 
 
+@pytest.mark.parametrize("name", ["checkpoint.pth.tar", "best.PT.TAR"])
+def test_the_ending_of_pytorchs_own_example_scripts(tmp_path, name):
+    """It is no archive; a file with this ending could be read and not be written, not in place either."""
+    save(net(), tmp_path / name)
+    assert torch.equal(load(tmp_path / name, arch=Net).value(IMAGE), net()(IMAGE))
+    with pytest.raises(ValueError, match=r"not as \.tar"):
+        save(net(), tmp_path / "weights.tar")
+
+
 def test_a_pt_file_is_a_plain_state_dict_that_torch_loads_safely(tmp_path):
     save(net(), tmp_path / "w.pt")
     fresh = Net()
