@@ -232,9 +232,8 @@ def _read(
     )
 
 
-def _keep_batches(scouted: Scouted, batches: int, fits: bool = True) -> None:
-    """Where they do not fit no proof follows that could show whether they may be joined."""
-    if scouted.reads and (batches <= READING or not fits):
+def _keep_batches(scouted: Scouted, batches: int) -> None:
+    if scouted.reads and batches <= READING:
         scouted.inseparable = scouted.inseparable or READS
 
 

@@ -99,6 +99,23 @@ class Witness:
                 return MIXED, why
         return CLEAN, ""
 
+    def _minds(self, session: Session, few: Chunk, start: int, sites: Mapping[Place, Moments], turn: Turn) -> str:
+        """That samples are mixed, where ``few`` at its place in the chunk sees something else among others; or nothing.
+
+        As many others: whatever depends on the number of samples alone, rounding above all, stays as it was.
+        """
+        behind = self.chunk.samples - start - few.samples
+        others = joined([*_copies(few, start), few, *_copies(few, behind)])
+        turn.put(session.device)
+        try:
+            seen = {} if others is None else listen(session.model, others, session.norms)[0]
+        except CalibrationError:
+            seen = {}
+        self.samples += self.chunk.samples
+        here = slice(start, start + few.samples)
+        far = _exact(_rows(seen, here), _rows(self.sums, here), sites)
+        return "" if far <= APART else "samples are mixed within a batch"
+
     def _batch_by_batch(
         self, session: Session, stats: dict[int, Stats], sites: Mapping[Place, Moments], turn: Turn
     ) -> float:
@@ -122,23 +139,6 @@ class Witness:
                 return math.inf
             worst = max(worst, _distance(apart, together, sites[place]))
         return worst
-
-    def _minds(self, session: Session, few: Chunk, start: int, sites: Mapping[Place, Moments], turn: Turn) -> str:
-        """That samples are mixed, where ``few`` at its place in the chunk sees something else among others; or nothing.
-
-        As many others: whatever depends on the number of samples alone, rounding above all, stays as it was.
-        """
-        behind = self.chunk.samples - start - few.samples
-        others = joined([*_copies(few, start), few, *_copies(few, behind)])
-        turn.put(session.device)
-        try:
-            seen = {} if others is None else listen(session.model, others, session.norms)[0]
-        except CalibrationError:
-            seen = {}
-        self.samples += self.chunk.samples
-        here = slice(start, start + few.samples)
-        far = _exact(_rows(seen, here), _rows(self.sums, here), sites)
-        return "" if far <= APART else "samples are mixed within a batch"
 
     def _replay(self, session: Session, chunk: Chunk, stats: dict[int, Stats], turn: Turn) -> dict[Place, SampleSums]:
         turn.put(session.device)
@@ -209,9 +209,9 @@ class _Total(SampleSums):
 
 def _total(several: Sequence[SampleSums]) -> _Total:
     n = [torch.full((len(x.s),), x.n, device=x.s.device) if isinstance(x.n, int) else x.n for x in several]
-    parts = (torch.cat([x.s for x in several]), torch.cat([x.q for x in several]), torch.cat(n))
-    s, q, count = (t.double().sum(0, keepdim=True) for t in parts)
-    return _Total(s, q, count)
+    s, q = torch.cat([x.s for x in several]), torch.cat([x.q for x in several])
+    s, q, of_all = (t.double().sum(0, keepdim=True) for t in (s, q, torch.cat(n)))
+    return _Total(s, q, of_all)
 
 
 def _exact(

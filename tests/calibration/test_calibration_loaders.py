@@ -218,71 +218,6 @@ def test_random_numbers_of_no_consequence_are_not_said() -> None:
     assert not exact(Draws(), images()).notes
 
 
-class TensorTable(Mapping[str, Any]):
-    """A TensorDict in small: going through it gives its samples, it knows how many, and wants all of one length."""
-
-    def __init__(self, source: Mapping[str, Any], batch_size: Sequence[int] = ()) -> None:
-        self._tensors, self.batch_size = dict(source.items()), tuple(batch_size)
-        count = len(self.batch_size)
-        if any(tuple(t.shape[:count]) != self.batch_size for t in self._tensors.values()):
-            raise RuntimeError("batch dimension mismatch")
-
-    def __getitem__(self, key: str) -> Any:
-        return self._tensors[key]
-
-    def __iter__(self) -> Iterator[Any]:
-        if not self.batch_size:
-            raise TypeError("iteration over a 0-d tensordict")
-        return ({k: t[i] for k, t in self._tensors.items()} for i in range(len(self)))
-
-    def __len__(self) -> int:
-        return self.batch_size[0] if self.batch_size else 0
-
-    def keys(self) -> Any:
-        return self._tensors.keys()
-
-    def values(self) -> Any:
-        return self._tensors.values()
-
-    def items(self) -> Any:
-        return self._tensors.items()
-
-    def to(self, device: Any) -> TensorTable:
-        return TensorTable({k: t.to(device) for k, t in self.items()}, self.batch_size)
-
-
-class Whole(nn.Module):
-    """Takes such a table as it is, and asks it how many samples it holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = Two()
-
-    def forward(self, table: TensorTable) -> Any:
-        (count,) = table.batch_size
-        return self.net(table["picture"])[:count]
-
-
-@pytest.mark.parametrize("way", ["whole", "by name", "forward"])
-def test_batches_that_are_tensordicts(way: str) -> None:
-    """They count as mappings, and going through one gives no keys: every way to use them ended in an error."""
-    data = [TensorTable({"picture": x, "input": x[:, :1, 0, 0]}, [len(x)]) for x in images()]
-    if way == "whole":
-        model: nn.Module = lived_in(Whole())
-        report = bnfix.recalibrate(model, data)  # type: ignore[arg-type]
-    elif way == "forward":
-        model = lived_in(Two())
-        report = bnfix.recalibrate(model, data, forward=lambda m, table: m(table["picture"]))
-    else:
-        model = lived_in(Two())
-        data = [TensorTable({"x": x, "label": torch.zeros(len(x))}, [len(x)]) for x in images()]
-        report = bnfix.recalibrate(model, data)
-        assert report.used == "keys x of x, label"
-    assert report.n == sum(len(x) for x in images())
-    inner = model.net if isinstance(model, Whole) else model
-    assert max(residual(inner, images())) <= EXACT
-
-
 # What is going to be done is said before the data is read, as far as the data says how much there is.
 
 
@@ -392,3 +327,68 @@ def test_data_that_does_not_say_how_much_there_is() -> None:
     assert early == []
     assert [line.split(" samples")[0] for line in later] == ["method staged: all 100"]
     assert any(line.startswith("reading as many samples as there are, up to ") for line in loader.said)
+
+
+class TensorTable(Mapping[str, Any]):
+    """A TensorDict in small: going through it gives its samples, it knows how many, and wants all of one length."""
+
+    def __init__(self, source: Mapping[str, Any], batch_size: Sequence[int] = ()) -> None:
+        self._tensors, self.batch_size = dict(source.items()), tuple(batch_size)
+        count = len(self.batch_size)
+        if any(tuple(t.shape[:count]) != self.batch_size for t in self._tensors.values()):
+            raise RuntimeError("batch dimension mismatch")
+
+    def __getitem__(self, key: str) -> Any:
+        return self._tensors[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self.batch_size:
+            raise TypeError("iteration over a 0-d tensordict")
+        return ({k: t[i] for k, t in self._tensors.items()} for i in range(len(self)))
+
+    def __len__(self) -> int:
+        return self.batch_size[0] if self.batch_size else 0
+
+    def keys(self) -> Any:
+        return self._tensors.keys()
+
+    def values(self) -> Any:
+        return self._tensors.values()
+
+    def items(self) -> Any:
+        return self._tensors.items()
+
+    def to(self, device: Any) -> TensorTable:
+        return TensorTable({k: t.to(device) for k, t in self.items()}, self.batch_size)
+
+
+class Whole(nn.Module):
+    """Takes such a table as it is, and asks it how many samples it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Two()
+
+    def forward(self, table: TensorTable) -> Any:
+        (count,) = table.batch_size
+        return self.net(table["picture"])[:count]
+
+
+@pytest.mark.parametrize("way", ["whole", "by name", "forward"])
+def test_batches_that_are_tensordicts(way: str) -> None:
+    """They count as mappings, and going through one gives no keys: every way to use them ended in an error."""
+    data = [TensorTable({"picture": x, "input": x[:, :1, 0, 0]}, [len(x)]) for x in images()]
+    if way == "whole":
+        model: nn.Module = lived_in(Whole())
+        report = bnfix.recalibrate(model, data)  # type: ignore[arg-type]
+    elif way == "forward":
+        model = lived_in(Two())
+        report = bnfix.recalibrate(model, data, forward=lambda m, table: m(table["picture"]))
+    else:
+        model = lived_in(Two())
+        data = [TensorTable({"x": x, "label": torch.zeros(len(x))}, [len(x)]) for x in images()]
+        report = bnfix.recalibrate(model, data)
+        assert report.used == "keys x of x, label"
+    assert report.n == sum(len(x) for x in images())
+    inner = model.net if isinstance(model, Whole) else model
+    assert max(residual(inner, images())) <= EXACT
