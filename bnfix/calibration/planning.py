@@ -186,8 +186,7 @@ def _foretold(session: Session, reader: Reader, scouted: Scouted, budget: int, r
     _keep_batches(scouted, batches)
     crowded = bool(scouted.inseparable) and batches > PLAIN_BATCHES
     fits = found.fits and not crowded
-    _keep_batches(scouted, batches, fits)
-    if not fits or session.coarse or batches > PLAIN_BATCHES:
+    if not fits or session.coarse or session.options.certify is None or batches > PLAIN_BATCHES:
         _look_closer(session, scouted)
     found = dataclasses.replace(found, fits=fits, crowded=crowded, inseparable=scouted.inseparable)
     decision = decide(session.options, [found], found.held, session.ranks.world)
@@ -216,7 +215,8 @@ def _read(
     crowded = bool(scouted.inseparable) and len(held) > PLAIN_BATCHES
     fits = reader.ended and not crowded and (room is None or reader.samples <= room)
     session.reads = scouted.reads
-    _keep_batches(scouted, len(held), fits)
+    if scouted.reads and not fits:  # no proof follows that could show whether they may be joined
+        scouted.inseparable = scouted.inseparable or READS
     if not fits or session.coarse:
         _look_closer(session, scouted)
     return held, Found(

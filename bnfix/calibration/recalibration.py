@@ -326,7 +326,7 @@ def _refuse_sharded(model: nn.Module) -> None:
     whole = ("FullyShardedDataParallel", "FSDPModule")
     path = next((n for n, m in model.named_modules() if any(k.__name__ in whole for k in type(m).__mro__)), None)
     if path is None:
-        path = next((n for n, p in model.named_parameters() if type(p).__name__ == "DTensor"), None)
+        path = next((n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
     if path is not None:
         raise CalibrationError(
             f"{path or 'the model'} is sharded over the ranks: its forward takes all of them in step",
