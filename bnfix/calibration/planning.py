@@ -186,7 +186,8 @@ def _foretold(session: Session, reader: Reader, scouted: Scouted, budget: int, r
     _keep_batches(scouted, batches)
     crowded = bool(scouted.inseparable) and batches > PLAIN_BATCHES
     fits = found.fits and not crowded
-    if not fits or session.coarse or session.options.certify is None or batches > PLAIN_BATCHES:
+    _keep_batches(scouted, batches, fits)
+    if not fits or session.coarse or batches > PLAIN_BATCHES:
         _look_closer(session, scouted)
     found = dataclasses.replace(found, fits=fits, crowded=crowded, inseparable=scouted.inseparable)
     decision = decide(session.options, [found], found.held, session.ranks.world)
@@ -215,8 +216,7 @@ def _read(
     crowded = bool(scouted.inseparable) and len(held) > PLAIN_BATCHES
     fits = reader.ended and not crowded and (room is None or reader.samples <= room)
     session.reads = scouted.reads
-    if scouted.reads and not fits:  # no proof follows that could show whether they may be joined
-        scouted.inseparable = scouted.inseparable or READS
+    _keep_batches(scouted, len(held), fits)
     if not fits or session.coarse:
         _look_closer(session, scouted)
     return held, Found(
@@ -232,8 +232,9 @@ def _read(
     )
 
 
-def _keep_batches(scouted: Scouted, batches: int) -> None:
-    if scouted.reads and batches <= READING:
+def _keep_batches(scouted: Scouted, batches: int, fits: bool = True) -> None:
+    """Where they do not fit no proof follows that could show whether they may be joined."""
+    if scouted.reads and (batches <= READING or not fits):
         scouted.inseparable = scouted.inseparable or READS
 
 

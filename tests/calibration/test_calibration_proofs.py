@@ -270,6 +270,10 @@ def test_many_small_batches_that_a_forward_looks_into(net: type[nn.Module], seed
 @pytest.mark.parametrize("net", [Undecided, Careful])
 def test_a_stream_that_a_forward_looks_into_is_not_joined(net: type[nn.Module]) -> None:
     """No proof follows there."""
-    report = bnfix.recalibrate(made(net), images(400, 1), memory_budget="3MB")
+    said: list[str] = []
+    report = bnfix.recalibrate(made(net), images(400, 1), memory_budget="3MB", progress=said.append)
     assert report.method == "online"
     assert "may depend on what is in a batch" in report.why
+    assert [line for line in said if line.startswith("method")] == [
+        f"method online: {report.why}"
+    ]  # nothing else before
