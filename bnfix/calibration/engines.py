@@ -9,11 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnfix.calibration.ambient import Ambient, Turn
 from bnfix.calibration.chunks import Chunk, of_one_kind
 from bnfix.calibration.fibers import FiberStrand, Guard, NoFootingError
+from bnfix.calibration.footing import Way
 from bnfix.calibration.ledger import Ledger, Place
 from bnfix.calibration.listening import Stats
 from bnfix.calibration.passes import mended
@@ -23,6 +24,7 @@ from bnfix.calibration.scouting import Scouted
 from bnfix.calibration.session import Session
 from bnfix.calibration.settling import Settling
 from bnfix.calibration.staged import ElsewhereError, FailedError, MemoryFullError, Run, memory
+from bnfix.calibration.starting import start
 from bnfix.calibration.strands import ParkedStrand, RerunStrand, Strand, StuckError
 from bnfix.calibration.threads import ThreadStrand
 from bnfix.errors import BnfixError, CalibrationError
@@ -86,6 +88,7 @@ def staged(
             "pass over the batches in this order, found in plain passes"
         )
         return _plain_passes(session, kept, scouted, quiet)
+    session.start = start(session, chunks, scouted, partial(_once, session))
     found, verdict, why = _tried(session, chunks, scouted, quiet, cut=cut)
     if verdict == MIXED:
         notes.append(f"{why}: the loader's batches were kept as they are")
@@ -184,11 +187,7 @@ def _parked(
             runs = max(c.samples for c in chunks)  # beside the others, which are parked
             parked = sum(c.samples for c in chunks) - runs
             stack.enter_context(kept_heap(int(scouted.parked * parked + scouted.forward * runs)))
-        kind: Callable[..., ParkedStrand] = partial(ThreadStrand, ambient=Ambient(session.device))
-        if ways is not None:
-            guard = Guard()
-            stack.callback(guard.end)
-            kind = partial(FiberStrand, guard=guard, ways=ways)
+        kind = _kind(stack, session, ways)
 
         def strands() -> Sequence[Strand]:
             one = len(chunks) == 1  # nobody to keep apart from: the model itself runs, not a replica
@@ -218,6 +217,35 @@ def _parked(
         found = _converged(session, chunks, strands, scouted, engine, watch, quiet)
     found.first = first[0] if first else None
     return found
+
+
+def _kind(stack: ExitStack, session: Session, ways: frozenset[Way] | None) -> Callable[..., ParkedStrand]:
+    """What makes strands, inside ``stack``: fibers where forwards can be left on these ways, else threads."""
+    if ways is None:
+        return partial(ThreadStrand, ambient=Ambient(session.device))
+    guard = Guard()
+    stack.callback(guard.end)
+    return partial(FiberStrand, guard=guard, ways=ways)
+
+
+def _once(session: Session, chunks: Sequence[Chunk], make: Callable[[], nn.Module], scouted: Scouted) -> Ledger:
+    """One run of ``chunks`` through modules of ``make``, each its own.
+
+    Raises:
+        CalibrationError, StuckError, MemoryFullError: as :meth:`Run.through`.
+    """
+    ledger, turn = Ledger(session.norms, session.options.unbiased), Turn.now(session.device)
+    with ExitStack() as stack:
+        kind = _kind(stack, session, scouted.ways if Guard.possible() else None)
+        session.outside.settle()
+        stack.callback(session.outside.put_back)
+        strands = [
+            kind(chunk, make(), session.norms, Turn.seeded(turn, number, session.device))
+            for number, chunk in enumerate(chunks)
+        ]
+        order = {place: i for i, place in enumerate(scouted.route)}
+        Run(strands, ledger, session.ranks, order=order, progress=session.say).through()
+    return ledger
 
 
 def _plain_passes(session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, quiet: bool) -> Outcome:
@@ -260,7 +288,7 @@ def _converged(
     stop = scouted is not None and scouted.tail > TAIL and not scouted.reads and of_one_kind(chunks)
     settling = Settling(lambda numbers: session.ranks.all_of(numbers)[0])
     rounds, stalled, last = 0, 0, Residual(float("inf"), float("inf"))
-    ledger = best = Ledger(session.norms, session.options.unbiased)
+    ledger = best = Ledger(session.norms, session.options.unbiased).starting(session.start)
 
     def run() -> None:
         label = f"iteration {rounds}, " if rounds > 1 else ""
@@ -286,7 +314,8 @@ def _converged(
         rounds, ledger = rounds + 1, best.repeated()
         run()
         last = ledger.moved()
-    return Outcome(ledger.final(), ledger.sites, engine, float(rounds), rounds, last)
+    passes = rounds + 2 * bool(session.start)  # one to collect calls, one to bring them through together
+    return Outcome(ledger.final(), ledger.sites, engine, float(passes), rounds, last)
 
 
 def _means(here: Sequence[Strand]) -> Tensor:

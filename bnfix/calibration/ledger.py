@@ -65,14 +65,15 @@ class Ledger:
             if (now := stored(self.norms.by_key(key), self.pooled[key], self.unbiased)) is not None
         }
         moved = self.moved()
-        return self._with(settling.next(self.given, found, max(moved.mean, moved.var)))
+        return self.starting(settling.next(self.given, found, max(moved.mean, moved.var)))
 
     def repeated(self) -> Ledger:
         """A ledger for this run once more, in which iterated norms use from the start what they used in the end."""
-        return self._with({key: self.used[key] for key in sorted(self.iterated) if key in self.used})
+        return self.starting({key: self.used[key] for key in sorted(self.iterated) if key in self.used})
 
-    def _with(self, given: dict[int, Stats]) -> Ledger:
-        return Ledger(self.norms, self.unbiased, given, dict(given), iterated=set(self.iterated))
+    def starting(self, given: dict[int, Stats]) -> Ledger:
+        """A ledger for a run in which iterated norms use ``given`` from the start, at all of their calls."""
+        return Ledger(self.norms, self.unbiased, given, dict(given), iterated=self.iterated | given.keys())
 
     def moved(self) -> Residual:
         """How far what iterated norms used, at any of their calls, is from what was pooled over them in the end."""

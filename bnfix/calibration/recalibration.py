@@ -270,7 +270,8 @@ class _Work:
         far = max(outcome.moved.mean, outcome.moved.var)
         allowed = ROUGH if self.session.norms.half else 1e-4
         settled = f"settled to {far:.1g} σ" if far <= allowed else f"did NOT settle: still {far:.2g} σ apart (unshare)"
-        text = f"norms with several call sites were pooled and iterated {outcome.iterations} times: {settled}"
+        times = f"{outcome.iterations} times" if outcome.iterations > 1 else "once"
+        text = f"norms with several call sites were pooled and iterated {times}: {settled}"
         self.session.notes.append(text)
 
     def _odd(self, mixing: bool) -> tuple[str, ...]:

@@ -67,6 +67,8 @@ class Session:
     notes: list[str] = field(default_factory=list)
     advice: str = ""
 
+    start: dict[int, Stats] = field(default_factory=dict)
+    """Where iterated norms start, if that is known."""
     draws: bool = False
     """Whether a forward draws random numbers."""
     remembers: str = ""
