@@ -25,7 +25,7 @@ from bnfix.stats import SampleSums, sample_sums
 SEPARABLE = {torch.float64: 1e-4, torch.float32: 1e-3}
 """By how much samples may differ alone and together, of the root of the mean square: kernels differ by some 1e-6 with
 the batch size (in half precision by its own rounding), layers that mix a batch by 1e-1."""
-SEEN, APART = 8, 1e-2
+SEEN, APART = 8, 1e-4
 """Channels that are looked at to tell rows apart, and the part of the largest value from which on they are."""
 
 
@@ -130,7 +130,7 @@ def _repeats(chunk: Chunk, trip: _Trip, replicate: Callable[[], nn.Module], norm
         if own is None or len(own) * chunk.samples != len(rows):
             continue
         away = {
-            n: (rows.view(n, chunk.samples, len(own) // n, -1)[:, 0].flatten(0, 1) - own).abs().max().item()
+            n: (rows.reshape(n, chunk.samples, len(own) // n, -1)[:, 0].flatten(0, 1) - own).abs().max().item()
             for n in range(1, len(own) + 1)
             if len(own) % n == 0
         }
