@@ -16,21 +16,20 @@ SMALL = 1 << 16
 
 
 @contextlib.contextmanager
-def preserved(model: nn.Module) -> Iterator[nn.Module]:
+def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[nn.Module]:
     """Run ``model`` inside; whatever happens there, it leaves as it came, Ctrl-C included.
 
     Kept: the training flag of each module by itself, the values and identities of buffers, entries of
     each module's ``__dict__`` (an attribute written in forward goes again), the RNG states of torch, every
     CUDA device in use, NumPy where it is loaded, and ``random``; grad mode, default dtype and backend flags.
-    Nothing that bnfix runs inside writes to parameters, but a forward may that sets a layer up by its first batch
-    (ActNorm): they get back the memory that they had, and its values up to :data:`SMALL` numbers each. Copies of
-    whole weights would cost as much memory as the model.
+    With ``weights``, of parameters too, which a forward may write that sets a layer up by its first batch (ActNorm):
+    they get back the memory that they had, and its values up to :data:`SMALL` numbers each. Copies of whole weights
+    would cost as much memory as the model. False where they are to be written inside.
     """
     scripted = [(m, m.training) for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # theirs can't be swapped
-    weights = [(p, p.data) for p in model.parameters() if type(p) is nn.Parameter and type(p.data) is torch.Tensor]
-    weights = [(p, data) for p, data in weights if data.layout is torch.strided and not data.is_meta]
-    small = [(data, data.clone()) for _, data in weights if data.numel() <= SMALL]
+    held = [(p, p.data) for p in model.parameters() if weights and type(p) is nn.Parameter and _plain(p.data)]
+    small = [(data, data.clone()) for _, data in held if data.numel() <= SMALL]
     dicts = [(m, dict(m.__dict__)) for m in modules]
     tables = [(m, dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in modules]
     buffers = [b for m in modules for b in m._buffers.values() if b is not None and not b.is_meta and not is_lazy(b)]
@@ -43,7 +42,7 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
     def restore() -> None:
         for script, training in scripted:
             script.training = training
-        for parameter, data in weights:
+        for parameter, data in held:
             if parameter.data_ptr() != data.data_ptr():
                 parameter.data = data
         for module, attributes in dicts:
@@ -71,6 +70,10 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
         yield model
     finally:
         surely(restore)
+
+
+def _plain(data: torch.Tensor) -> bool:
+    return type(data) is torch.Tensor and data.layout is torch.strided and not data.is_meta
 
 
 def surely(restore: Callable[[], None]) -> None:

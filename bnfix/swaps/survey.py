@@ -76,7 +76,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Python lists, and this does.
     """
     flags = [(m, m.training) for m in find_owners(model).modules.values()]
-    with preserved(model), torch.no_grad():
+    with preserved(model, weights=False), torch.no_grad():  # norms are fitted as the forward comes by
         try:
             for module, _ in flags:
                 module.training = False
