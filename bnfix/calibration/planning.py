@@ -47,7 +47,7 @@ from bnfix.calibration.scouting import Scouted, mixed, scout
 from bnfix.calibration.session import Session
 from bnfix.calibration.streaming import rejoined
 from bnfix.errors import CalibrationError
-from bnfix.running import drawing, free_bytes, give_back, kept_random
+from bnfix.running import drawing, give_back, kept_random
 
 READING = 256
 """Batches up to which they are kept as they are for nothing but that a forward looks at values."""
@@ -114,7 +114,7 @@ def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chu
         try:
             ran = make()
             with drawing() as drawn:
-                found = scout(chunk, partial(_itself, ran), session.norms)
+                found = scout(chunk, ran, session.norms)
         except CalibrationError:
             if not last:
                 raise
@@ -128,10 +128,6 @@ def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chu
             found.inseparable = found.inseparable or "the model does not take a part of a batch"
         return found, held
     raise AssertionError
-
-
-def _itself(ran: nn.Module) -> nn.Module:
-    return ran
 
 
 def _depends_on_chance(session: Session, chunk: Chunk) -> bool:
@@ -165,10 +161,9 @@ def _say_that_it_draws(session: Session, scouted: Scouted) -> None:
 def _room(session: Session, scouted: Scouted) -> tuple[int, int | None]:
     """The budget in bytes, and how many samples it holds; None: all."""
     options = session.options
-    budget = options.memory_budget
-    if budget is None:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if session.ranks.world > 1 else 1
-        budget = free_bytes(session.device) // 4 // local
+    budget = session.budget
+    if options.memory_budget is None and session.ranks.world > 1:  # shared with the ranks of this machine
+        budget //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     room = max(1, int(budget / max(scouted.parked, 1.0))) if options.spill_dir is None else None
     if length(session.data) is None and options.max_samples is None and (room is None or room > ENDLESS):
         room = ENDLESS
@@ -296,7 +291,7 @@ def _chunks(session: Session, held: list[Chunk], scouted: Scouted | None, apart:
     if scouted is None or apart or not held:
         return held
     total = sum(c.samples for c in held)
-    room = session.options.memory_budget or free_bytes(session.device) // 4
+    room = session.budget
     largest = LARGEST_ON_DEVICE
     if session.device.type == "cpu":
         largest = LARGEST if scouted.ways is not None and Guard.possible() else LARGEST_IN_THREADS

@@ -73,20 +73,20 @@ class _Trip:
     footing: Footing
 
 
-def scout(chunk: Chunk, replicate: Callable[[], nn.Module], norms: Norms) -> Scouted:
-    """Run ``chunk`` once; nothing is kept of it but figures and its outputs.
+def scout(chunk: Chunk, model: nn.Module, norms: Norms) -> Scouted:
+    """Run ``chunk`` through ``model``, or a replica; nothing is kept of it but figures and its outputs.
 
     Raises:
         CalibrationError: the forward fails; names the batch.
     """
     found = Scouted(chunk)
-    trip = _trip(chunk, replicate(), norms, found.reached, measured=True)
+    trip = _trip(chunk, model, norms, found.reached, measured=True)
     if not splittable(chunk):
         found.inseparable = _whole(chunk)
     elif trip.mixing:
         found.inseparable = "a norm uses the batch's own statistics in evaluation mode"
     if trip.rows and splittable(chunk) and chunk.samples > 1:
-        norms.repeats = _repeats(chunk, trip, replicate, norms)
+        norms.repeats = _repeats(chunk, trip, model, norms)
     for norm in norms:
         if 0 < trip.heard.get(norm.key, 0) < found.reached[id(norm.mean)] and not norm.why:
             norm.why = "is also called where bnfix can't see it (a thread of the model's own, torch functions disabled)"
@@ -113,7 +113,7 @@ def mixed(chunk: Chunk, replicate: Callable[[], nn.Module], norms: Norms) -> str
     return _difference(_trip(chunk, replicate(), norms, Counter()), parts, norms)
 
 
-def _repeats(chunk: Chunk, trip: _Trip, replicate: Callable[[], nn.Module], norms: Norms) -> dict[Place, int]:
+def _repeats(chunk: Chunk, trip: _Trip, model: nn.Module, norms: Norms) -> dict[Place, int]:
     """Where all samples come several times one after the other, and how often: its first sample alone shows which rows
     are its own.
 
@@ -121,7 +121,7 @@ def _repeats(chunk: Chunk, trip: _Trip, replicate: Callable[[], nn.Module], norm
     N others between them.
     """
     try:
-        alone = _trip(halves(chunk, 1)[0], replicate(), norms, Counter()).rows
+        alone = _trip(halves(chunk, 1)[0], model, norms, Counter()).rows
     except CalibrationError:  # it takes no single sample
         return {}
     found = {}
@@ -191,7 +191,7 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
     finally:
         for handle in handles:
             handle.remove()
-    given = sum(t.numel() * t.element_size() for t in chunk.call.tensors())
+    given = chunk.call.nbytes
     end = time.perf_counter()
     peak = (held.peak if held else 0) + given
     return _Trip(

@@ -20,6 +20,7 @@ from bnfix.calibration.reading import Mask
 from bnfix.calibration.spill import Spiller
 from bnfix.calibration.transaction import put
 from bnfix.graph import Outside, Replicator
+from bnfix.running import free_bytes
 from bnfix.running.call import Forward
 
 Say = Callable[[str], None]
@@ -115,6 +116,11 @@ class Session:
     def spiller(self) -> Spiller | None:
         """Takes inputs and activations into files, where that was asked for."""
         return None if self.options.spill_dir is None else Spiller(self.options.spill_dir)
+
+    @property
+    def budget(self) -> int:
+        """Bytes for what parked samples hold, as asked for, or a quarter of what is free now."""
+        return self.options.memory_budget or free_bytes(self.device) // 4
 
     @property
     def coarse(self) -> bool:

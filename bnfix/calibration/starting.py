@@ -24,7 +24,7 @@ from bnfix.calibration.session import Session
 from bnfix.calibration.staged import MemoryFullError, forward_of
 from bnfix.calibration.strands import StuckError
 from bnfix.errors import CalibrationError
-from bnfix.running import Call, free_bytes
+from bnfix.running import Call
 
 Through = Callable[[Sequence[Chunk], Callable[[], nn.Module], Scouted], Ledger]
 """One run of chunks through all norms of what makes modules; what was watched of it before."""
@@ -41,7 +41,7 @@ def start(session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, th
     if not several:
         return {}
     repeats = session.norms.repeats
-    room = session.options.memory_budget or free_bytes(session.device) // 4
+    room = session.budget
     try:
         inside = _inside(session, scouted.chunk, several)
         calls = _calls(session, chunks, inside, room) if inside else {}
@@ -99,7 +99,7 @@ def _calls(session: Session, chunks: Iterable[Chunk], paths: Iterable[str], room
         def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal taken
             call = Call(args, kwargs).private()
-            taken += sum(t.numel() * t.element_size() for t in call.tensors())
+            taken += call.nbytes
             if room is not None and taken > room:
                 raise MemoryFullError(f"the inputs of calls take more than {room} bytes")
             found[path].append((current[-1], call))
@@ -124,7 +124,7 @@ def _together(
     def make() -> nn.Module:
         return session.replicate().get_submodule(path)
 
-    watched = scout(chunks[0], make, session.norms)
+    watched = scout(chunks[0], make(), session.norms)
     if watched.parked * sum(c.samples for c in chunks) > room:
         return {}
     ledger = through(chunks, make, watched)

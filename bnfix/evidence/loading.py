@@ -129,7 +129,7 @@ def _kept(
             expected = max(BATCHES, wanted // chunk.samples)
             expected = max(1, min(expected, batches or expected, READ * wanted // chunk.samples))
             quota = max(LEAST, math.ceil(wanted / expected))
-            within = BYTES / expected / max(1.0, _bytes(chunk) / chunk.samples)
+            within = BYTES / expected / max(1.0, chunk.call.nbytes / chunk.samples)
             quota = max(LEAST, min(quota, int(within)))
             if quota < chunk.samples and splittable(chunk) and not takes(_some(chunk, quota, 1)):
                 quota = chunk.samples
@@ -137,7 +137,7 @@ def _kept(
         part = _some(chunk, quota, reader.batches)
         chunks.append(part)
         kept += part.samples
-        room -= _bytes(part)
+        room -= part.call.nbytes
         if room < 0 and len(chunks) > 1:
             break
         if reader.batches % 8 == 0:
@@ -153,10 +153,6 @@ def _some(chunk: Chunk, count: int, seed: int) -> Chunk:
     call = chunk.call.map(lambda t: t[drawn.to(t.device)])
     mask = None if chunk.mask is None else chunk.mask[drawn.to(chunk.mask.device)]
     return Chunk(call, count, chunk.origin[:count], mask)
-
-
-def _bytes(chunk: Chunk) -> int:
-    return sum(t.numel() * t.element_size() for t in chunk.call.tensors())
 
 
 def _facts(data: Iterable[Any]) -> LoaderFacts:

@@ -63,6 +63,11 @@ class Call:
         return found
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors among the inputs."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    @property
     def signature(self) -> str:
         """Shapes and types for a reader, such as ``2x3x224x224`` or ``(1x3x8x8, mask=1x8 bool)``."""
         parts = [describe(a) for a in self.args]
