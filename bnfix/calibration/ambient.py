@@ -121,7 +121,7 @@ class Turn:
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, device)
         now = flags_now if flags_now is not None else _flags()
-        if any(a is not b and (a != b or isinstance(a, list)) for a, b in zip(self.flags, now, strict=True)):
+        if self.flags is not now and not (self.flags == now and self.flags[0] is now[0]):
             _set_flags(self.flags, now)
 
 
@@ -147,26 +147,31 @@ _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], None]], ...] = tuple(
 
 
 def _flags() -> tuple[Any, ...]:
+    """The filters of warnings first: they are a list, and another one though it may hold the same."""
+    try:
+        switches = [getter() for getter, _ in _SWITCHES]
+    except RuntimeError:  # one is set through fp32_precision, which the older interface can't express
+        switches = [_known(getter) for getter, _ in _SWITCHES]
     return (
+        warnings.filters,
         torch._C._get_deterministic_algorithms(),
         torch._C._get_deterministic_algorithms_warn_only(),
         torch.get_default_dtype(),
-        warnings.filters,
         sys.stdout,
         sys.stderr,
-        *[_known(getter) for getter, _ in _SWITCHES],
+        *switches,
     )
 
 
 def _known(getter: Callable[[], Any]) -> Any:
     try:
         return getter()
-    except RuntimeError:  # set through fp32_precision, which the older interface can't express
+    except RuntimeError:
         return None
 
 
 def _set_flags(flags: tuple[Any, ...], now: tuple[Any, ...]) -> None:
-    deterministic, warn_only, dtype, filters, stdout, stderr, *switches = flags
+    filters, deterministic, warn_only, dtype, stdout, stderr, *switches = flags
     torch._C._set_deterministic_algorithms(deterministic, warn_only=warn_only)
     torch.set_default_dtype(dtype)
     sys.stdout, sys.stderr = stdout, stderr

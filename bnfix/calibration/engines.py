@@ -38,6 +38,8 @@ SETTLED = 1e-6
 ROUGH = 1e-2
 """The same in half precision, whose rounding alone moves statistics by some 1e-3."""
 ROUNDS = 40
+SLACK = 1.2
+"""Memory made ready, of what chunks hold at once: what is free between them is seldom of the size that is asked for."""
 TAIL = 0.05
 """Share of a forward's time behind its last norm from which on it is worth ending the other chunks there."""
 
@@ -186,7 +188,7 @@ def _parked(
         if scouted is not None and ways is not None and not bounded and session.device.type == "cpu":
             runs = max(c.samples for c in chunks)  # beside the others, which are parked
             parked = sum(c.samples for c in chunks) - runs
-            stack.enter_context(kept_heap(int(scouted.parked * parked + scouted.forward * runs)))
+            stack.enter_context(kept_heap(int(SLACK * (scouted.parked * parked + scouted.forward * runs))))
         kind = _kind(stack, session, ways)
 
         def strands() -> Sequence[Strand]:

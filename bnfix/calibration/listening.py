@@ -9,17 +9,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import FunctionType
+from types import (
+    BuiltinFunctionType,
+    FunctionType,
+    GetSetDescriptorType,
+    MethodDescriptorType,
+    MethodWrapperType,
+    ModuleType,
+    WrapperDescriptorType,
+)
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
 
 from bnfix.calibration.norms import Norm, Norms
 from bnfix.calibration.patched import original
-from bnfix.graph.per_call import StatisticsOfCall, arguments_of
+from bnfix.graph.per_call import StatisticsOfCall
 
 _aten, functorch = torch.ops.aten, torch._C._functorch
 _LEGACY = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
@@ -55,6 +64,9 @@ _READS = frozenset(
 
 _MAY_READ = frozenset({Tensor.__getitem__, torch.where})
 """Functions that do so with some arguments."""
+
+_ORDINARY: set[Any] = set()
+"""Functions of torch that were heard of before and are none of these: most of what each chunk calls."""
 
 Stats = tuple[Tensor, Tensor]
 
@@ -108,30 +120,41 @@ class Listener(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Let everything through but batch norms."""
-        if (shared := _per_call(func, args, kwargs)) is not None:
-            # Statistics of an un-shared function: its norm of this call asks F.batch_norm again, with real ones.
-            super().__enter__()  # type: ignore[no-untyped-call]
-            try:
-                return shared.__torch_function__(func, types, args, kwargs)
-            finally:
-                super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if torch.compiler.is_dynamo_compiling():  # the body of a torch.cond is traced here: nothing can be heard
-            return func(*args, **(kwargs or {}))
-        if type(func) is FunctionType and func.__globals__ is not _FUNCTIONAL:
-            func = original(func, sys._getframe(1))
+        given = kwargs or {}
+        if is_dynamo_compiling():  # the body of a torch.cond is traced here: nothing can be heard
+            return func(*args, **given)
         try:
-            names = _NAMES.get(func) or _names_of(func)
-            self.reads = self.reads or func in _READS or (func in _MAY_READ and _finds(func, args))
+            ordinary = func in _ORDINARY
         except TypeError:  # an unhashable callable
-            names = None
-        result = func(*args, **(kwargs or {})) if names is None else self._norm(func, names, args, kwargs or {})
+            ordinary = True
+        result = func(*args, **given) if ordinary else self._special(func, types, args, given)
         if self.watch is not None:
             self.watch(result, (args, kwargs))
         return result
 
-    def _norm(self, func: Any, names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _special(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if type(func) is FunctionType and func.__globals__ is not _FUNCTIONAL:
+            func = original(func, sys._getframe(2))
+        if (names := _NAMES.get(func) or _names_of(func)) is not None:
+            return self._norm(func, names, types, args, kwargs)
+        if func in _READS or func in _MAY_READ:
+            self.reads = self.reads or func in _READS or _finds(func, args)
+        elif _lasts(func):
+            _ORDINARY.add(func)
+        return func(*args, **kwargs)
+
+    def _norm(
+        self, func: Any, names: tuple[str, ...], types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
         given = dict(zip(names, args, strict=False)) | dict(kwargs)
         mean, var = given.get("running_mean"), given.get("running_var")
+        if isinstance(mean, StatisticsOfCall):
+            # Statistics of an un-shared function: its norm of this call asks F.batch_norm again, with real ones.
+            super().__enter__()  # type: ignore[no-untyped-call]
+            try:
+                return mean.__torch_function__(func, types, args, kwargs)
+            finally:
+                super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if given.get("training", False) or mean is None:
             self.mixing = True
             if mean is not None:  # it normalises with the batch: its running statistics would only be written
@@ -161,9 +184,15 @@ def _names_of(func: Any) -> tuple[str, ...] | None:
     return _BY_NAME if own else None
 
 
-def _per_call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> type[StatisticsOfCall] | None:
-    given = arguments_of(func, args, kwargs) if func is F.batch_norm or func is torch.batch_norm else None
-    return StatisticsOfCall if given and isinstance(given.get("running_mean"), StatisticsOfCall) else None
+def _lasts(func: Any) -> bool:
+    """Whether it is a function of torch's own, which is there as long as torch is."""
+    kind = type(func)
+    if kind is FunctionType:
+        return func.__globals__ is _FUNCTIONAL
+    if kind is MethodWrapperType:  # Tensor.shape.__get__
+        return isinstance(func.__self__, GetSetDescriptorType)
+    own = kind is BuiltinFunctionType and isinstance(func.__self__, type | ModuleType)
+    return own or kind is MethodDescriptorType or kind is WrapperDescriptorType
 
 
 def physical(x: Tensor) -> Tensor:
