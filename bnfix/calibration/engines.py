@@ -38,8 +38,9 @@ SETTLED = 1e-6
 ROUGH = 1e-2
 """The same in half precision, whose rounding alone moves statistics by some 1e-3."""
 ROUNDS = 40
-SLACK = 1.2
-"""Memory made ready, of what chunks hold at once: what is free between them is seldom of the size that is asked for."""
+SLACK, SPARE = 1.15, 3
+"""Memory made ready: so many times what chunks hold at once, and so many of the largest blocks. What is free between
+others is seldom of the size that is asked for."""
 TAIL = 0.05
 """Share of a forward's time behind its last norm from which on it is worth ending the other chunks there."""
 
@@ -186,9 +187,7 @@ def _parked(
     bounded = session.options.memory_budget is not None or spiller is not None
     with ExitStack() as stack:
         if scouted is not None and ways is not None and not bounded and session.device.type == "cpu":
-            runs = max(c.samples for c in chunks)  # beside the others, which are parked
-            parked = sum(c.samples for c in chunks) - runs
-            stack.enter_context(kept_heap(int(SLACK * (scouted.parked * parked + scouted.forward * runs))))
+            stack.enter_context(kept_heap(_room(scouted, chunks)))
         kind = _kind(stack, session, ways)
 
         def strands() -> Sequence[Strand]:
@@ -219,6 +218,14 @@ def _parked(
         found = _converged(session, chunks, strands, scouted, engine, watch, quiet)
     found.first = first[0] if first else None
     return found
+
+
+def _room(scouted: Scouted, chunks: Sequence[Chunk]) -> int:
+    """Bytes in which one chunk runs while the others are parked."""
+    runs = max(c.samples for c in chunks)
+    parked = sum(c.samples for c in chunks) - runs
+    held = scouted.parked * parked + scouted.forward * runs
+    return int(SLACK * held + SPARE * scouted.largest * runs)
 
 
 def _kind(stack: ExitStack, session: Session, ways: frozenset[Way] | None) -> Callable[..., ParkedStrand]:

@@ -7,7 +7,7 @@ import dis
 import gc
 import types
 import weakref
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,6 +139,8 @@ class Plan:
         """Look into a node: what it holds becomes nodes too."""
         node = self.nodes[i]
         value = node.value
+        if type(value) is OrderedDict and not value and not vars(value):  # a dozen of each module
+            return
         match node.kind:
             case "module":
                 self._check_module(i, value)
@@ -189,7 +191,7 @@ class Plan:
 
     def _open_state(self, i: int, node: Node) -> None:
         state = state_of(node.value)
-        if state is not None:
+        if state:
             node.state = dict(state)
             for key, value in state.items():
                 j = self._add(value, i, None if key == "_modules" and node.kind == "module" else f".{key}")
