@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfix.calibration.chunks import Chunk, halves, mask_at, splittable
+from bnfix.calibration.chunks import Chunk, first_samples, halves, mask_at, splittable
 from bnfix.calibration.footing import Footing, Way
 from bnfix.calibration.ledger import Place
 from bnfix.calibration.listening import Listener, Seen
@@ -85,8 +85,8 @@ def scout(chunk: Chunk, model: nn.Module, norms: Norms) -> Scouted:
         found.inseparable = _whole(chunk)
     elif trip.mixing:
         found.inseparable = "a norm uses the batch's own statistics in evaluation mode"
-    if trip.rows and splittable(chunk) and chunk.samples > 1:
-        norms.repeats = _repeats(chunk, trip, model, norms)
+    if trip.rows and chunk.samples > 1 and (one := _first_alone(chunk)) is not None:
+        norms.repeats = _repeats(chunk, trip, one, model, norms)
     for norm in norms:
         if 0 < trip.heard.get(norm.key, 0) < found.reached[id(norm.mean)] and not norm.why:
             norm.why = "is also called where bnfix can't see it (a thread of the model's own, torch functions disabled)"
@@ -113,15 +113,29 @@ def mixed(chunk: Chunk, replicate: Callable[[], nn.Module], norms: Norms) -> str
     return _difference(_trip(chunk, replicate(), norms, Counter()), parts, norms)
 
 
-def _repeats(chunk: Chunk, trip: _Trip, model: nn.Module, norms: Norms) -> dict[Place, int]:
-    """Where all samples come several times one after the other, and how often: its first sample alone shows which rows
-    are its own.
+def _first_alone(chunk: Chunk) -> Chunk | None:
+    """The first sample of a chunk, to be looked at; None where it can't be told.
+
+    With ``forward=`` a batch goes in as it is, but where all of its tensors have one row a sample, so has the first.
+    """
+    if splittable(chunk):
+        return first_samples(chunk, 1)
+    tensors = chunk.call.tensors()
+    if chunk.call.forward is None or any(t.is_nested or t.shape[:1] != (chunk.samples,) for t in tensors):
+        return None
+    mask = None if chunk.mask is None else chunk.mask[:1]
+    return Chunk(chunk.call.map(lambda t: t[:1]), 1, chunk.origin[:1], mask)
+
+
+def _repeats(chunk: Chunk, trip: _Trip, one: Chunk, model: nn.Module, norms: Norms) -> dict[Place, int]:
+    """Where all samples come several times one after the other, and how often: its first sample, ``one``, shows alone
+    which rows are its own.
 
     Rows of one sample are mostly neighbours, ``(N, T, C)`` as ``(N·T, C)``. ``torch.cat((a, b))`` inside a forward puts
     N others between them.
     """
     try:
-        alone = _trip(halves(chunk, 1)[0], model, norms, Counter()).rows
+        alone = _trip(one, model, norms, Counter()).rows
     except CalibrationError:  # it takes no single sample
         return {}
     found = {}

@@ -180,8 +180,8 @@ class _Site:
     variances: list[Tensor] = field(default_factory=list)
     masked: bool = True
 
-    def take(self, number: int, chunk: Chunk, x: Tensor) -> None:
-        found = pool([sample_sums(x, chunk.samples)], [x])
+    def take(self, number: int, chunk: Chunk, x: Tensor, repeats: int) -> None:
+        found = pool([sample_sums(x, chunk.samples, None, repeats)], [x])
         self.all = found if self.all is None else self.all.merge(found)
         if len(self.rows) < EACH:
             self.rows.append((number, float(found.n), float(found.units)))
@@ -194,7 +194,7 @@ class _Site:
         if mask is None:
             self.masked = False
             return
-        left = pool([sample_sums(x, chunk.samples, mask)], [x], [mask])
+        left = pool([sample_sums(x, chunk.samples, mask, repeats)], [x], [mask])
         self.kept = left if self.kept is None else self.kept.merge(left)
 
     def done(self, call: int) -> SiteData:
@@ -230,15 +230,16 @@ def _sites(session: Session, chunks: Sequence[Chunk]) -> tuple[SiteData, ...]:
     calls: dict[str, int] = defaultdict(int)
     at: list[tuple[int, Chunk]] = []
 
-    def hear(path: str, x: Tensor) -> None:
+    def hear(path: str, x: Tensor, repeats: int = 1) -> None:
         place = (path, calls[path])
         calls[path] += 1
         number, chunk = at[0]
         if x.numel():
-            found.setdefault(place, _Site(path)).take(number, chunk, x)
+            found.setdefault(place, _Site(path)).take(number, chunk, x, repeats)
 
     def ask(seen: Seen) -> None:
-        hear(seen.norm.path, seen.x)
+        norm = seen.norm
+        hear(norm.path, seen.x, session.norms.repeats.get((norm.key, calls[norm.path]), 1))
 
     start = time.monotonic()
     with _ears(session.model, hear):

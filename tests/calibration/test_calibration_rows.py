@@ -34,6 +34,13 @@ class Joint(nn.Module):
         return self.trunk(x).mean((2, 3))  # type: ignore[no-any-return]
 
 
+class Single(Joint):
+    """Whatever views there are, somebody else joins them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))  # type: ignore[no-any-return]
+
+
 class Siamese(Joint):
     """As ``torch.cat`` has them."""
 
@@ -90,6 +97,35 @@ def test_views_joined_inside_a_forward_stay_with_their_sample(net: Callable[[], 
     assert report.layers[0].samples == SAMPLES
     # float32 sums over 196 positions
     torch.testing.assert_close(found, standard_error(first), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("size", [4, 16])
+@pytest.mark.parametrize("join", [torch.cat, lambda views: torch.stack(views, 1).flatten(0, 1)], ids=["cat", "stack"])
+def test_views_that_forward_joins_stay_with_their_sample(join: Callable[..., Tensor], size: int) -> None:
+    """The line that bnfix itself proposes for triplets."""
+    torch.manual_seed(0)
+    model, batches = lived_in(Single()), triplets(size)
+    report = bnfix.recalibrate(model, batches, forward=lambda m, views: m(join(views)))
+    assert max(max(d) for d in distances(model, [join(views) for views in batches]).values()) <= EXACT
+    views = torch.stack([torch.cat(views) for views in zip(*batches, strict=True)], 1)
+    with torch.no_grad():
+        first = model.trunk[0](views.flatten(0, 1)).mean((2, 3)).unflatten(0, (SAMPLES, 3)).mean(1)
+    found = torch.tensor(report.layers[0].se_mean, dtype=torch.float64)
+    assert report.layers[0].samples == SAMPLES
+    torch.testing.assert_close(found, standard_error(first), rtol=1e-4, atol=0)
+
+
+def test_a_forward_that_takes_no_single_sample() -> None:
+    """Rows can't be told apart then, and are taken as neighbours; nothing fails."""
+
+    def forward(model: nn.Module, views: tuple[Tensor, ...]) -> object:
+        assert len(views[0]) > 1
+        return model(torch.cat(views))
+
+    torch.manual_seed(0)
+    model, batches = lived_in(Single()), triplets(8)
+    assert bnfix.recalibrate(model, batches, forward=forward).layers[0].samples == SAMPLES
+    assert max(max(d) for d in distances(model, [torch.cat(views) for views in batches]).values()) <= EXACT
 
 
 def test_both_directions_of_a_recurrent_layer() -> None:

@@ -380,3 +380,15 @@ def test_of_many_batches_the_moments_of_the_first_are_kept() -> None:
     assert site.numbers == tuple(range(measuring.EACH))
     everything = torch.cat(data).double()
     assert numpy.allclose(site.mean, everything.mean(0).numpy(), rtol=1e-6)
+
+
+def test_views_that_a_forward_joins_stay_with_their_sample() -> None:
+    """Anchor and positive are alike: neighbours in torch.cat((a, p)) are others."""
+    torch.manual_seed(0)
+    a = torch.randn(96, 3, 4, 4) + 2 * torch.randn(96, 1, 1, 1)
+    p = a + 0.1 * torch.randn_like(a)
+    model = nn.Sequential(nn.BatchNorm2d(3)).eval()
+    pairs = [*zip(a.split(12), p.split(12), strict=True)]
+    (site,) = of_data(model, pairs, forward=lambda m, b: m(torch.cat(b))).sites
+    of_sample = ((a + p) / 2).double().mean((2, 3)).var(0).numpy()
+    assert numpy.allclose(site.sample_var, of_sample, rtol=2e-3)
