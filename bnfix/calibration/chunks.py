@@ -69,12 +69,20 @@ def pieces(
 
 
 def _sizes(total: int, most: int) -> list[int]:
-    """As equal as can be; the fewest that are not above ``most``, or up to half as many more if these divide it."""
+    """The fewest that are not above ``most``, or up to half as many more if these divide it. All alike but the last,
+    so that the first one, with the samples that were looked at, is one of many; as equal as can be if that is too
+    small.
+    """
     fewest = max(1, -(-total // most))
     count = next((c for c in range(fewest, fewest * 3 // 2 + 1) if total % c == 0), fewest)
     count = max(1, min(count, total // LEAST))
+    each = -(-total // count)
+    last = total - each * (count - 1)
+    if last >= max(LEAST, each // 2):
+        return [each] * (count - 1) + [last]
     small, more = divmod(total, count)
-    return [small + 1] * more + [small] * (count - more)
+    groups = ([small + 1] * more, [small] * (count - more))
+    return [size for group in sorted(groups, key=len, reverse=True) for size in group]
 
 
 def _alike(batches: Sequence[Chunk]) -> list[list[Chunk]]:

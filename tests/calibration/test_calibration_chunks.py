@@ -1,0 +1,57 @@
+"""How samples are cut into chunks, and that those which are looked at first are those which are run again."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from calib_nets import batched, residual
+from hypothesis import given
+from hypothesis import strategies as st
+from nets import lived_in
+from torch import nn
+from trap_nets import EXACT
+
+import bnfix
+from bnfix.calibration.chunks import LEAST, Chunk, pieces
+from bnfix.running import Call
+
+
+def cut(total: int, most: int) -> list[Chunk]:
+    numbers = torch.arange(float(total)).unsqueeze(1)
+    return pieces([Chunk(Call((numbers,)), total, (0,) * total)], most)
+
+
+@given(st.integers(1, 3000), st.integers(LEAST, 200))
+def test_all_samples_in_order_in_chunks_alike_but_the_last(total: int, most: int) -> None:
+    chunks = cut(total, most)
+    found = torch.cat([c.call.args[0] for c in chunks]).flatten().tolist()
+    assert found == [*range(total)]
+    sizes = [c.samples for c in chunks]
+    assert min(sizes) >= min(LEAST, total)
+    assert max(sizes) <= most or len(sizes) == total // LEAST  # no smaller ones than LEAST to be had
+    changes = [b - a for a, b in pairwise(sizes) if a != b]
+    assert len(changes) <= 1  # two sizes at most, each in one run
+    assert len(sizes) < 3 or sizes.count(sizes[0]) >= len(sizes) / 2
+
+
+@pytest.mark.parametrize("samples", [384, 601, 640, 1020])
+def test_the_samples_looked_at_are_run_again_and_no_others(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two looks at two samples: their outputs before and after tell how far the outputs change."""
+    ran: list[int] = []
+    run = Call.run
+
+    def counted(call: Call, model: nn.Module) -> object:
+        ran.append(len(call.tensors()[0]))
+        return run(call, model)
+
+    monkeypatch.setattr(Call, "run", counted)
+    torch.manual_seed(0)
+    model = lived_in(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3)))
+    data = batched(torch.randn(samples, 3, 6, 6), 16)
+    report = bnfix.recalibrate(model, data)
+    small = [size for size in ran if size < LEAST]
+    assert (small, sum(ran)) == ([2, 2], samples + 4)
+    assert report.output_change is not None
+    assert max(residual(model, data)) <= EXACT
