@@ -148,10 +148,6 @@ _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], None]], ...] = tuple(
 
 def _flags() -> tuple[Any, ...]:
     """The filters of warnings first: they are a list, and another one though it may hold the same."""
-    try:
-        switches = [getter() for getter, _ in _SWITCHES]
-    except RuntimeError:  # one is set through fp32_precision, which the older interface can't express
-        switches = [_known(getter) for getter, _ in _SWITCHES]
     return (
         warnings.filters,
         torch._C._get_deterministic_algorithms(),
@@ -159,14 +155,14 @@ def _flags() -> tuple[Any, ...]:
         torch.get_default_dtype(),
         sys.stdout,
         sys.stderr,
-        *switches,
+        *[_known(getter) for getter, _ in _SWITCHES],
     )
 
 
 def _known(getter: Callable[[], Any]) -> Any:
     try:
         return getter()
-    except RuntimeError:
+    except RuntimeError:  # set through fp32_precision, which the older interface can't express
         return None
 
 

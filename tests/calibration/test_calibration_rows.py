@@ -81,6 +81,16 @@ def standard_error(of_sample: Tensor) -> Tensor:
     return of_sample.double().std(0) / len(of_sample) ** 0.5
 
 
+def assert_errors_of_views(report: bnfix.Recalibration, model: Joint, batches: list[tuple[Tensor, ...]]) -> None:
+    """The first norm's standard errors are those of samples: means over all views of each."""
+    views = torch.stack([torch.cat(views) for views in zip(*batches, strict=True)], 1)
+    with torch.no_grad():
+        first = model.trunk[0](views.flatten(0, 1)).mean((2, 3)).unflatten(0, (SAMPLES, 3)).mean(1)
+    found = torch.tensor(report.layers[0].se_mean, dtype=torch.float64)
+    # float32 sums over 196 positions
+    torch.testing.assert_close(found, standard_error(first), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("net", [Siamese, Frames])
 @pytest.mark.parametrize("size", [2, 16])
 def test_views_joined_inside_a_forward_stay_with_their_sample(net: Callable[[], Joint], size: int) -> None:
@@ -90,13 +100,8 @@ def test_views_joined_inside_a_forward_stay_with_their_sample(net: Callable[[], 
     assert report.notes == ()  # nothing is mixed
     assert report.engine == "one chunk"  # small batches are joined
     assert max(max(d) for d in distances(model, batches, spread).values()) <= EXACT
-    views = torch.stack([torch.cat(views) for views in zip(*batches, strict=True)], 1)
-    with torch.no_grad():
-        first = model.trunk[0](views.flatten(0, 1)).mean((2, 3)).unflatten(0, (SAMPLES, 3)).mean(1)
-    found = torch.tensor(report.layers[0].se_mean, dtype=torch.float64)
     assert report.layers[0].samples == SAMPLES
-    # float32 sums over 196 positions
-    torch.testing.assert_close(found, standard_error(first), rtol=1e-4, atol=0)
+    assert_errors_of_views(report, model, batches)
 
 
 @pytest.mark.parametrize("size", [4, 16])
@@ -107,12 +112,8 @@ def test_views_that_forward_joins_stay_with_their_sample(join: Callable[..., Ten
     model, batches = lived_in(Single()), triplets(size)
     report = bnfix.recalibrate(model, batches, forward=lambda m, views: m(join(views)))
     assert max(max(d) for d in distances(model, [join(views) for views in batches]).values()) <= EXACT
-    views = torch.stack([torch.cat(views) for views in zip(*batches, strict=True)], 1)
-    with torch.no_grad():
-        first = model.trunk[0](views.flatten(0, 1)).mean((2, 3)).unflatten(0, (SAMPLES, 3)).mean(1)
-    found = torch.tensor(report.layers[0].se_mean, dtype=torch.float64)
     assert report.layers[0].samples == SAMPLES
-    torch.testing.assert_close(found, standard_error(first), rtol=1e-4, atol=0)
+    assert_errors_of_views(report, model, batches)
 
 
 def test_a_forward_that_takes_no_single_sample() -> None:
@@ -147,11 +148,7 @@ def test_streams_too(method: str) -> None:
     model = lived_in(Siamese())
     batches = triplets(12)
     report = bnfix.recalibrate(model, batches, method=method)
-    views = torch.stack([torch.cat(views) for views in zip(*batches, strict=True)], 1)
-    with torch.no_grad():
-        first = model.trunk[0](views.flatten(0, 1)).mean((2, 3)).unflatten(0, (SAMPLES, 3)).mean(1)
-    found = torch.tensor(report.layers[0].se_mean, dtype=torch.float64)
-    torch.testing.assert_close(found, standard_error(first), rtol=1e-4, atol=0)
+    assert_errors_of_views(report, model, batches)
 
 
 def test_the_batch_whose_activations_overflow_is_the_one_that_is_named() -> None:
