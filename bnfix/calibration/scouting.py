@@ -121,10 +121,14 @@ def _first_alone(chunk: Chunk) -> Chunk | None:
     if splittable(chunk):
         return first_samples(chunk, 1)
     tensors = chunk.call.tensors()
-    if chunk.call.forward is None or any(t.is_nested or t.shape[:1] != (chunk.samples,) for t in tensors):
+    if chunk.call.forward is None or not all(_has_rows(t, chunk.samples) for t in tensors):
         return None
     mask = None if chunk.mask is None else chunk.mask[:1]
     return Chunk(chunk.call.map(lambda t: t[:1]), 1, chunk.origin[:1], mask)
+
+
+def _has_rows(tensor: Tensor, count: int) -> bool:
+    return not tensor.is_nested and tensor.layout is torch.strided and tensor.shape[:1] == (count,)
 
 
 def _repeats(chunk: Chunk, trip: _Trip, one: Chunk, model: nn.Module, norms: Norms) -> dict[Place, int]:

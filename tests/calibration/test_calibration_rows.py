@@ -129,6 +129,17 @@ def test_a_forward_that_takes_no_single_sample() -> None:
     assert max(max(d) for d in distances(model, [torch.cat(views) for views in batches]).values()) <= EXACT
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("sparse", [Tensor.to_sparse, Tensor.to_sparse_csr], ids=["coo", "csr"])
+def test_views_in_a_layout_that_has_no_rows_to_be_cut(sparse: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model, x = lived_in(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))), torch.randn(SAMPLES, 3)
+    pairs = [(sparse(b), sparse(b + 1)) for b in x.split(8)]
+    dense = [torch.cat([a.to_dense() for a in pair]) for pair in pairs]
+    bnfix.recalibrate(model, pairs, forward=lambda m, b: m(torch.cat([a.to_dense() for a in b])))
+    assert max(max(d) for d in distances(model, dense).values()) <= EXACT
+
+
 def test_both_directions_of_a_recurrent_layer() -> None:
     torch.manual_seed(0)
     model = lived_in(Directions())
