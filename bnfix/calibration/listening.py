@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from bnfix.calibration.norms import Norm, Norms
 from bnfix.calibration.patched import original
 from bnfix.graph.per_call import StatisticsOfCall
+from bnfix.running.written import keep, may_write
 
 _aten, functorch = torch.ops.aten, torch._C._functorch
 _LEGACY = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
@@ -64,6 +65,9 @@ _READS = frozenset(
 
 _MAY_READ = frozenset({Tensor.__getitem__, torch.where})
 """Functions that do so with some arguments."""
+
+_WRITES: set[Any] = set()
+"""Functions of torch that were heard of before and may write to what they are given, such as a weight."""
 
 _ORDINARY: set[Any] = set()
 """Functions of torch that were heard of before and are none of these: most of what each chunk calls."""
@@ -124,7 +128,7 @@ class Listener(TorchFunctionMode):
         if is_dynamo_compiling():  # the body of a torch.cond is traced here: nothing can be heard
             return func(*args, **given)
         try:
-            ordinary = func in _ORDINARY
+            ordinary = func in _ORDINARY and "out" not in given
         except TypeError:  # an unhashable callable
             ordinary = True
         result = func(*args, **given) if ordinary else self._special(func, types, args, given)
@@ -139,6 +143,10 @@ class Listener(TorchFunctionMode):
             return self._norm(func, names, types, args, kwargs)
         if func in _READS or func in _MAY_READ:
             self.reads = self.reads or func in _READS or _finds(func, args)
+        elif func in _WRITES or "out" in kwargs or may_write(func):
+            keep(func, args, kwargs)
+            if _lasts(func) and "out" not in kwargs:
+                _WRITES.add(func)
         elif _lasts(func):
             _ORDINARY.add(func)
         return func(*args, **kwargs)

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from bnfix.running.written import Kept
+
 SMALL = 1 << 16
 """Numbers of a parameter up to which its values are kept: scales and biases, what is set up by a first batch."""
 
@@ -23,13 +25,14 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[nn.Module]:
     each module's ``__dict__`` (an attribute written in forward goes again), the RNG states of torch, every
     CUDA device in use, NumPy where it is loaded, and ``random``; grad mode, default dtype and backend flags.
     With ``weights``, of parameters too, which a forward may write that sets a layer up by its first batch (ActNorm):
-    they get back the memory that they had, and its values up to :data:`SMALL` numbers each. Copies of whole weights
-    would cost as much memory as the model. False where they are to be written inside.
+    they get back the memory that they had, and its values: up to :data:`SMALL` numbers each in any case, of larger ones
+    where :func:`bnfix.running.written.keep` hears what is written. False where they are to be written inside.
     """
     scripted = [(m, m.training) for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # theirs can't be swapped
     held = [(p, p.data) for p in model.parameters() if weights and type(p) is nn.Parameter and _plain(p.data)]
     small = [(data, data.clone()) for _, data in held if data.numel() <= SMALL]
+    large = Kept(data for _, data in held if data.numel() > SMALL)
     dicts = [(m, dict(m.__dict__)) for m in modules]
     tables = [(m, dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in modules]
     buffers = [b for m in modules for b in m._buffers.values() if b is not None and not b.is_meta and not is_lazy(b)]
@@ -57,7 +60,7 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[nn.Module]:
                 if _changed(table, kept):
                     table.clear()
                     table.update(kept)  # type: ignore[arg-type]
-        for buffer, value in (*values, *small):
+        for buffer, value in (*values, *small, *large.values):
             if not torch.equal(buffer, value):  # NaN compares unequal and is written again: the same bits
                 with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                     buffer.copy_(value)
@@ -67,7 +70,8 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[nn.Module]:
         torch.set_default_dtype(dtype)
 
     try:
-        yield model
+        with large:
+            yield model
     finally:
         surely(restore)
 

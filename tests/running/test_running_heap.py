@@ -28,7 +28,7 @@ waves()
 give_back()
 before = resident()
 heap._KEPT = int(__import__("sys").argv[1]) << 20
-with kept_heap(240 << 20):
+with kept_heap(280 << 20):
     inside, start = resident(), faults()
     waves()
     within = faults() - start
@@ -36,14 +36,15 @@ with kept_heap(240 << 20):
     pinned = torch.ones(30_000)  # a small one that stays, above all that
     del below
 left, start = resident(), faults()
-with kept_heap(240 << 20):
+with kept_heap(280 << 20):
     waves()
 again = faults() - start
 give_back()
 print(within, (inside - before) >> 20, (left - before) >> 20, again, (resident() - before) >> 20)
 """
 PAGES = 220 * MB // resource.getpagesize()
-"""What the largest wave needs."""
+"""What the largest wave needs. 280 MB are made ready: with less, the one small tensor that stays can lie where there is no
+room for the last block of a wave, which is then fetched each time."""
 
 
 def alone(most: int) -> list[int]:
@@ -60,7 +61,7 @@ def alone(most: int) -> list[int]:
 @pytest.mark.skipif(not GLIBC, reason="glibc's allocator")
 def test_pages_are_fetched_once_and_go_back() -> None:
     within, gained, left, _, kept = alone(200)
-    assert gained < 260
+    assert gained < 300
     assert within < PAGES / 10  # each page of the first wave, at least, without
     assert left < 10
     assert kept < 10
@@ -69,7 +70,7 @@ def test_pages_are_fetched_once_and_go_back() -> None:
 @pytest.mark.skipif(not GLIBC, reason="glibc's allocator")
 def test_what_stays_serves_the_next_time_and_can_be_given_back() -> None:
     _, _, left, again, kept = alone(300)
-    assert 200 < left < 260
+    assert 250 < left < 300
     assert again < PAGES / 10
     assert kept < 10
 
