@@ -43,8 +43,8 @@ give_back()
 print(within, (inside - before) >> 20, (left - before) >> 20, again, (resident() - before) >> 20)
 """
 PAGES = 220 * MB // resource.getpagesize()
-"""What the largest wave needs. 280 MB are made ready: with less, the one small tensor that stays can lie where there is no
-room for the last block of a wave, which is then fetched each time."""
+"""What the largest wave needs. 280 MB are made ready: with less, the one small tensor that stays can lie where there is
+no room for the last block of a wave, which is then fetched each time."""
 
 
 def alone(most: int) -> list[int]:
