@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -66,14 +66,15 @@ def mended(
 
 
 def _measured(session: Session, chunks: Sequence[Chunk], stats: dict[int, Stats], turn: Turn) -> dict[Place, Moments]:
-    found: dict[Place, Moments] = {}
+    def seeded() -> Iterator[Chunk]:
+        for number, chunk in enumerate(chunks):
+            Turn.seeded(turn, number, session.device).put_all(session.device)
+            yield chunk
+
     session.rewind()  # each pass is the one that the user would make
     try:
         with session.using(stats):
-            for number, chunk in enumerate(chunks):
-                Turn.seeded(turn, number, session.device).put_all(session.device)
-                for place, moments in measure(session.model, [chunk], session.norms).items():
-                    found[place] = found[place].merge(moments) if place in found else moments
+            found = measure(session.model, seeded(), session.norms, sum(c.samples for c in chunks))
     finally:
         turn.put(session.device)
     return merged(found, session.norms, session.ranks)

@@ -17,7 +17,7 @@ from bnfix.calibration.norms import Norms
 from bnfix.calibration.ranks import Ranks
 from bnfix.calibration.staged import forward_of
 from bnfix.errors import CalibrationError
-from bnfix.stats import Moments, SampleSums, pool
+from bnfix.stats import Gathering, Moments, SampleSums
 from bnfix.types import Residual
 
 
@@ -47,17 +47,16 @@ def _forward(model: nn.Module, chunk: Chunk, norms: Norms, hear: Callable[[Place
         return chunk.call.run(model)
 
 
-def measure(model: nn.Module, chunks: Iterable[Chunk], norms: Norms) -> dict[Place, Moments]:
-    """The moments of every call site over all chunks, as the model stands."""
-    found: dict[Place, Moments] = {}
+def measure(model: nn.Module, chunks: Iterable[Chunk], norms: Norms, samples: int) -> dict[Place, Moments]:
+    """The moments of every call site over all chunks, which hold so many samples, as the model stands."""
+    found: dict[Place, Gathering] = defaultdict(lambda: Gathering(samples))
     for chunk in chunks:
 
         def hear(place: Place, x: Tensor, mask: Tensor | None, chunk: Chunk = chunk) -> None:
-            moments = pool([norms.sums(place, x, chunk.samples, mask)], [x], [mask])
-            found[place] = found[place].merge(moments) if place in found else moments
+            found[place].add(norms.sums(place, x, chunk.samples, mask), x, mask)
 
         _forward(model, chunk, norms, hear)
-    return found
+    return {place: gathered.moments() for place, gathered in found.items()}
 
 
 def merged(found: dict[Place, Moments], norms: Norms, ranks: Ranks) -> dict[Place, Moments]:

@@ -114,7 +114,7 @@ class _Work:
             if options.certify == "full" and plan.method == "staged":
                 before, residual = self._residual(chunks, {}, outcome), self._residual(chunks, outcome.stats, outcome)
             if options.certify == "full":
-                fresh = self._fresh(plan.batches, outcome)
+                fresh = self._fresh(plan.batches, reader.samples, outcome)
         with self._timed("judging"):
             change = self._change(plan, outcome)
         samples = sum(self._everywhere(sum(c.samples for c in chunks) if chunks else reader.samples))
@@ -202,17 +202,18 @@ class _Work:
             )
         return plan, stream(session, plan.stream, plan.method)
 
-    def _residual(self, chunks: Iterable[Chunk], stats: dict[int, Any], outcome: Outcome) -> Residual:
+    def _residual(self, chunks: Sequence[Chunk], stats: dict[int, Any], outcome: Outcome) -> Residual:
         session = self.session
         session.say("certifying: plain forwards over the same tensors")
         norms = session.norms
         session.rewind()
         with session.using(stats):
-            found = merged(measure(session.model, chunks, norms), norms, self.ranks)
+            here = measure(session.model, chunks, norms, sum(c.samples for c in chunks))
+            found = merged(here, norms, self.ranks)
             in_use = {n.key: (n.mean.detach().clone(), n.var.detach().clone()) for n in norms if n.key in outcome.stats}
         return residual_of(found, in_use, norms, self.options.unbiased)
 
-    def _fresh(self, batches: Sequence[Chunk], outcome: Outcome) -> Residual | None:
+    def _fresh(self, batches: Sequence[Chunk], samples: int, outcome: Outcome) -> Residual | None:
         session, options = self.session, self.options
         if not all(self._everywhere(int(replayable(session.data)))):
             return None
@@ -225,7 +226,7 @@ class _Work:
         start = [first] if first is not None else []
         session.rewind()
         with session.using(outcome.stats):
-            here = measure(session.model, itertools.chain(start, reader), session.norms)
+            here = measure(session.model, itertools.chain(start, reader), session.norms, samples)
             found = merged(here, session.norms, self.ranks)
         return residual_of(found, outcome.stats, session.norms, options.unbiased)
 

@@ -20,8 +20,10 @@ from bnfix.calibration.plain import by_norm, merged
 from bnfix.calibration.session import Session
 from bnfix.calibration.staged import MemoryFullError, forward_of, memory
 from bnfix.errors import CalibrationError
-from bnfix.stats import Moments, pool, round_once
+from bnfix.stats import Gathering, Spread, round_once
 
+MANY = 256
+"""Samples from which on float32 sums are as good as they get: streams are taken to have them."""
 LOOK = 16
 """Batches between two looks at the standard error."""
 
@@ -32,9 +34,9 @@ def stream(session: Session, chunks: Iterable[Chunk], method: str) -> Outcome:
     Raises:
         CalibrationError: the loader or a forward fails, or the data is not finite.
     """
-    sites: dict[Place, Moments] = {}
-    _through(session, chunks, method, sites)
-    sites = merged(sites, session.norms, session.ranks)
+    gathered: dict[Place, Gathering] = defaultdict(lambda: Gathering(MANY))
+    _through(session, chunks, method, gathered)
+    sites = merged({place: g.moments() for place, g in gathered.items()}, session.norms, session.ranks)
     stats: dict[int, Stats] = {}
     for key, moments in by_norm(sites).items():
         found = stored(session.norms.by_key(key), moments, session.options.unbiased)
@@ -43,10 +45,10 @@ def stream(session: Session, chunks: Iterable[Chunk], method: str) -> Outcome:
     return Outcome(stats, sites, "stream")
 
 
-def _through(session: Session, chunks: Iterable[Chunk], method: str, sites: dict[Place, Moments]) -> None:
+def _through(session: Session, chunks: Iterable[Chunk], method: str, sites: dict[Place, Gathering]) -> None:
     session.rewind()
     replica = session.replicate()
-    pooled: dict[int, Moments] = {}
+    so_far: dict[int, Spread] = {}
     for number, chunk in enumerate(chunks):
         session.say(f"{method}: {chunk.where}")
         calls: dict[int, int] = defaultdict(int)
@@ -56,13 +58,12 @@ def _through(session: Session, chunks: Iterable[Chunk], method: str, sites: dict
             place = (norm.key, calls[norm.key])
             calls[norm.key] += 1
             mask = mask_at(chunk, seen.x, norm.path)
-            mine = pool([session.norms.sums(place, seen.x, chunk.samples, mask)], [seen.x], [mask])
+            mine = sites[place].add(session.norms.sums(place, seen.x, chunk.samples, mask), seen.x, mask)
             if not bool(torch.isfinite(mine.m2.sum() + mine.mean.sum())):
                 raise CalibrationError(f"{norm.path}: its input holds NaN or Inf")
-            sites[place] = sites[place].merge(mine) if place in sites else mine
-            pooled[norm.key] = pooled[norm.key].merge(mine) if norm.key in pooled else mine
+            so_far[norm.key] = so_far[norm.key].joined(mine) if norm.key in so_far else mine
             alone = method == "population" and float(mine.n.min()) > 1
-            moments = mine if alone else pooled[norm.key]
+            moments = mine if alone else so_far[norm.key]
             if float(moments.n.max()) <= 1:
                 return None
             mean, var = moments.mean, moments.variance(not alone and session.options.unbiased)
@@ -82,9 +83,9 @@ def _through(session: Session, chunks: Iterable[Chunk], method: str, sites: dict
             return
 
 
-def _sure(sites: dict[Place, Moments], tol: float) -> bool:
+def _sure(sites: dict[Place, Gathering], tol: float) -> bool:
     """Whether all standard errors are at most ``tol``: of means in standard deviations, of variances relative."""
-    for moments in sites.values():
+    for moments in (gathered.moments() for gathered in sites.values()):
         var = moments.variance()
         se_mean, se_var = moments.standard_errors()
         live = var > 0

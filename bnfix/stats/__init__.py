@@ -2,15 +2,18 @@
 
 from bnfix.stats.affine import Affine, affine_of
 from bnfix.stats.drift import kl
-from bnfix.stats.moments import Moments, merge_all
+from bnfix.stats.gathering import Gathering
+from bnfix.stats.moments import Moments, Spread, merge_all
 from bnfix.stats.pooling import pool
 from bnfix.stats.rounding import round_once, ulp
 from bnfix.stats.sums import SampleSums, sample_sums
 
 __all__ = [
     "Affine",
+    "Gathering",
     "Moments",
     "SampleSums",
+    "Spread",
     "affine_of",
     "kl",
     "merge_all",

@@ -12,7 +12,27 @@ _ROWS = 6  # of Moments.gram
 
 
 @dataclass(frozen=True, eq=False)
-class Moments:
+class Spread:
+    """n, mean and M2 = Σ(x − mean)² per channel, float64: shapes (), (C,) and (C,)."""
+
+    n: Tensor
+    mean: Tensor
+    m2: Tensor
+
+    def joined(self, other: Spread) -> Spread:
+        """Both together (Chan, Golub & LeVeque 1983). Where one side has n = 0 the result is the other."""
+        n = self.n + other.n
+        share = other.n / n.clamp(min=1)
+        d = other.mean - self.mean
+        return Spread(n, self.mean + d * share, self.m2 + other.m2 + d * d * (self.n * share))
+
+    def variance(self, unbiased: bool = True) -> Tensor:
+        """M2/(n − 1), or M2/n; NaN where that is 0/0. Shape (C,)."""
+        return self.m2 / (self.n - 1 if unbiased else self.n).clamp(min=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Moments(Spread):
     """n, mean and M2 = Σ(x − mean)² per channel, float64, and the sums that standard errors need.
 
     With s, q and n the sum, the sum of squares and the count of one sample, each sample has the residuals
@@ -29,9 +49,6 @@ class Moments:
         sure: known, without another wait for the device, to be of several values, finite and no larger than float32.
     """
 
-    n: Tensor
-    mean: Tensor
-    m2: Tensor
     units: Tensor
     gram: Tensor
     sure: bool = False
@@ -50,10 +67,6 @@ class Moments:
         f = m2_a / both_n.clamp(min=1) - m2 / some + e * e
         gram = _moved(torch.stack((self.gram, other.gram), 1), e, f).sum(1)
         return Moments(n, mean, m2, self.units + other.units, gram)
-
-    def variance(self, unbiased: bool = True) -> Tensor:
-        """M2/(n − 1), or M2/n; NaN where that is 0/0. Shape (C,)."""
-        return self.m2 / (self.n - 1 if unbiased else self.n).clamp(min=0)
 
     def standard_errors(self) -> tuple[Tensor, Tensor]:
         """Of the mean and of the variance, in their units, shape (C,); NaN for fewer than two samples.

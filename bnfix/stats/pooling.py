@@ -8,12 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bnfix.stats.moments import Moments
+from bnfix.stats.moments import Moments, Spread
 from bnfix.stats.sums import SampleSums, aligned, row_sums, together
 
 _CANCELLING = 16.0
 """Σx²/n − mean² magnifies the rounding of float32 sums by 1 + mean²/var: beyond this ratio, no more of that. Measured:
 with N samples the error of a variance stays below 1e-6, mostly 3e-7, up to a ratio of √N or this."""
+_INSIDE = 0.99
+"""What passes for a chunk with this share of the limits passes for several of them, whatever is rounded."""
 _TINY = 1e-30
 """Below this variance float32 squares lose digits to underflow."""
 _CONSTANT = 1e-13
@@ -39,12 +41,10 @@ def pool(sums: Sequence[SampleSums], xs: Sequence[Tensor], masks: Sequence[Tenso
     """
     if not sums or len(sums) != len(xs):
         raise ValueError(f"{len(sums)} sums and {len(xs)} inputs")
-    counts = _counts(sums)
-    found = _moments(_joined([part.s for part in sums], [part.q for part in sums]), counts)
+    found, counts = _found(sums)
     again = _doubtful(found, sums)
     if again is None:
-        several = isinstance(counts, int) and counts * sum(len(part.s) for part in sums) > 1
-        return replace(found, sure=several and sums[0].s.dtype == torch.float32)
+        return _named_sure(found, counts, sums)
     shift = found.mean[again].nan_to_num(0.0, 0.0, 0.0)
     about = [
         _about(x, shift, again, part, mask) for x, part, mask in zip(xs, sums, masks or [None] * len(xs), strict=True)
@@ -58,6 +58,35 @@ def pool(sums: Sequence[SampleSums], xs: Sequence[Tensor], masks: Sequence[Tenso
         found.units,
         found.gram.index_copy(1, again, exact.gram),
     )
+
+
+def at_once(sums: SampleSums, among: int) -> Spread | None:
+    """Count, mean and M2 of one chunk ``among`` so many samples; None where its input is needed for any channel.
+
+    As the inputs of several chunks that pass here are not needed either: mean² ≤ Σw·mean_k² ≤ ratio·Σw·var_k ≤
+    ratio·var, with the weights w of the chunks k. Waits for the device once.
+    """
+    n, _ = _totals(sums.n if isinstance(sums.n, int) else sums.n.unsqueeze(1), len(sums.s), sums.s.device)
+    mean, square = (torch.stack((sums.s, sums.q)).sum(1, dtype=torch.float64) / n).unbind()
+    var = torch.addcmul(square, mean, mean, value=-1)
+    room, tiny = _room(mean, var, max(among, len(sums.s)), sums.s.dtype, _INSIDE)
+    inside = torch.equal(room.clamp(tiny / _INSIDE, 1e300 * _INSIDE), room)  # False for NaN
+    return Spread(n, mean, var * n) if inside else None
+
+
+def summed(sums: Sequence[SampleSums]) -> Moments:
+    """The moments of chunks each of which passes :func:`at_once`, all of the same dtype."""
+    return _named_sure(*_found(sums), sums)
+
+
+def _found(sums: Sequence[SampleSums]) -> tuple[Moments, int | Tensor]:
+    counts = _counts(sums)
+    return _moments(_joined([part.s for part in sums], [part.q for part in sums]), counts), counts
+
+
+def _named_sure(found: Moments, counts: int | Tensor, sums: Sequence[SampleSums]) -> Moments:
+    several = isinstance(counts, int) and counts * sum(len(part.s) for part in sums) > 1
+    return replace(found, sure=several and sums[0].s.dtype == torch.float32)
 
 
 def _joined(s: list[Tensor], q: list[Tensor]) -> Tensor:
@@ -124,17 +153,20 @@ def _totals(counts: int | Tensor, samples: int, device: torch.device) -> tuple[T
 
 def _doubtful(found: Moments, sums: Sequence[SampleSums]) -> Tensor | None:
     """The indices of channels whose variance can't be trusted; None if there are none."""
-    samples = sum(len(part.s) for part in sums)
-    ratio = min(max(1.0, samples**0.5), _CANCELLING)
-    tiny = _TINY if sums[0].s.dtype == torch.float32 else 0.0
     var = found.m2 / found.n.clamp(min=1)
-    room = torch.addcmul(var * ratio, found.mean, found.mean, value=-1)
+    room, tiny = _room(found.mean, var, sum(len(part.s) for part in sums), sums[0].s.dtype)
     if torch.equal(room.clamp(tiny, 1e300), room):  # False for NaN
         return None
     # A channel of zeros is what it is.
     sure = (room >= 0) & (room < torch.inf) & ((room > tiny) | (found.mean == 0) & (var == 0))
     indices = (~sure).nonzero().flatten()
     return indices if len(indices) else None
+
+
+def _room(mean: Tensor, var: Tensor, samples: int, dtype: torch.dtype, share: float = 1.0) -> tuple[Tensor, float]:
+    """How far the mean's square is below what the variance allows, times ``share``; and what that has to be above."""
+    ratio = min(max(1.0, samples**0.5), _CANCELLING) * share
+    return torch.addcmul(var * ratio, mean, mean, value=-1), _TINY if dtype == torch.float32 else 0.0
 
 
 def _about(x: Tensor, shift: Tensor, channels: Tensor, of: SampleSums, mask: Tensor | None) -> tuple[Tensor, Tensor]:
