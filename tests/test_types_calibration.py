@@ -10,9 +10,11 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bnfix.stats import kl
 from bnfix.types import LayerStats, Recalibration, Residual
 
 NAN, INF = math.nan, math.inf
@@ -28,9 +30,9 @@ def stats(rows: list[tuple[float, ...]], samples: int = 100, site: str = "bn") -
     return LayerStats(site, 0, 9 * samples, samples, before, stored, mean, var, mean, var, se_mean, se_var, rest, rest)
 
 
-def with_kl(*kl: float, site: str = "bn", call: int = 0) -> LayerStats:
-    plain = tuple(1.0 for _ in kl)
-    return LayerStats(site, call, 9, 3, plain, plain, plain, plain, plain, plain, plain, plain, plain, kl)
+def with_kl(*each: float, site: str = "bn", call: int = 0) -> LayerStats:
+    plain = tuple(1.0 for _ in each)
+    return LayerStats(site, call, 9, 3, plain, plain, plain, plain, plain, plain, plain, plain, plain, each)
 
 
 def known(values: np.ndarray) -> np.ndarray:
@@ -116,8 +118,37 @@ def test_the_divergence_of_a_dead_channel_does_not_hide_the_others() -> None:
     assert with_kl(NAN).worst_channel is None
 
 
+@given(st.lists(channel, min_size=1, max_size=8), st.sampled_from([1e-5, 1e-3, 1.0]))
+def test_with_its_eps_a_norm_is_judged_by_what_it_divides_by(rows: list[tuple[float, ...]], eps: float) -> None:
+    """The same as a norm without eps whose variances are that much larger."""
+    raised = [(m, v + eps, n, w + eps, a, b) for m, v, n, w, a, b in rows]
+    got, wanted = dataclasses.replace(stats(rows), eps=eps), stats(raised)
+    for name in ("mean_shift", "var_ratio", "se", "var_se"):
+        assert getattr(got, name) == pytest.approx(getattr(wanted, name), nan_ok=True)
+    before, stored, mean, var, *_ = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
+    got = dataclasses.replace(got, kl=tuple(kl(mean, var, before, stored).tolist()))
+    divergences = known(kl(mean, var + eps, before, stored + eps).numpy())
+    assert got.worst_kl == pytest.approx(
+        divergences.max() if divergences.size else NAN, nan_ok=True, rel=1e-5, abs=1e-12
+    )
+
+
+def test_a_channel_far_below_eps_does_not_pass_for_the_worst() -> None:
+    """Published MobileNets and EfficientNets have such: 0 before, 7e-12 now, by the eps of .001 the same."""
+    rows = [(0.0, 0.0, 0.0, 7e-12, 1e-9, 7e-12), (0.0, 1.0, 0.5, 1.0, 0.1, 0.1)]
+    layer = dataclasses.replace(stats(rows), kl=(INF, 0.125), eps=1e-3)
+    assert (layer.worst_kl, layer.worst_channel) == (pytest.approx(0.125, rel=1e-2), 1)
+    assert layer.var_ratio == pytest.approx(1.0, abs=1e-6)
+    assert layer.var_se == pytest.approx(0.1, rel=1e-2)
+    came_alive = dataclasses.replace(stats([(0.0, 0.0, 0.0, 2.0, 0.1, 0.1)]), kl=(INF,), eps=1e-3)
+    assert came_alive.var_ratio == pytest.approx(2001)
+    assert came_alive.worst_kl == pytest.approx(0.5 * (2000 - math.log(2001)))
+    died = dataclasses.replace(stats([(0.0, 1e15, 0.0, 0.0, 0.1, 0.1)]), kl=(INF,), eps=1e-3)
+    assert died.worst_kl == pytest.approx(0.5 * (18 * math.log(10) - 1))
+
+
 def test_worst_has_the_largest_divergence_first_and_the_unknown_last() -> None:
-    layers = tuple(with_kl(kl, site=f"{n}") for n, kl in enumerate((0.1, NAN, INF, 0.3, 0.3)))
+    layers = tuple(with_kl(most, site=f"{n}") for n, most in enumerate((0.1, NAN, INF, 0.3, 0.3)))
     report = Recalibration(layers, "staged", "", 3)
     assert [s.site for s in report.worst(9)] == ["2", "3", "4", "0", "1"]
     assert [s.site for s in report.worst(2)] == ["2", "3"]

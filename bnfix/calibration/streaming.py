@@ -77,15 +77,19 @@ def _through(session: Session, chunks: Iterable[Chunk], method: str, sites: dict
                 chunk.call.run(replica)
         except MemoryFullError as full:  # its cause brings the hint
             raise CalibrationError(str(full)) from full.__cause__
-        if session.options.tol is not None and number % LOOK == LOOK - 1 and _sure(sites, session.options.tol):
+        if session.options.tol is not None and number % LOOK == LOOK - 1 and _sure(session, sites):
             session.notes.append(f"stopped when every standard error was at most {session.options.tol:g}")
             return
 
 
-def _sure(sites: dict[Place, Moments], tol: float) -> bool:
-    """Whether all standard errors are at most ``tol``: of means in standard deviations, of variances relative."""
-    for moments in sites.values():
-        var = moments.variance()
+def _sure(session: Session, sites: dict[Place, Moments]) -> bool:
+    """Whether all standard errors are at most ``tol``: of means in standard deviations, of variances relative.
+
+    As :class:`LayerStats` counts them, with the norm's eps: a channel that is all but dead need not be known to 1 %.
+    """
+    tol = session.options.tol or 0.0
+    for (key, _), moments in sites.items():
+        var = moments.variance() + session.norms.by_key(key).eps
         se_mean, se_var = moments.standard_errors()
         live = var > 0
         worst = torch.maximum(se_mean[live] / var[live].sqrt(), se_var[live] / var[live])

@@ -44,7 +44,7 @@ def _layer(norm: Norm, call: int, moments: Moments, outcome: Outcome) -> LayerSt
     )
     rows = [tuple(row) for row in numbers.cpu().tolist()]
     samples = int(_number(moments.units))
-    return LayerStats(norm.path, call, int(moments.n.max().item()), samples, *rows)
+    return LayerStats(norm.path, call, int(moments.n.max().item()), samples, *rows, eps=norm.eps)
 
 
 def _number(value: Tensor | int | float) -> float:

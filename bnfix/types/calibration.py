@@ -41,9 +41,10 @@ class LayerStats(Value):
     KL(measured ‖ stored) = ½(v1/v0 − 1 − ln(v1/v0) + (μ1 − μ0)²/v0) of normal distributions, in nats.
     After a dry run ``mean_after`` and ``var_after`` are what the norm would have.
 
-    The properties sum a layer up by its worst channel. A channel has no spread where its new variance is not above
-    1e-12 + (2⁻²³·mean)², the rounding of a constant; what is said of one is defined at each property. NaN channels
-    are passed over; a property is NaN where no channel is left.
+    The properties sum a layer up by its worst channel. They add ``eps``, the norm's own, to each variance: the norm
+    divides by the root of that sum, so that a channel whose variance went from 0 to 1e-11 has not changed. A channel
+    has no spread where its new variance is not above 1e-12 + (2⁻²³·mean)², the rounding of a constant, even so; what is
+    said of one is defined at each property. NaN channels are passed over; a property is NaN where no channel is left.
     """
 
     site: str
@@ -61,6 +62,7 @@ class LayerStats(Value):
     se_var: tuple[float, ...] = field(repr=False)
     z: tuple[float, ...] = field(repr=False)
     kl: tuple[float, ...] = field(repr=False)
+    eps: float = field(default=0.0, repr=False, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -78,16 +80,17 @@ class LayerStats(Value):
 
         A channel without spread counts with the distance itself.
         """
-        pairs = zip(self.mean_after, self.mean_before, self.var_after, strict=True)
+        pairs = zip(self.mean_after, self.mean_before, self._spread(self.var_after), strict=True)
         return math.sqrt(_largest((a - b) * (a - b) / (v if v > _floor(a) else 1.0) for a, b, v in pairs))
 
     @cached_property
     def var_ratio(self) -> float:
-        """var_after / var_before of the channel where it is furthest from 1 (0.5 is as far as 2).
+        """var_after / var_before, ``eps`` added to both, of the channel where it is furthest from 1 (0.5 as far as 2).
 
         Variances below those of a channel without spread count as just that: between two such the ratio is 1.
         """
-        pairs = zip(self.var_after, self.var_before, map(_floor, self.mean_after), strict=True)
+        new, old = self._spread(self.var_after), self._spread(self.var_before)
+        pairs = zip(new, old, map(_floor, self.mean_after), strict=True)
         ratios = [(a if a > f else f) / (b if b > f else f) for a, b, f in pairs if a == a and b == b and f == f]
         top, low = max(ratios, default=math.nan), min(ratios, default=math.nan)
         return low if top * low < 1 else top
@@ -95,21 +98,21 @@ class LayerStats(Value):
     @cached_property
     def se(self) -> float:
         """The largest standard error of a mean in this layer, in standard deviations; channels without spread not."""
-        pairs = zip(self.se_mean, self.var, self.mean, strict=True)
+        pairs = zip(self.se_mean, self._spread(self.var), self.mean, strict=True)
         return math.sqrt(_largest(s * s / v for s, v, m in pairs if v > _floor(m)))
 
     @cached_property
     def var_se(self) -> float:
         """The largest standard error of a variance in this layer, relative to it; channels without spread not."""
-        pairs = zip(self.se_var, self.var, self.mean, strict=True)
+        pairs = zip(self.se_var, self._spread(self.var), self.mean, strict=True)
         return _largest(s / v for s, v, m in pairs if v > _floor(m))
 
     @cached_property
     def worst_kl(self) -> float:
-        """The largest divergence of a channel, in nats; inf where a channel came alive or died.
+        """The largest divergence of a channel, in nats, ``eps`` added to its variances.
 
-        A channel without spread before and now counts ½·(its distance)²: its stored variance decays for ever, and
-        the divergence of 1e-30 from 1e-20 says nothing.
+        Without an ``eps`` it is inf where a channel came alive or died. A channel without spread before and now counts
+        ½·(its distance)²: its stored variance decays for ever, and the divergence of 1e-30 from 1e-20 says nothing.
         """
         return _largest(self._divergences())
 
@@ -118,9 +121,21 @@ class LayerStats(Value):
         """The channel that :attr:`worst_kl` is of, the first such; None where none is known."""
         return None if math.isnan(self.worst_kl) else self._divergences().index(self.worst_kl)
 
+    def _spread(self, variances: Iterable[float]) -> list[float]:
+        return [v + self.eps for v in variances]
+
     def _divergences(self) -> list[float]:
-        columns = zip(self.kl, self.mean, self.mean_before, self.var, self.var_before, strict=True)
-        return [0.5 * (m - b) * (m - b) if v <= (f := _floor(m)) and w <= f else k for k, m, b, v, w in columns]
+        new, old = self._spread(self.var), self._spread(self.var_before)
+        columns = zip(self.kl, self.mean, self.mean_before, new, old, strict=True)
+        return [self._divergence(*channel) for channel in columns]
+
+    def _divergence(self, kl: float, mean: float, before: float, spread: float, spread_before: float) -> float:
+        floor = _floor(mean)
+        if spread <= floor and spread_before <= floor:
+            return 0.5 * (mean - before) * (mean - before)
+        if not self.eps or math.isnan(kl):
+            return kl
+        return _kl(mean, spread, before, spread_before)
 
 
 @dataclass(frozen=True)
@@ -132,12 +147,12 @@ class Recalibration(Value):
     what the loader gave, ``passes`` how often the loader was gone through, ``forwards`` (over all samples) how often
     the model was run over them. ``changed`` is False after a dry run, or where ``when="needed"`` found no need.
 
-    ``residual`` was measured by plain forwards over the very same tensors (``certify="full"``, else None; for
-    iterated norms see ``notes``), ``residual_fresh`` on a new draw of a loader that draws at random,
-    ``residual_before`` with the statistics as they were. ``replay`` is the largest distance between what one chunk
-    contributed and what it contributes alone (0.0: nothing leaked between chunks; None: nothing to check).
-    ``output_change`` is rms(outputs before − after)/std(after) on ``probe`` samples, ``output_null`` the same
-    between recalibrations on two halves of the data: a change below a few times that is noise.
+    ``residual`` was measured by plain forwards over the very same tensors (``certify="full"``, else None; for iterated
+    norms see ``notes``), ``residual_fresh`` on a new draw of a loader that draws at random (of a stream: in one more
+    pass over any loader), ``residual_before`` with the statistics as they were. ``replay`` is the largest distance
+    between what one chunk contributed and what it contributes alone (0.0: nothing leaked between chunks; None: nothing
+    to check). ``output_change`` is rms(outputs before − after)/std(after) on ``probe`` samples, ``output_null`` the
+    same between recalibrations on two halves of the data: a change below a few times that is noise.
 
     ``needed`` says whether that is large and more than chance (None: only asked with ``when="needed"``).
 
@@ -223,6 +238,15 @@ class Recalibration(Value):
 
 def _floor(mean: float) -> float:
     return 1e-12 + mean * mean * 2.0**-46
+
+
+def _kl(mean: float, var: float, mean_before: float, var_before: float) -> float:
+    """``bnfix.stats.kl`` of two numbers, whose variances are positive; NaN where one is not, or not finite."""
+    if not (0 < var < math.inf and 0 < var_before < math.inf):
+        return math.nan
+    distance, excess = mean - mean_before, (var - var_before) / var_before
+    log = math.log1p(excess) if excess > -0.5 else math.log(var / var_before)  # -1: rounded, and no log of it
+    return 0.5 * (excess - log + distance * distance / var_before)
 
 
 def _largest(values: Iterable[float]) -> float:
