@@ -277,3 +277,21 @@ def test_a_stream_that_a_forward_looks_into_is_not_joined(net: type[nn.Module]) 
     assert [line for line in said if line.startswith("method")] == [
         f"method online: {report.why}"
     ]  # nothing else before
+
+
+@pytest.mark.parametrize("method", ["population", "online"])
+def test_a_stream_is_certified_by_one_more_pass(method: str) -> None:
+    """Over the same tensors or new ones: it keeps none that it could take instead."""
+    model, said = lived_in(Trunk()), list[str]()
+    report = bnfix.recalibrate(model, images(), method=method, certify="full", progress=said.append)  # type: ignore[arg-type]
+    assert report.residual_fresh is not None
+    assert (report.residual_fresh.mean, report.residual_fresh.var) == pytest.approx(residual(model, images()), rel=1e-3)
+    assert report.passes == 2
+    assert "certifying: one more pass over the data" in said
+    assert "residual in one more pass" in str(report)
+
+
+def test_a_stream_that_is_used_up_says_why_it_is_not_certified() -> None:
+    report = bnfix.recalibrate(lived_in(Trunk()), iter(images()), method="population", certify="full")
+    assert report.residual_fresh is None
+    assert "the residual could not be measured: the data can't be read a second time" in report.notes
