@@ -14,7 +14,7 @@ import torch
 
 from bnfix.calibration.chunks import TARGET, Chunk, halves, joined, mask_at, same_mark
 from bnfix.calibration.engines import Outcome
-from bnfix.calibration.ledger import Place, stored
+from bnfix.calibration.ledger import Place, not_finite, stored
 from bnfix.calibration.listening import Listener, Seen, Stats
 from bnfix.calibration.plain import by_norm, merged
 from bnfix.calibration.session import Session
@@ -58,7 +58,7 @@ def _through(session: Session, chunks: Iterable[Chunk], method: str, sites: dict
             mask = mask_at(chunk, seen.x, norm.path)
             mine = pool([session.norms.sums(place, seen.x, chunk.samples, mask)], [seen.x], [mask])
             if not bool(torch.isfinite(mine.m2.sum() + mine.mean.sum())):
-                raise CalibrationError(f"{norm.path}: its input holds NaN or Inf")
+                raise not_finite(norm)
             sites[place] = sites[place].merge(mine) if place in sites else mine
             pooled[norm.key] = pooled[norm.key].merge(mine) if norm.key in pooled else mine
             alone = method == "population" and float(mine.n.min()) > 1
