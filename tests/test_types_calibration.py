@@ -28,9 +28,9 @@ def stats(rows: list[tuple[float, ...]], samples: int = 100, site: str = "bn") -
     return LayerStats(site, 0, 9 * samples, samples, before, stored, mean, var, mean, var, se_mean, se_var, rest, rest)
 
 
-def with_kl(*kl: float, site: str = "bn", call: int = 0) -> LayerStats:
-    plain = tuple(1.0 for _ in kl)
-    return LayerStats(site, call, 9, 3, plain, plain, plain, plain, plain, plain, plain, plain, plain, kl)
+def with_kl(*each: float, site: str = "bn", call: int = 0) -> LayerStats:
+    plain = tuple(1.0 for _ in each)
+    return LayerStats(site, call, 9, 3, plain, plain, plain, plain, plain, plain, plain, plain, plain, each)
 
 
 def known(values: np.ndarray) -> np.ndarray:
@@ -116,8 +116,28 @@ def test_the_divergence_of_a_dead_channel_does_not_hide_the_others() -> None:
     assert with_kl(NAN).worst_channel is None
 
 
+def test_a_channel_far_below_eps_does_not_pass_for_the_worst() -> None:
+    """Published MobileNets and EfficientNets have such: 0 before, 7e-12 now, by the eps of .001 the same."""
+    rows = [(0.0, 0.0, 0.0, 7e-12, 1e-9, 7e-12), (0.0, 1.0, 0.5, 1.0, 0.1, 0.1)]
+    layer = dataclasses.replace(stats(rows), kl=(INF, 0.125), eps=1e-3)
+    assert (layer.worst_kl, layer.worst_channel) == (0.125, 1)
+    assert (layer.var_ratio, layer.mean_shift) == (1.0, 0.5)
+    assert (layer.var_se, layer.se) == (pytest.approx(0.1), pytest.approx(0.1))
+    alone = dataclasses.replace(layer, eps=0.0)
+    assert alone.worst_kl == INF
+    assert alone.var_se == pytest.approx(1.0)
+
+
+def test_eps_leaves_the_figures_of_channels_with_a_spread_as_they_are() -> None:
+    rows = [(0.0, 0.5, 0.25, 2e-5, 1e-3, 1e-6), (1.0, 1.0, 2.0, 4.0, 0.1, 0.1)]
+    plain = dataclasses.replace(stats(rows), kl=(0.3, 0.2))
+    with_eps = dataclasses.replace(plain, eps=1e-2)
+    for name in ("mean_shift", "var_ratio", "se", "var_se", "worst_kl", "worst_channel"):
+        assert getattr(with_eps, name) == getattr(plain, name)
+
+
 def test_worst_has_the_largest_divergence_first_and_the_unknown_last() -> None:
-    layers = tuple(with_kl(kl, site=f"{n}") for n, kl in enumerate((0.1, NAN, INF, 0.3, 0.3)))
+    layers = tuple(with_kl(most, site=f"{n}") for n, most in enumerate((0.1, NAN, INF, 0.3, 0.3)))
     report = Recalibration(layers, "staged", "", 3)
     assert [s.site for s in report.worst(9)] == ["2", "3", "4", "0", "1"]
     assert [s.site for s in report.worst(2)] == ["2", "3"]

@@ -109,7 +109,7 @@ def stored(norm: Norm, moments: Moments, unbiased: bool) -> Stats | None:
 def _refuse(norm: Norm, mean: Tensor, var: Tensor, found: Stats) -> None:
     exact = torch.isfinite(mean) & torch.isfinite(var)
     if not bool(exact.all()):
-        raise CalibrationError(f"{norm.path}: its input holds NaN or Inf")
+        raise not_finite(norm)
     if not all(bool(torch.isfinite(f).all()) for f in found):
         kind = str(norm.var.dtype).removeprefix("torch.")
         raise CalibrationError(
@@ -118,6 +118,15 @@ def _refuse(norm: Norm, mean: Tensor, var: Tensor, found: Stats) -> None:
             if norm.var.dtype not in _WIDE
             else "the activations explode: look at the weights and the data, or compute in float64:  model.double()",
         )
+
+
+def not_finite(norm: Norm) -> CalibrationError:
+    """What to raise where the input of ``norm`` is not finite, though its batch is: batches are looked at first."""
+    return CalibrationError(
+        f"{norm.path}: its input holds NaN or Inf",
+        hint="the batch is finite, so the model makes it: weights that are not finite, an overflow, a division by 0\n"
+        "such weights:  [n for n, p in model.named_parameters() if not p.isfinite().all()]",
+    )
 
 
 def residual(pairs: Iterable[tuple[Stats, Stats | None]]) -> Residual:

@@ -43,6 +43,12 @@ class Norm:
         """How many channels it has."""
         return self.mean.numel()
 
+    @property
+    def eps(self) -> float:
+        """What it adds to a variance; of a functional norm, whose module need not know, the usual 1e-5."""
+        eps = getattr(self.module, "eps", None)
+        return float(eps) if isinstance(eps, int | float) else 1e-5
+
 
 @dataclass
 class Norms:

@@ -215,14 +215,17 @@ class _Work:
 
     def _fresh(self, batches: Sequence[Chunk], samples: int, outcome: Outcome) -> Residual | None:
         session, options = self.session, self.options
+        streamed = outcome.engine == "stream"  # it kept nothing that could be run again, so that any pass tells more
         if not all(self._everywhere(int(replayable(session.data)))):
+            if streamed:
+                session.notes.append("the residual could not be measured: the data can't be read a second time")
             return None
         reader = Reader(session.data, session.model, options.forward, options.mask, options.max_samples)
         first = reader.next()
-        same = first is None or any(_starts_with(old, first) for old in batches)
+        same = not streamed and (first is None or any(_starts_with(old, first) for old in batches))
         if all(self._everywhere(int(same))):
             return None  # the loader gives the same tensors again
-        session.say("certifying: a new draw of the data")
+        session.say(f"certifying: {'one more pass over' if streamed else 'a new draw of'} the data")
         start = [first] if first is not None else []
         session.rewind()
         with session.using(outcome.stats):

@@ -14,13 +14,14 @@ import torch
 
 from bnfix.calibration.chunks import TARGET, Chunk, halves, joined, mask_at, same_mark
 from bnfix.calibration.engines import Outcome
-from bnfix.calibration.ledger import Place, stored
+from bnfix.calibration.ledger import Place, not_finite, stored
 from bnfix.calibration.listening import Listener, Seen, Stats
 from bnfix.calibration.plain import by_norm, merged
 from bnfix.calibration.session import Session
 from bnfix.calibration.staged import MemoryFullError, forward_of, memory
 from bnfix.errors import CalibrationError
 from bnfix.stats import Gathering, Spread, round_once
+from bnfix.types import no_spread
 
 MANY = 256
 """Samples from which on float32 sums are as good as they get: streams are taken to have them."""
@@ -60,7 +61,7 @@ def _through(session: Session, chunks: Iterable[Chunk], method: str, sites: dict
             mask = mask_at(chunk, seen.x, norm.path)
             mine = sites[place].add(session.norms.sums(place, seen.x, chunk.samples, mask), seen.x, mask)
             if not bool(torch.isfinite(mine.m2.sum() + mine.mean.sum())):
-                raise CalibrationError(f"{norm.path}: its input holds NaN or Inf")
+                raise not_finite(norm)
             so_far[norm.key] = so_far[norm.key].joined(mine) if norm.key in so_far else mine
             alone = method == "population" and float(mine.n.min()) > 1
             moments = mine if alone else so_far[norm.key]
@@ -78,17 +79,22 @@ def _through(session: Session, chunks: Iterable[Chunk], method: str, sites: dict
                 chunk.call.run(replica)
         except MemoryFullError as full:  # its cause brings the hint
             raise CalibrationError(str(full)) from full.__cause__
-        if session.options.tol is not None and number % LOOK == LOOK - 1 and _sure(sites, session.options.tol):
+        if session.options.tol is not None and number % LOOK == LOOK - 1 and _sure(session, sites):
             session.notes.append(f"stopped when every standard error was at most {session.options.tol:g}")
             return
 
 
-def _sure(sites: dict[Place, Gathering], tol: float) -> bool:
-    """Whether all standard errors are at most ``tol``: of means in standard deviations, of variances relative."""
-    for moments in (gathered.moments() for gathered in sites.values()):
+def _sure(session: Session, sites: dict[Place, Gathering]) -> bool:
+    """Whether all standard errors are at most ``tol``: of means in standard deviations, of variances relative.
+
+    Of channels with a spread, as :class:`LayerStats` says which: one that is all but dead need not be known to 1 %.
+    """
+    tol = session.options.tol or 0.0
+    for (key, _), gathered in sites.items():
+        moments = gathered.moments()
         var = moments.variance()
         se_mean, se_var = moments.standard_errors()
-        live = var > 0
+        live = var > no_spread(moments.mean, session.norms.by_key(key).eps)
         worst = torch.maximum(se_mean[live] / var[live].sqrt(), se_var[live] / var[live])
         if worst.numel() and not bool((worst <= tol).all()):
             return False

@@ -20,6 +20,9 @@ from bnfix.types import LayerStats
 MEANS_APART, VARS_APART = 0.15, 0.1
 """Distance of call sites of one norm, in σ and as ½|ln v1/v2|, from which on one set of statistics fits none."""
 
+CHANCE = 4
+"""Standard errors of a difference that chance is granted: channels move together, and the pairs are many."""
+
 
 def layers(outcome: Outcome, norms: Norms) -> tuple[LayerStats, ...]:
     """One entry a call site, in the order of the model."""
@@ -44,7 +47,7 @@ def _layer(norm: Norm, call: int, moments: Moments, outcome: Outcome) -> LayerSt
     )
     rows = [tuple(row) for row in numbers.cpu().tolist()]
     samples = int(_number(moments.units))
-    return LayerStats(norm.path, call, int(moments.n.max().item()), samples, *rows)
+    return LayerStats(norm.path, call, int(moments.n.max().item()), samples, *rows, eps=norm.eps)
 
 
 def _number(value: Tensor | int | float) -> float:
@@ -120,19 +123,31 @@ def _apart(sites: Mapping[Place, Moments], norms: Norms) -> list[str]:
         by_norm.setdefault(key, []).append(moments)
     said = []
     for key, calls in by_norm.items():
-        means, variances = 0.0, 0.0
-        for a, b in combinations(calls[:8], 2):
-            va, vb = a.variance().clamp(min=1e-30), b.variance().clamp(min=1e-30)
-            sigma = (0.5 * (va + vb)).sqrt()
-            means = max(means, ((a.mean - b.mean).abs() / sigma).median().item())
-            variances = max(variances, (0.5 * (va / vb).log().abs()).median().item())
-        if means > MEANS_APART or variances > VARS_APART:
+        gaps = [_gap(a, b) for a, b in combinations(calls[:8], 2)]
+        if any(m > max(MEANS_APART, m0) or v > max(VARS_APART, v0) for (m, m0), (v, v0) in gaps):
+            means, variances = (max(gap for gap, _ in each) for each in zip(*gaps, strict=True))
             said.append(
                 f"{norms.by_key(key).path}: its {len(calls)} call sites differ (means by {means:.2g} σ, ½|ln var| by "
                 f"{variances:.2g}): one set of statistics fits none of them; give each a norm of its own (unshare), "
                 "then recalibrate"
             )
     return said
+
+
+def _gap(a: Moments, b: Moments) -> tuple[tuple[float, float], tuple[float, float]]:
+    """How far two call sites are apart in mean and variance, medians over channels; with each what chance may do."""
+    va, vb = a.variance().clamp(min=1e-30), b.variance().clamp(min=1e-30)
+    sigma = (0.5 * (va + vb)).sqrt()
+    (ma, sa), (mb, sb) = a.standard_errors(), b.standard_errors()
+    by_mean = (a.mean - b.mean).abs() / sigma, torch.hypot(ma, mb) / sigma
+    by_var = 0.5 * (va / vb).log().abs(), 0.5 * torch.hypot(sa / va, sb / vb)
+    (mean, mean_se), (var, var_se) = ([t.median().item() for t in pair] for pair in (by_mean, by_var))
+    # Of one sample nothing is known (NaN): no distance is more than chance then.
+    return (mean, _chance(mean_se)), (var, _chance(var_se))
+
+
+def _chance(error: float) -> float:
+    return math.inf if math.isnan(error) else CHANCE * error
 
 
 def _sorted(outcome: Outcome, chunks: Sequence[Chunk]) -> float | None:

@@ -173,8 +173,7 @@ def _run(session: Session, probes: Sequence[Chunk], stats: dict[int, Stats]) -> 
 def _feature(seen: Seen) -> Tensor:
     norm, x = seen.norm, seen.x.detach()
     means = x.double().flatten(2).mean(2) if x.dim() > 2 else x.double()
-    eps = getattr(norm.module, "eps", 1e-5)
-    scale = (norm.var.double().flatten() + (eps if isinstance(eps, float) else 1e-5)).rsqrt()
+    scale = (norm.var.double().flatten() + norm.eps).rsqrt()
     weight = getattr(norm.module, "weight", None)
     if isinstance(weight, Tensor) and weight.numel() == norm.channels:
         scale = scale * weight.detach().double().flatten()

@@ -1,6 +1,6 @@
 """Every value that crosses from one room to another: frozen, plain data, free of torch."""
 
-from bnfix.types.calibration import LayerStats, Recalibration, Residual
+from bnfix.types.calibration import LayerStats, Recalibration, Residual, no_spread
 from bnfix.types.diagnosis import SEVERITIES, Diagnosis, Finding, Fix, Mended, Safety, Severity, Skipped
 from bnfix.types.evidence import (
     DataEvidence,
@@ -79,5 +79,6 @@ __all__ = [
     "TensorFact",
     "Value",
     "Verdict",
+    "no_spread",
     "plain",
 ]

@@ -42,8 +42,9 @@ class LayerStats(Value):
     After a dry run ``mean_after`` and ``var_after`` are what the norm would have.
 
     The properties sum a layer up by its worst channel. A channel has no spread where its new variance is not above
-    1e-12 + (2⁻²³·mean)², the rounding of a constant; what is said of one is defined at each property. NaN channels
-    are passed over; a property is NaN where no channel is left.
+    1e-12 + 1e-4·eps + (2⁻²³·mean)² (:func:`no_spread`): it is the rounding of a constant, or drowned by the eps that
+    the norm adds to it. What is said of one is defined at each property. NaN channels are passed over; a property is
+    NaN where no channel is left.
     """
 
     site: str
@@ -61,6 +62,7 @@ class LayerStats(Value):
     se_var: tuple[float, ...] = field(repr=False)
     z: tuple[float, ...] = field(repr=False)
     kl: tuple[float, ...] = field(repr=False)
+    eps: float = field(default=0.0, repr=False, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -79,7 +81,7 @@ class LayerStats(Value):
         A channel without spread counts with the distance itself.
         """
         pairs = zip(self.mean_after, self.mean_before, self.var_after, strict=True)
-        return math.sqrt(_largest((a - b) * (a - b) / (v if v > _floor(a) else 1.0) for a, b, v in pairs))
+        return math.sqrt(_largest((a - b) * (a - b) / (v if v > self._floor(a) else 1.0) for a, b, v in pairs))
 
     @cached_property
     def var_ratio(self) -> float:
@@ -87,7 +89,7 @@ class LayerStats(Value):
 
         Variances below those of a channel without spread count as just that: between two such the ratio is 1.
         """
-        pairs = zip(self.var_after, self.var_before, map(_floor, self.mean_after), strict=True)
+        pairs = zip(self.var_after, self.var_before, map(self._floor, self.mean_after), strict=True)
         ratios = [(a if a > f else f) / (b if b > f else f) for a, b, f in pairs if a == a and b == b and f == f]
         top, low = max(ratios, default=math.nan), min(ratios, default=math.nan)
         return low if top * low < 1 else top
@@ -96,13 +98,13 @@ class LayerStats(Value):
     def se(self) -> float:
         """The largest standard error of a mean in this layer, in standard deviations; channels without spread not."""
         pairs = zip(self.se_mean, self.var, self.mean, strict=True)
-        return math.sqrt(_largest(s * s / v for s, v, m in pairs if v > _floor(m)))
+        return math.sqrt(_largest(s * s / v for s, v, m in pairs if v > self._floor(m)))
 
     @cached_property
     def var_se(self) -> float:
         """The largest standard error of a variance in this layer, relative to it; channels without spread not."""
         pairs = zip(self.se_var, self.var, self.mean, strict=True)
-        return _largest(s / v for s, v, m in pairs if v > _floor(m))
+        return _largest(s / v for s, v, m in pairs if v > self._floor(m))
 
     @cached_property
     def worst_kl(self) -> float:
@@ -118,9 +120,12 @@ class LayerStats(Value):
         """The channel that :attr:`worst_kl` is of, the first such; None where none is known."""
         return None if math.isnan(self.worst_kl) else self._divergences().index(self.worst_kl)
 
+    def _floor(self, mean: float) -> float:
+        return float(no_spread(mean, self.eps))
+
     def _divergences(self) -> list[float]:
         columns = zip(self.kl, self.mean, self.mean_before, self.var, self.var_before, strict=True)
-        return [0.5 * (m - b) * (m - b) if v <= (f := _floor(m)) and w <= f else k for k, m, b, v, w in columns]
+        return [0.5 * (m - b) * (m - b) if v <= (f := self._floor(m)) and w <= f else k for k, m, b, v, w in columns]
 
 
 @dataclass(frozen=True)
@@ -132,12 +137,12 @@ class Recalibration(Value):
     what the loader gave, ``passes`` how often the loader was gone through, ``forwards`` (over all samples) how often
     the model was run over them. ``changed`` is False after a dry run, or where ``when="needed"`` found no need.
 
-    ``residual`` was measured by plain forwards over the very same tensors (``certify="full"``, else None; for
-    iterated norms see ``notes``), ``residual_fresh`` on a new draw of a loader that draws at random,
-    ``residual_before`` with the statistics as they were. ``replay`` is the largest distance between what one chunk
-    contributed and what it contributes alone (0.0: nothing leaked between chunks; None: nothing to check).
-    ``output_change`` is rms(outputs before − after)/std(after) on ``probe`` samples, ``output_null`` the same
-    between recalibrations on two halves of the data: a change below a few times that is noise.
+    ``residual`` was measured by plain forwards over the very same tensors (``certify="full"``, else None; for iterated
+    norms see ``notes``), ``residual_fresh`` on a new draw of a loader that draws at random (of a stream: in one more
+    pass over any loader), ``residual_before`` with the statistics as they were. ``replay`` is the largest distance
+    between what one chunk contributed and what it contributes alone (0.0: nothing leaked between chunks; None: nothing
+    to check). ``output_change`` is rms(outputs before − after)/std(after) on ``probe`` samples, ``output_null`` the
+    same between recalibrations on two halves of the data: a change below a few times that is noise.
 
     ``needed`` says whether that is large and more than chance (None: only asked with ``when="needed"``).
 
@@ -221,8 +226,13 @@ class Recalibration(Value):
         return importlib.import_module("bnfix.render").plot(self, path)
 
 
-def _floor(mean: float) -> float:
-    return 1e-12 + mean * mean * 2.0**-46
+def no_spread(mean: Any, eps: float) -> Any:
+    """The variance up to which a channel of this mean, a number or a tensor, has no spread.
+
+    That is what rounding makes of a constant, or so little beside ``eps`` that the norm gives it out with a standard
+    deviation of .01 or less, where others have 1.
+    """
+    return 1e-12 + 1e-4 * eps + mean * mean * 2.0**-46
 
 
 def _largest(values: Iterable[float]) -> float:

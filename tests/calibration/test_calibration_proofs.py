@@ -277,3 +277,45 @@ def test_a_stream_that_a_forward_looks_into_is_not_joined(net: type[nn.Module]) 
     assert [line for line in said if line.startswith("method")] == [
         f"method online: {report.why}"
     ]  # nothing else before
+
+
+@pytest.mark.parametrize("method", ["population", "online"])
+def test_a_stream_is_certified_by_one_more_pass(method: str) -> None:
+    """Over the same tensors or new ones: it keeps none that it could take instead."""
+    model, said = lived_in(Trunk()), list[str]()
+    report = bnfix.recalibrate(model, images(), method=method, certify="full", progress=said.append)  # type: ignore[arg-type]
+    assert report.residual_fresh is not None
+    assert (report.residual_fresh.mean, report.residual_fresh.var) == pytest.approx(residual(model, images()), rel=1e-3)
+    assert report.passes == 2
+    assert "certifying: one more pass over the data" in said
+    assert "residual in one more pass" in str(report)
+
+
+def test_a_stream_that_is_used_up_says_why_it_is_not_certified() -> None:
+    report = bnfix.recalibrate(lived_in(Trunk()), iter(images()), method="population", certify="full")
+    assert report.residual_fresh is None
+    assert "the residual could not be measured: the data can't be read a second time" in report.notes
+
+
+@pytest.mark.parametrize("count", [8, 32, 128])
+@pytest.mark.parametrize("shift", [0.0, 9.0])
+def test_call_sites_differ_only_where_chance_would_not_have_it(count: int, shift: float) -> None:
+    """The images of a view are alike within and not among one another: few say little, however many pixels."""
+    said = []
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        views = torch.randn(3, count, 3, 1, 1, generator=g) + 0.3 * torch.randn(3, count, 3, 8, 8, generator=g)
+        views[2] += shift
+        model = lived_in(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), seed)
+        report = bnfix.recalibrate(model, [tuple(views)], forward=lambda m, b: [m(v) for v in b])
+        said.append(any("call sites differ" in line for line in report.advice))
+    assert said == [shift > 0] * 4
+
+
+def test_one_sample_a_call_site_tells_no_difference() -> None:
+    views = torch.randn(2, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 9.0]).view(
+        2, 1, 1, 1, 1
+    )
+    model = lived_in(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    report = bnfix.recalibrate(model, [tuple(views)], forward=lambda m, b: [m(v) for v in b])
+    assert not any("call sites differ" in line for line in report.advice)

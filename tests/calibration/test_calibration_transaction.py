@@ -132,6 +132,7 @@ class Stumbles(Two):
 def test_nan_that_is_made_in_the_middle_of_the_net(method: str, forward: Any) -> None:
     message = fails(lived_in(Stumbles(None)), marked(), CalibrationError, method=method, forward=forward)
     assert "batch 7: bn2: its input holds NaN or Inf" in message
+    assert "such weights:  [n for n, p in model.named_parameters()" in message  # the batch was looked at: it isn't that
 
 
 @pytest.mark.parametrize("method", ["staged", "population"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -283,6 +284,24 @@ def test_a_full_disk_is_a_clear_error(old):
     with pytest.raises(BnfixError, match=r"old\.pt can't be written: No space left on device"), atomic_path(old):
         raise OSError(28, "No space left on device")
     assert untouched(old)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of a process")
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_disk_that_fills_while_weights_are_written(tmp_path, suffix):
+    """Whatever format: it is the system that refuses, and another format would not help."""
+    import resource
+
+    target = tmp_path / f"out.{suffix}"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(BnfixError, match=f"^{re.escape(str(target))} can't be written: ") as caught:
+            save(nn.Linear(1000, 100), target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.hint is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_while_torch_writes(old, monkeypatch):

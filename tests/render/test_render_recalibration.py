@@ -92,6 +92,13 @@ def test_a_residual_stands_beside_the_one_before_and_that_of_a_new_draw() -> Non
     assert "residual 4e-07 σ / 6e-08 (before: 1.20 σ / 0.85) · on a new draw 0.030 σ / 0.050" in text
 
 
+def test_a_stream_that_was_certified_is_not_told_to_ask_for_it() -> None:
+    text = said(replace(MANY_NORMS, method="population", passes=2, residual_fresh=Residual(0.012, 0.031)))
+    assert "residual in one more pass over the loader 0.012 σ / 0.031" in text
+    assert "not measured" not in text
+    assert "new draw" not in text
+
+
 def test_a_dry_run_promises_and_claims_nothing() -> None:
     page = page_of(PLANNED)
     assert page.verdict[0] == "would recalibrate 1 of 1 norm on 4,096 samples (population, one pass)"
@@ -238,8 +245,8 @@ def test_json_is_the_whole_value_each_list_of_numbers_on_one_line() -> None:
     text = to_json(MANY_NORMS)
     assert json.loads(text) == MANY_NORMS.to_dict()
     assert sum(s.channels for s in MANY_NORMS.layers) == 26_560
-    # 53 layers of 14 fields and 2 braces, and what stands around them: not 265,600 numbers.
-    assert text.count("\n") < 53 * 16 + 60
+    # 53 layers of 15 fields and 2 braces, and what stands around them: not 265,600 numbers.
+    assert text.count("\n") < 53 * 17 + 60
     nan = json.loads(to_json(ONE_SAMPLE))
     assert nan["layers"][0]["se_mean"][0] == "nan"
     assert nan["layers"][0]["kl"][1] == "inf"

@@ -28,6 +28,9 @@ _DTYPES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "
            "U64": "uint64", "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
            "F8_E8M0": "float8_e8m0fnu"}  # fmt: skip
 
+_REFUSED = re.compile(r"I/O error: (.+) \(os error (\d+)\)")
+"""What the library makes of an OSError: it raises its own, with the text in it."""
+
 
 class SafeTensors(Format):
     """Weights in a safetensors file; a recipe and the names of shared tensors lie in its metadata."""
@@ -121,6 +124,8 @@ def _dump(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]
     try:
         save_file(tensors, str(path), metadata={"format": "pt", **metadata})
     except (SafetensorError, ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+        if (refused := _REFUSED.search(str(error))) is not None:  # a full disk: another format does not help
+            raise OSError(int(refused[2]), refused[1]) from error
         raise LoadError(
             f"the weights can't be written as safetensors: {error}", hint="write a .pt file:  -o weights.pt"
         ) from error

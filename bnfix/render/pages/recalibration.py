@@ -116,17 +116,19 @@ def _verdict(value: Recalibration, kept: int) -> tuple[State, tuple[str, ...]]:
 
 
 def _certified(value: Recalibration) -> tuple[State, list[str]]:
-    fresh = [f"on a new draw {_residual(value.residual_fresh)}"] if value.residual_fresh else []
-    found = value.residual
+    found, fresh = value.residual, value.residual_fresh
+    if found is None and fresh is not None:  # of a stream, which keeps nothing that could be run again
+        return "done", [f"residual in one more pass over the loader {_residual(fresh)}"]
     if found is None:
-        return "done", ['residual not measured (certify="full")', *fresh]
+        return "done", ['residual not measured (certify="full")']
+    drawn = [f"on a new draw {_residual(fresh)}"] if fresh else []
     before = f" (before: {_residual(value.residual_before)})" if value.residual_before else ""
     said = f"residual {_residual(found)}{before}"
     if found.mean <= FIXED and found.var <= FIXED:
-        return "done", [f"at the fixed point of the data seen: {said}", *fresh]
+        return "done", [f"at the fixed point of the data seen: {said}", *drawn]
     if found.mean <= FAR and found.var <= FAR:
-        return "done", [said, *fresh]
-    return "unsure", [f"NOT at the fixed point of the data seen: {said}", *fresh]
+        return "done", [said, *drawn]
+    return "unsure", [f"NOT at the fixed point of the data seen: {said}", *drawn]
 
 
 def _before(value: Recalibration) -> list[str]:
