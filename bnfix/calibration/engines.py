@@ -38,6 +38,7 @@ SETTLED = 1e-6
 ROUGH = 1e-2
 """The same in half precision, whose rounding alone moves statistics by some 1e-3."""
 ROUNDS = 40
+"""Times that iterated norms are tried, not counting those after which one more of them stands for good."""
 SLACK, SPARE = 1.15, 3
 """Memory made ready: so many times what chunks hold at once, and so many of the largest blocks. What is free between
 others is seldom of the size that is asked for."""
@@ -315,7 +316,7 @@ def _converged(
             best, last = ledger, moved
         settled = _size(last) <= limit or (stalled >= 2 and _size(last) <= max(limit, 10 * SETTLED))
         settled = settled or (session.norms.half and stalled >= 4 and _size(last) <= ROUGH)
-        if settled or rounds >= ROUNDS:
+        if settled or rounds - settling.gained >= ROUNDS:
             break
         ledger = ledger.again(settling)
     if ledger is not best or (_size(last) > limit and not ledger.given):
