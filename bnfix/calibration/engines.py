@@ -19,6 +19,7 @@ from bnfix.calibration.ledger import Ledger, Place
 from bnfix.calibration.listening import Stats
 from bnfix.calibration.passes import mended
 from bnfix.calibration.plain import listen
+from bnfix.calibration.remembering import RESET
 from bnfix.calibration.replaying import CLEAN, LEAKS, MIXED, Witness, witnesses
 from bnfix.calibration.scouting import Scouted
 from bnfix.calibration.session import Session
@@ -89,7 +90,7 @@ def staged(
         where = session.remembers or "something, on another rank"
         notes.append(
             f"what the forward computes depends on earlier calls (it changes {where}): these are the statistics of one "
-            "pass over the batches in this order, found in plain passes"
+            f"pass over the batches in this order, found in plain passes; {RESET}"
         )
         return _plain_passes(session, kept, scouted, quiet)
     session.start = start(session, chunks, scouted, partial(_once, session))

@@ -21,6 +21,7 @@ from bnfix.errors import CalibrationError
 from bnfix.running import kept_random
 from bnfix.stats import SampleSums
 
+RESET = "where it is to start afresh with each batch:  forward=lambda m, b: (m.reset(), m(b))[1]"
 _NEAR = 1e-3
 """What kernels of an accelerator may differ by from run to run, of the largest value."""
 
@@ -51,7 +52,9 @@ def look_for_memory(session: Session, chunk: Chunk, ran: nn.Module) -> None:
         matters = False
     finally:
         session.rewind()
-    if not matters:
+    if matters:
+        session.advice = f"it keeps {session.remembers} from call to call; {RESET}"
+    else:
         session.remembers = ""
 
 
