@@ -160,6 +160,7 @@ def test_needed_samples_are_just_enough(layers: list[tuple[float, float, int]]) 
 def test_channels_without_spread_need_no_samples() -> None:
     rows = [(0.0, 1.0, 5.0, 0.0, 1.0, 1.0), (0.0, 1.0, 0.0, 1.0, 0.005, 0.001)]
     assert Recalibration((stats(rows),), "staged", "", 9).needed_samples() == 0
+    assert Recalibration((stats(rows[:1]),), "staged", "", 9).needed_samples() == 0
 
 
 def test_unknown_errors_are_no_small_ones() -> None:

@@ -19,6 +19,7 @@ from bnfix.calibration.ledger import Ledger, Place
 from bnfix.calibration.listening import Stats
 from bnfix.calibration.passes import mended
 from bnfix.calibration.plain import listen
+from bnfix.calibration.remembering import RESET
 from bnfix.calibration.replaying import CLEAN, LEAKS, MIXED, Witness, witnesses
 from bnfix.calibration.scouting import Scouted
 from bnfix.calibration.session import Session
@@ -38,6 +39,7 @@ SETTLED = 1e-6
 ROUGH = 1e-2
 """The same in half precision, whose rounding alone moves statistics by some 1e-3."""
 ROUNDS = 40
+"""Times that iterated norms are tried, not counting those after which one more of them stands for good."""
 SLACK, SPARE = 1.15, 3
 """Memory made ready: so many times what chunks hold at once, and so many of the largest blocks. What is free between
 others is seldom of the size that is asked for."""
@@ -88,7 +90,7 @@ def staged(
         where = session.remembers or "something, on another rank"
         notes.append(
             f"what the forward computes depends on earlier calls (it changes {where}): these are the statistics of one "
-            "pass over the batches in this order, found in plain passes"
+            f"pass over the batches in this order, found in plain passes; {RESET}"
         )
         return _plain_passes(session, kept, scouted, quiet)
     session.start = start(session, chunks, scouted, partial(_once, session))
@@ -315,7 +317,7 @@ def _converged(
             best, last = ledger, moved
         settled = _size(last) <= limit or (stalled >= 2 and _size(last) <= max(limit, 10 * SETTLED))
         settled = settled or (session.norms.half and stalled >= 4 and _size(last) <= ROUGH)
-        if settled or rounds >= ROUNDS:
+        if settled or rounds - settling.gained >= ROUNDS:
             break
         ledger = ledger.again(settling)
     if ledger is not best or (_size(last) > limit and not ledger.given):

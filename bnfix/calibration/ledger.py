@@ -59,9 +59,10 @@ class Ledger:
 
     def again(self, settling: Settling) -> Ledger:
         """A ledger for the next run, in which iterated norms use what ``settling`` makes of this one."""
+        used = dict.fromkeys(key for key, _ in self.sites if key in self.iterated)  # in the order of their use
         found = {
             key: now
-            for key in sorted(self.iterated)
+            for key in used
             if (now := stored(self.norms.by_key(key), self.pooled[key], self.unbiased)) is not None
         }
         moved = self.moved()

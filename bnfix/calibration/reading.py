@@ -105,7 +105,7 @@ class Reader:
             raise CalibrationError(f"batch {number} holds a tensor that {told}: it has no values")
         if not self.used:
             self.used = bound.used
-            self.advice = "" if self._forward is not None else feeding(batch, bound.call)
+            self.advice = "" if self._forward is not None else feeding(batch, bound.call, self._model)
         call = bound.call.private() if self._copies else bound.call
         bad = check_finite(call)
         if bad is not None:

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from bnfix.calibration.listening import Stats
 from bnfix.calibration.norms import Norms
+from bnfix.calibration.own_state import OwnState
 from bnfix.calibration.ranks import Ranks
 from bnfix.calibration.reading import Mask
 from bnfix.calibration.spill import Spiller
@@ -83,33 +84,25 @@ class Session:
         statistics = {id(t) for n in self.norms for t in (n.mean, n.var, n.tracked)}
         others = [b for b in self.model.buffers() if id(b) not in statistics and not (b.is_meta or is_lazy(b))]
         self._others = [(b, b.detach().clone()) for b in others]
-        self._numbers = [(m, numbers(m)) for m in self.model.modules()]
+        self._own = OwnState(self.model)
 
     def changed(self, ran: nn.Module) -> list[str]:
-        """What the first run changed, on the model or a replica, that the next may look at: outside, in it, buffers."""
-        found = self.outside.settle()
-        for (_, before), module in zip(self._numbers, ran.modules(), strict=False):
-            now = numbers(module)
-            found += [
-                f"{type(module).__name__}.{name}" for name in now if name not in before or before[name] != now[name]
-            ]
+        """What the first run changed, on the model or a replica, that the next may look at: in it, buffers, outside."""
+        found = self._own.changed(ran)
         if any(not torch.equal(buffer, value) for buffer, value in self._others):
             found.append("buffers")
-        return found
+        return found + self.outside.settle()
 
     def rewind(self) -> None:
         """Give buffers that are no statistics (a counter, a moving average) the values that they came with.
 
-        Where a forward ``remembers``, what it counts in as well.
+        Where a forward ``remembers``, what it keeps as well.
         """
         for buffer, value in self._others:
             if not torch.equal(buffer, value):
                 put(buffer, value)
         if self.remembers:
-            for module, before in self._numbers:
-                for name in numbers(module).keys() - before.keys():
-                    del module.__dict__[name]
-                module.__dict__.update(before)
+            self._own.rewind()
             self.outside.rewind()
 
     @cached_property
@@ -141,8 +134,3 @@ class Session:
             for (norm, _), (mean, var) in zip(written, kept, strict=True):
                 put(norm.mean, mean)
                 put(norm.var, var)
-
-
-def numbers(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module that count or tell first from later calls."""
-    return {name: value for name, value in vars(module).items() if type(value) in (int, float, bool)}

@@ -90,7 +90,7 @@ def _holdings(owners: Owners) -> tuple[list[Any], list[torch.Tensor], list[torch
         if isinstance(value, torch.Generator):
             generators.append(value)
         elif isinstance(value, tuple):
-            pending += value
+            pending += tuple.__iter__(value)  # a class of somebody's own may have no length, or another
         elif type(value) in CONTAINERS:
             containers.append(value)
             if len(value) <= _LARGE:

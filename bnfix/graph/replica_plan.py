@@ -130,7 +130,10 @@ class Plan:
     def _is_large(self, value: Any, kind: Kind) -> bool:
         if kind == "flat":
             return isinstance(value, np.ndarray) and value.nbytes > _LARGE_ARRAY
-        return kind in ("dict", "list", "set", "deque", "tuple") and len(value) > _LARGE and _inert(value, self._kinds)
+        if kind not in ("dict", "list", "set", "deque", "tuple"):
+            return False
+        count: int = self._bases[type(value)].__len__(value)  # type: ignore[attr-defined]
+        return count > _LARGE and _inert(value, self._kinds)
 
     def _part(self, value: Any, parent: int, name: str | None) -> Part:
         return value, self._add(value, parent, name)

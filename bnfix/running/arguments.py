@@ -64,10 +64,11 @@ def check_accepted(call: Call, model: nn.Module, source: str) -> None:
     raise PassError(f"{source}: the model's forward failed on {call.signature}: {reason}", hint=_advice(call, reason))
 
 
-def feeding(batch: Any, call: Call) -> str:
+def feeding(batch: Any, call: Call, model: nn.Module) -> str:
     """What may be wrong with ``batch``, bound as ``call``, where the forward failed; ends with a line that feeds it.
 
-    Guessed from shape and type alone: channels at the end, a sample without a batch axis, bytes, one channel.
+    Guessed from shape and type alone: channels at the end, a sample without a batch axis, bytes, one channel; and that
+    what came with it was meant for an input that is None unless it is given (``forward(categories, numbers=None)``).
     """
     inputs = [*call.args, *call.kwargs.values()]
     form = "b[0]" if isinstance(batch, (tuple, list)) else f"b[{next(iter(call.kwargs))!r}]" if call.kwargs else "b"
@@ -86,6 +87,12 @@ def feeding(batch: Any, call: Call) -> str:
         made += "[None]"
     elif given.dim() == 4 and given.shape[1] == 1:
         made += ".expand(-1, 3, -1, -1)"
+    likely = made == form and given.dtype != torch.uint8 and isinstance(batch, (tuple, list))
+    if likely and (more := _may_take(model, call, batch)):
+        return (
+            f"the model was called with {call.signature}: if it is to have {' and '.join(more)} too\n"
+            f"forward=lambda m, b: m({', '.join(f'b[{i}]' for i in range(1 + len(more)))})"
+        )
     if not given.is_floating_point() and not given.is_complex():
         made += ".float() / 255" if given.dtype == torch.uint8 else ".float()"
     example = "" if made != form else ", for example"
@@ -94,6 +101,22 @@ def feeding(batch: Any, call: Call) -> str:
         f"the model was called with {call.signature}: if that is not its input, say how a batch becomes that{example}\n"
         f"forward=lambda m, b: m({made})"
     )
+
+
+def _may_take(model: nn.Module, call: Call, batch: Any) -> list[str]:
+    """The inputs after those of ``call`` that are None unless given, as far as ``batch`` has tensors for them."""
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):  # a builtin without a signature
+        return []
+    names = []
+    for parameter, value in zip(parameters[len(call.args) :], batch[len(call.args) :], strict=False):
+        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD or parameter.default is not None:
+            break
+        if not isinstance(value, Tensor):
+            break
+        names.append(parameter.name)
+    return names
 
 
 def _placed(call: Call, parameters: list[inspect.Parameter]) -> Call:

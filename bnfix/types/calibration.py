@@ -106,6 +106,11 @@ class LayerStats(Value):
         pairs = zip(self.se_var, self.var, self.mean, strict=True)
         return _largest(s / v for s, v, m in pairs if v > self._floor(m))
 
+    @property
+    def still(self) -> bool:
+        """Whether no channel has any spread, over two samples or more: there is no error to speak of."""
+        return self.samples > 1 and all(v <= _floor(m) for v, m in zip(self.var, self.mean, strict=True))
+
     @cached_property
     def worst_kl(self) -> float:
         """The largest divergence of a channel, in nats; inf where a channel came alive or died.
@@ -199,6 +204,8 @@ class Recalibration(Value):
             raise ValueError(f"tol is a positive number, not {tol}")
         errors = [(s.samples, max(s.se, s.var_se)) for s in self.layers]
         known = [n * ((se / tol) ** 2 - 1) for n, se in errors if not math.isnan(se)]
+        if not known and any(s.still for s in self.layers):
+            return 0
         if not known:
             raise ValueError("no standard error is known: it takes at least two samples")
         return max(0, math.ceil(max(known)))

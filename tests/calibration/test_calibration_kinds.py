@@ -343,3 +343,21 @@ def test_computed_weights(how: str, forward: Forward | None) -> None:
     before = bits(model[0])
     exact(model, images(), forward)
     assert same_bits(model[0], before)
+
+
+# Attributes of classes of somebody's own.
+
+
+class Terms(tuple):  # type: ignore[type-arg]
+    """A tuple whose length is nobody's business, as of irreducible representations."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("count", [40, 400])
+def test_a_tuple_that_does_not_tell_its_length(count: int) -> None:
+    model = net()
+    model.terms = Terms((1, [2]))  # type: ignore[assignment]
+    exact(model, images(count))
+    assert isinstance(model.terms, Terms)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from calib_nets import distances, residual
 from nets import lived_in
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from trap_nets import EXACT, Two, as_is, exact, fails, images, mixed_modes, within
 
@@ -142,6 +142,30 @@ def test_a_forward_that_fails_names_batch_and_layer(method: str) -> None:
     assert "batch 7: the forward failed" in message
     assert "ValueError: no route" in message
     assert method == "population" or "behind bn1" in message
+
+
+class Tabular(nn.Module):
+    """Categories, and numbers that it can't do without, though the signature says that it can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.bn = nn.Embedding(5, 3), nn.BatchNorm1d(5)
+
+    def forward(self, categories: Tensor, numbers: Any = None, _scale: float = 1.0) -> Any:
+        return self.bn(torch.cat([self.embed(categories), numbers], 1))
+
+
+def test_the_hint_feeds_an_input_that_is_none_unless_it_is_given() -> None:
+    batches = [(torch.arange(k) % 5, torch.randn(k, 2), torch.zeros(k)) for k in (6, 5, 3)]
+    with pytest.raises(CalibrationError) as caught:
+        bnfix.recalibrate(Tabular(), batches)
+    assert caught.value.hint is not None
+    said, line = caught.value.hint.splitlines()
+    assert said.endswith("if it is to have numbers too")
+    assert line == "forward=lambda m, b: m(b[0], b[1])"
+    model = lived_in(Tabular())
+    bnfix.recalibrate(model, batches, forward=lambda m, b: m(b[0], b[1]))
+    assert max(residual(model, batches, lambda m, b: m(b[0], b[1]))) <= 1e-5
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])

@@ -210,6 +210,8 @@ def test_standard_errors_and_what_would_make_them_small() -> None:
     enough = replace(MANY_NORMS, layers=(layer("bn", samples=2001),))
     assert "0.0071 σ of a mean (bn), 0.010 of a variance: within 0.01" in said(enough)
     assert "standard error unknown: it takes at least two samples" in said(ONE_SAMPLE)
+    still = replace(layer("bn", samples=20), var=(0.0,) * len(layer("bn").var))
+    assert "no standard error: no channel has any spread" in said(replace(MANY_NORMS, layers=(still,)))
 
 
 def test_unknown_is_not_zero() -> None:

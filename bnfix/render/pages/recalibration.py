@@ -173,6 +173,8 @@ def _sure(value: Recalibration) -> str:
     except ValueError:
         return "standard error unknown: it takes at least two samples"
     means = [s for s in value.layers if not math.isnan(s.se)]
+    if not means:
+        return "no standard error: no channel has any spread"
     worst = max(means, key=lambda s: s.se)
     var_se = figure(_most(s.var_se for s in means))
     more = f"0.01 takes {count(needed, 'more sample')}" if needed else "within 0.01"
