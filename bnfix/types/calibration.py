@@ -109,7 +109,7 @@ class LayerStats(Value):
     @property
     def still(self) -> bool:
         """Whether no channel has any spread, over two samples or more: there is no error to speak of."""
-        return self.samples > 1 and all(v <= _floor(m) for v, m in zip(self.var, self.mean, strict=True))
+        return self.samples > 1 and all(v <= self._floor(m) for v, m in zip(self.var, self.mean, strict=True))
 
     @cached_property
     def worst_kl(self) -> float:
