@@ -49,14 +49,14 @@ def _forward(model: nn.Module, chunk: Chunk, norms: Norms, hear: Callable[[Place
 
 def measure(model: nn.Module, chunks: Iterable[Chunk], norms: Norms, samples: int) -> dict[Place, Moments]:
     """The moments of every call site over all chunks, which hold so many samples, as the model stands."""
-    found: dict[Place, Gathering] = defaultdict(lambda: Gathering(samples))
+    found: Gathering[Place] = Gathering(samples)
     for chunk in chunks:
 
         def hear(place: Place, x: Tensor, mask: Tensor | None, chunk: Chunk = chunk) -> None:
-            found[place].add(norms.sums(place, x, chunk.samples, mask), x, mask)
+            found.add(place, norms.sums(place, x, chunk.samples, mask), x, mask)
 
         _forward(model, chunk, norms, hear)
-    return {place: gathered.moments() for place, gathered in found.items()}
+    return found.moments()
 
 
 def merged(found: dict[Place, Moments], norms: Norms, ranks: Ranks) -> dict[Place, Moments]:

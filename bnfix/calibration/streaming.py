@@ -20,7 +20,7 @@ from bnfix.calibration.plain import by_norm, merged
 from bnfix.calibration.session import Session
 from bnfix.calibration.staged import MemoryFullError, forward_of, memory
 from bnfix.errors import CalibrationError
-from bnfix.stats import Gathering, Spread, round_once
+from bnfix.stats import Gathering, Moments, Spread, round_once
 from bnfix.types import no_spread
 
 MANY = 256
@@ -35,9 +35,9 @@ def stream(session: Session, chunks: Iterable[Chunk], method: str) -> Outcome:
     Raises:
         CalibrationError: the loader or a forward fails, or the data is not finite.
     """
-    gathered: dict[Place, Gathering] = defaultdict(lambda: Gathering(MANY))
+    gathered: Gathering[Place] = Gathering(MANY)
     _through(session, chunks, method, gathered)
-    sites = merged({place: g.moments() for place, g in gathered.items()}, session.norms, session.ranks)
+    sites = merged(gathered.moments(), session.norms, session.ranks)
     stats: dict[int, Stats] = {}
     for key, moments in by_norm(sites).items():
         found = stored(session.norms.by_key(key), moments, session.options.unbiased)
@@ -46,7 +46,7 @@ def stream(session: Session, chunks: Iterable[Chunk], method: str) -> Outcome:
     return Outcome(stats, sites, "stream")
 
 
-def _through(session: Session, chunks: Iterable[Chunk], method: str, sites: dict[Place, Gathering]) -> None:
+def _through(session: Session, chunks: Iterable[Chunk], method: str, sites: Gathering[Place]) -> None:
     session.rewind()
     replica = session.replicate()
     so_far: dict[int, Spread] = {}
@@ -59,7 +59,7 @@ def _through(session: Session, chunks: Iterable[Chunk], method: str, sites: dict
             place = (norm.key, calls[norm.key])
             calls[norm.key] += 1
             mask = mask_at(chunk, seen.x, norm.path)
-            mine = sites[place].add(session.norms.sums(place, seen.x, chunk.samples, mask), seen.x, mask)
+            mine = sites.add(place, session.norms.sums(place, seen.x, chunk.samples, mask), seen.x, mask)
             if not bool(torch.isfinite(mine.m2.sum() + mine.mean.sum())):
                 raise not_finite(norm)
             so_far[norm.key] = so_far[norm.key].joined(mine) if norm.key in so_far else mine
@@ -79,19 +79,18 @@ def _through(session: Session, chunks: Iterable[Chunk], method: str, sites: dict
                 chunk.call.run(replica)
         except MemoryFullError as full:  # its cause brings the hint
             raise CalibrationError(str(full)) from full.__cause__
-        if session.options.tol is not None and number % LOOK == LOOK - 1 and _sure(session, sites):
+        if session.options.tol is not None and number % LOOK == LOOK - 1 and _sure(session, sites.moments()):
             session.notes.append(f"stopped when every standard error was at most {session.options.tol:g}")
             return
 
 
-def _sure(session: Session, sites: dict[Place, Gathering]) -> bool:
+def _sure(session: Session, sites: dict[Place, Moments]) -> bool:
     """Whether all standard errors are at most ``tol``: of means in standard deviations, of variances relative.
 
     Of channels with a spread, as :class:`LayerStats` says which: one that is all but dead need not be known to 1 %.
     """
     tol = session.options.tol or 0.0
-    for (key, _), gathered in sites.items():
-        moments = gathered.moments()
+    for (key, _), moments in sites.items():
         var = moments.variance()
         se_mean, se_var = moments.standard_errors()
         live = var > no_spread(moments.mean, session.norms.by_key(key).eps)

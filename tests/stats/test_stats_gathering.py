@@ -16,12 +16,12 @@ ROUGH, FINE = 4e-6, 1e-6
 
 
 def gathered(parts: list[Tensor], among: int = 0, masks: list[Tensor] | None = None) -> Moments:
-    found = Gathering(among)
+    found: Gathering[str] = Gathering(among)
     for x, mask in zip(parts, masks or [None] * len(parts), strict=True):
         given_up = x.clone()
-        found.add(sample_sums(x, None, mask), given_up, mask)
+        found.add("a", sample_sums(x, None, mask), given_up, mask)
         given_up.fill_(torch.nan)
-    return found.moments()
+    return found.moments()["a"]
 
 
 def near(found: Moments, x: Tensor, tolerance: float) -> bool:
@@ -52,9 +52,9 @@ def test_spreads_join_as_moments_merge(x: Tensor, cut: int) -> None:
 
 def test_each_chunk_is_told_its_own_spread() -> None:
     torch.manual_seed(0)
-    found = Gathering()
+    found: Gathering[str] = Gathering()
     for x in torch.randn(5, 16, 4, 7) * torch.tensor([0.1, 1, 5, 50]).view(4, 1) + 0.5:
-        own, alone = found.add(sample_sums(x), x), of(x)
+        own, alone = found.add("a", sample_sums(x), x), of(x)
         assert own.n == 16 * 7
         torch.testing.assert_close(own.mean, alone.mean, rtol=EXACT, atol=EXACT)
         torch.testing.assert_close(own.m2, alone.m2, rtol=EXACT, atol=0)
@@ -84,12 +84,12 @@ def test_sums_do_not_pile_up(most: int, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(gathering, "_WAITING", most)
     torch.manual_seed(3)
     x = torch.randn(90, 6, 4, dtype=torch.float64) * 2 + 1
-    found = Gathering()
+    found: Gathering[str] = Gathering()
     for part in x.split(7):
-        found.add(sample_sums(part), part)
+        found.add("a", sample_sums(part), part)
         assert found._numbers < most
-    assert same(of(x), found.moments())
-    assert same(of(x), found.moments())  # asked again
+    assert same(of(x), found.moments()["a"])
+    assert same(of(x), found.moments()["a"])  # asked again
 
 
 def test_chunks_of_several_dtypes() -> None:
@@ -116,10 +116,10 @@ def test_what_is_not_finite_shows_in_its_channel_alone(value: float) -> None:
     torch.manual_seed(6)
     x = torch.randn(20, 3, 5)
     x[13, 1, 2] = value
-    found = Gathering()
-    finite = [bool(torch.isfinite(found.add(sample_sums(p), p).m2).all()) for p in x.split(5)]
+    found: Gathering[str] = Gathering()
+    finite = [bool(torch.isfinite(found.add("a", sample_sums(p), p).m2).all()) for p in x.split(5)]
     assert finite == [True, True, False, True]
-    assert torch.isfinite(found.moments().m2).tolist() == [True, False, True]
+    assert torch.isfinite(found.moments()["a"].m2).tolist() == [True, False, True]
 
 
 def test_channels_of_zeros_and_huge_values() -> None:
@@ -133,6 +133,18 @@ def test_channels_of_zeros_and_huge_values() -> None:
     torch.testing.assert_close(found.variance(False)[1:], flat.var(1, correction=0), rtol=FINE, atol=0)
 
 
+def test_places_keep_apart_and_settle_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "_WAITING", 500)
+    torch.manual_seed(8)
+    xs = {c: torch.randn(40, c, 6, dtype=torch.float64) + c for c in (2, 3, 9)}
+    found: Gathering[int] = Gathering()
+    for i in range(0, 40, 4):
+        for c, x in xs.items():
+            found.add(c, sample_sums(x[i : i + 4]), x[i : i + 4])
+            assert sum(len(s.s.flatten()) for waiting in found._waiting.values() for s in waiting) < 500
+    moments = found.moments()
+    assert all(same(of(x), moments[c]) for c, x in xs.items())
+
+
 def test_nothing_has_no_moments() -> None:
-    with pytest.raises(ValueError, match="no chunk"):
-        Gathering().moments()
+    assert Gathering().moments() == {}
