@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from bnfix.calibration.ambient import Turn
 from bnfix.calibration.chunks import (
@@ -58,6 +58,10 @@ TOL = 0.01
 """Standard error at which a stream without an end is enough."""
 
 
+ROWS = "the data is one tensor, and each of its rows was taken as a batch; batches of 64 samples:  data.split(64)"
+"""The hint where a model does not take them."""
+
+
 @dataclass
 class Plan:
     """``chunks`` for the staged method (made of the loader's ``batches``), ``stream`` for the others.
@@ -99,7 +103,7 @@ def make_plan(session: Session) -> Plan:
 def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chunk]]:
     session.say("looking at the first samples")
     first = reader.next()
-    session.advice = reader.advice
+    session.advice = ROWS if isinstance(session.data, Tensor) else reader.advice
     if first is None:
         return None, []
     held = [first]
