@@ -66,9 +66,6 @@ _READS = frozenset(
 _MAY_READ = frozenset({Tensor.__getitem__, torch.where})
 """Functions that do so with some arguments."""
 
-_WRITES: set[Any] = set()
-"""Functions of torch that were heard of before and may write to what they are given, such as a weight."""
-
 _ORDINARY: set[Any] = set()
 """Functions of torch that were heard of before and are none of these: most of what each chunk calls."""
 
@@ -143,10 +140,8 @@ class Listener(TorchFunctionMode):
             return self._norm(func, names, types, args, kwargs)
         if func in _READS or func in _MAY_READ:
             self.reads = self.reads or func in _READS or _finds(func, args)
-        elif func in _WRITES or "out" in kwargs or may_write(func):
+        elif "out" in kwargs or may_write(func):
             keep(func, args, kwargs)
-            if _lasts(func) and "out" not in kwargs:
-                _WRITES.add(func)
         elif _lasts(func):
             _ORDINARY.add(func)
         return func(*args, **kwargs)

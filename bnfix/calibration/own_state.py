@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bnfix.graph.footprints import CONTAINERS, restore, same
+from bnfix.graph.footprints import CONTAINERS, LARGE, own_attributes, restore, same
+from bnfix.graph.writing import put_back
 
 _NUMBERS = (int, float, bool)
-_BARE = nn.Module()
 _GONE = object()
-_LARGE = 1000
-"""Entries of a container from which on it is a table, not a state."""
 _HEAVY = 1 << 20
 """Values of a tensor from which on it is not copied."""
 
@@ -38,7 +36,7 @@ class OwnState:
         self._kept = [
             _Kept(m, own, dict(m._buffers), {k: copy.copy(v) for k, v in own.items() if _is_container(v)})
             for m in model.modules()
-            for own in [dict(_own(m))]
+            for own in [own_attributes(m)]
         ]
         loose = {
             id(t): t
@@ -56,7 +54,7 @@ class OwnState:
         found = []
         for kept, module in zip(self._kept, ran.modules(), strict=False):
             before: Mapping[str, Any] = {**kept.attributes, **kept.containers, **kept.buffers}
-            now = {**dict(_own(module)), **module._buffers}
+            now = {**own_attributes(module), **module._buffers}
             names = [name for name in now if _moved(before.get(name, _GONE), now[name])]
             found += [f"{type(module).__name__}.{name}" for name in names]
         if not found and any(not torch.equal(t, value) for t, value in self._values):
@@ -67,7 +65,7 @@ class OwnState:
         """Give the model back what it kept."""
         for kept in self._kept:
             own = kept.module.__dict__
-            for name in [name for name, _ in _own(kept.module) if name not in kept.attributes]:
+            for name in own_attributes(kept.module).keys() - kept.attributes.keys():
                 del own[name]
             own.update(kept.attributes)
             table = kept.module._buffers
@@ -77,19 +75,11 @@ class OwnState:
                 container = kept.attributes[name]
                 if not same(container, entries):
                     restore(container, entries)
-        for tensor, value in self._values:
-            if not torch.equal(tensor, value):
-                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                    tensor.copy_(value)
-
-
-def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The attributes that are not those of every module."""
-    return ((name, value) for name, value in vars(module).items() if name not in vars(_BARE))
+        put_back(self._values)
 
 
 def _is_container(value: Any) -> bool:
-    return type(value) in CONTAINERS and len(value) <= _LARGE
+    return type(value) in CONTAINERS and len(value) <= LARGE
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -19,8 +19,8 @@ from bnfix.calibration.own_state import OwnState
 from bnfix.calibration.ranks import Ranks
 from bnfix.calibration.reading import Mask
 from bnfix.calibration.spill import Spiller
-from bnfix.calibration.transaction import put
 from bnfix.graph import Outside, Replicator
+from bnfix.graph.writing import put, put_back
 from bnfix.running import free_bytes
 from bnfix.running.call import Forward
 
@@ -98,9 +98,7 @@ class Session:
 
         Where a forward ``remembers``, what it keeps as well.
         """
-        for buffer, value in self._others:
-            if not torch.equal(buffer, value):
-                put(buffer, value)
+        put_back(self._others)
         if self.remembers:
             self._own.rewind()
             self.outside.rewind()

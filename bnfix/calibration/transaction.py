@@ -14,6 +14,7 @@ from bnfix.calibration.listening import Stats
 from bnfix.calibration.norms import Norm, Norms
 from bnfix.errors import CalibrationError
 from bnfix.graph import find_owners
+from bnfix.graph.writing import put
 from bnfix.running.preserved import surely
 
 _LEFT = 0.01
@@ -117,12 +118,6 @@ def _write(changes: list[tuple[Tensor, Tensor, Tensor]]) -> None:
 
         surely(back)
         raise
-
-
-def put(tensor: Tensor, value: Tensor) -> None:
-    """Write ``value`` into a tensor, also into one that was made in inference mode."""
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-        tensor.copy_(value)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from bnfix.graph.owners import Owners, closure_values, find_owners
+from bnfix.graph.writing import put_back
 
 CONTAINERS = (list, dict, set, collections.defaultdict, collections.OrderedDict, collections.deque)
 LIBRARIES = ("torch", "builtins", "numpy", "collections", "functools", "typing", "abc")
@@ -34,7 +35,8 @@ _SIMPLE = (
     types.ModuleType,
 )
 _BARE = nn.Module()
-_LARGE = 1000
+LARGE = 1000
+"""Entries of a container from which on it is a table, not a state."""
 _DEPTH = 3  # functions named by functions named by the model's own
 
 
@@ -58,10 +60,7 @@ def no_footprints(model: nn.Module, *functions: Callable[..., Any] | None) -> It
     finally:
         for generator, state in states:
             generator.set_state(state)
-        for tensor, value in values:
-            if not torch.equal(tensor, value):
-                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                    tensor.copy_(value)
+        put_back(values)
         for container, entries in kept:
             if not same(container, entries):
                 restore(container, entries)
@@ -79,9 +78,7 @@ def _holdings(owners: Owners) -> tuple[list[Any], list[torch.Tensor], list[torch
         id(t) for m in owners.modules.values() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
     }
     seen: set[int] = set()
-    pending = [
-        v for m in owners.modules.values() for k, v in vars(m).items() if not (k[0] == "_" and hasattr(_BARE, k))
-    ]
+    pending = [v for m in owners.modules.values() for v in own_attributes(m).values()]
     while pending:
         value = pending.pop()
         if isinstance(value, _SIMPLE) or id(value) in seen:
@@ -93,13 +90,18 @@ def _holdings(owners: Owners) -> tuple[list[Any], list[torch.Tensor], list[torch
             pending += tuple.__iter__(value)  # a class of somebody's own may have no length, or another
         elif type(value) in CONTAINERS:
             containers.append(value)
-            if len(value) <= _LARGE:
+            if len(value) <= LARGE:
                 pending += value.values() if isinstance(value, dict) else value
         elif _package(value) in packages and hasattr(value, "__dict__"):
             containers.append(vars(value))
             pending += vars(value).values()
     loose = [t for t in owners.tensors.values() if id(t) not in registered and not t.is_meta]
     return containers, [t for t in loose if t.layout == torch.strided and not t.is_nested], generators
+
+
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes that are not those of every module."""
+    return {k: v for k, v in vars(module).items() if k != "training" and not (k[:1] == "_" and hasattr(_BARE, k))}
 
 
 def _package(value: Any) -> str:
@@ -125,7 +127,7 @@ def _reachable(owners: Owners, functions: tuple[Callable[..., Any] | None, ...])
                 pending += [(inner, depth + 1) for _, inner in closure_values(value)]
         elif type(value) in CONTAINERS:
             found[id(value)] = value
-            if len(value) < 1000:
+            if len(value) < LARGE:
                 inner_values = list(value.values()) if isinstance(value, dict) else list(value)
                 found.update({id(v): v for v in inner_values if type(v) in CONTAINERS})
     return list(found.values())

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from bnfix.graph.writing import put_back
 from bnfix.running.written import Kept
 
 SMALL = 1 << 16
@@ -60,10 +61,7 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[nn.Module]:
                 if _changed(table, kept):
                     table.clear()
                     table.update(kept)  # type: ignore[arg-type]
-        for buffer, value in (*values, *small, *large.values):
-            if not torch.equal(buffer, value):  # NaN compares unequal and is written again: the same bits
-                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-                    buffer.copy_(value)
+        put_back((*values, *small, *large.values))
         _set_rng_state(rng)
         torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled = backends[:2]
         torch.set_grad_enabled(backends[2])

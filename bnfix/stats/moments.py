@@ -54,19 +54,14 @@ class Moments(Spread):
     sure: bool = False
 
     def merge(self, other: Moments) -> Moments:
-        """Both together (Chan, Golub & LeVeque 1983). Where one side has n = 0 the result is the other, to the bit."""
+        """Both together, as :meth:`joined`, and what standard errors need; to the bit the other where one has n = 0."""
         both_n = torch.stack((self.n, other.n)).unsqueeze(1)
         mean_a, m2_a = torch.stack((self.mean, other.mean)), torch.stack((self.m2, other.m2))
-        n = self.n + other.n
-        some = n.clamp(min=1)
-        share = other.n / some
-        d = other.mean - self.mean
-        mean = self.mean + d * share
-        m2 = self.m2 + other.m2 + d * d * (self.n * share)
-        e = mean - mean_a
-        f = m2_a / both_n.clamp(min=1) - m2 / some + e * e
+        both = self.joined(other)
+        e = both.mean - mean_a
+        f = m2_a / both_n.clamp(min=1) - both.m2 / both.n.clamp(min=1) + e * e
         gram = _moved(torch.stack((self.gram, other.gram), 1), e, f).sum(1)
-        return Moments(n, mean, m2, self.units + other.units, gram)
+        return Moments(both.n, both.mean, both.m2, self.units + other.units, gram)
 
     def standard_errors(self) -> tuple[Tensor, Tensor]:
         """Of the mean and of the variance, in their units, shape (C,); NaN for fewer than two samples.

@@ -67,8 +67,7 @@ def at_once(sums: SampleSums, among: int) -> Spread | None:
     ratio·var, with the weights w of the chunks k. Waits for the device once.
     """
     n, _ = _totals(sums.n if isinstance(sums.n, int) else sums.n.unsqueeze(1), len(sums.s), sums.s.device)
-    mean, square = (torch.stack((sums.s, sums.q)).sum(1, dtype=torch.float64) / n).unbind()
-    var = torch.addcmul(square, mean, mean, value=-1)
+    mean, var, _ = _level(torch.stack((sums.s, sums.q)), n)
     room, tiny = _room(mean, var, max(among, len(sums.s)), sums.s.dtype, _INSIDE)
     inside = torch.equal(room.clamp(tiny / _INSIDE, 1e300 * _INSIDE), room)  # False for NaN
     return Spread(n, mean, var * n) if inside else None
@@ -112,8 +111,7 @@ def _moments(both: Tensor, counts: int | Tensor) -> Moments:
     """Of sums and sums of squares (2, N, C). Residuals are taken in their dtype, in units of σ: nothing overflows."""
     samples, dtype = both.shape[1], both.dtype
     n, units = _totals(counts, samples, both.device)
-    mean, square = (both.sum(1, dtype=torch.float64) / n.clamp(min=1)).unbind()
-    var = torch.addcmul(square, mean, mean, value=-1).clamp(min=0)
+    mean, var, square = _level(both, n)
     sd = var.sqrt()
     inverse = sd / var.clamp(min=1e-300)  # 0 for a variance of 0
     s, q = both.unbind()
@@ -138,6 +136,12 @@ def _moments(both: Tensor, counts: int | Tensor) -> Moments:
         nn,
     )
     return Moments(n, mean, var * n, units, torch.stack(gram))
+
+
+def _level(both: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and mean square, of the sums over all samples of (2, N, C)."""
+    mean, square = (both.sum(1, dtype=torch.float64) / n.clamp(min=1)).unbind()
+    return mean, torch.addcmul(square, mean, mean, value=-1).clamp(min=0), square
 
 
 def _totals(counts: int | Tensor, samples: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, Dataset
 from trap_nets import EXACT, Two, as_is, exact, images
 
 import bnfix
-from bnfix.errors import CalibrationError
 from bnfix.types import Recalibration
 
 
@@ -393,14 +392,3 @@ def test_batches_that_are_tensordicts(way: str) -> None:
     assert report.n == sum(len(x) for x in images())
     inner = model.net if isinstance(model, Whole) else model
     assert max(residual(inner, images())) <= EXACT
-
-
-@pytest.mark.parametrize(("norm", "shape"), [(nn.BatchNorm1d, (32, 4)), (nn.BatchNorm2d, (32, 4, 5, 5))])
-def test_a_tensor_of_samples_is_not_a_list_of_batches(norm: type[nn.Module], shape: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    model, data = lived_in(nn.Sequential(norm(4))), torch.randn(shape)
-    with pytest.raises(CalibrationError) as failed:
-        bnfix.recalibrate(model, data)
-    assert "data.split(64)" in str(failed.value.hint)
-    exact(model, data.split(64))
-    bnfix.recalibrate(model, torch.stack((data, data + 1)))  # one that holds batches

@@ -168,6 +168,17 @@ def test_the_hint_feeds_an_input_that_is_none_unless_it_is_given() -> None:
     assert max(residual(model, batches, lambda m, b: m(b[0], b[1]))) <= 1e-5
 
 
+@pytest.mark.parametrize(("norm", "shape"), [(nn.BatchNorm1d, (32, 4)), (nn.BatchNorm2d, (32, 4, 5, 5))])
+def test_a_tensor_of_samples_is_not_a_list_of_batches(norm: type[nn.Module], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, data = lived_in(nn.Sequential(norm(4))), torch.randn(shape)
+    with pytest.raises(CalibrationError) as failed:
+        bnfix.recalibrate(model, data)
+    assert "data.split(64)" in str(failed.value.hint)
+    exact(model, data.split(64))
+    bnfix.recalibrate(model, torch.stack((data, data + 1)))  # one that holds batches
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_a_forward_that_ends_the_process(error: type[BaseException]) -> None:
     fails(lived_in(Stumbles(error("stop"))), marked(), error)
