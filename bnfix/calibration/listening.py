@@ -194,8 +194,9 @@ def _lasts(func: Any) -> bool:
         return func.__globals__ is _FUNCTIONAL
     if kind is MethodWrapperType:  # Tensor.shape.__get__
         return isinstance(func.__self__, GetSetDescriptorType)
-    own = kind is BuiltinFunctionType and isinstance(func.__self__, type | ModuleType)
-    return own or kind is MethodDescriptorType or kind is WrapperDescriptorType
+    if kind is BuiltinFunctionType:  # torch.conv2d and its like have no self
+        return isinstance(func.__self__, type | ModuleType) or getattr(torch, func.__name__, None) is func
+    return kind is MethodDescriptorType or kind is WrapperDescriptorType
 
 
 def physical(x: Tensor) -> Tensor:
