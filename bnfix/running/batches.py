@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +34,10 @@ def bind(batch: Any, model: nn.Module, forward: Forward | None = None) -> Bound:
 
     A tensor goes to the first parameter of the forward; of a tuple or list, as many elements as there are required
     positional parameters, one at least; of a mapping, the keys that the signature names (all of them where it is
-    ``**kwargs`` alone). An object with a ``to`` of its own goes whole to a forward that requires one input. Where
-    inputs are left over that look like the one taken (floating, same shape behind the first axis), or the one taken is
-    a list of tensors, guessing would silently calibrate on a part of what the model sees: that is refused.
+    ``**kwargs`` alone), and so of a named tuple whose fields have the names of all required parameters. An object with
+    a ``to`` of its own goes whole to a forward that requires one input. Where inputs are left over that look like the
+    one taken (floating, same shape behind the first axis), or the one taken is a list of tensors, guessing would
+    silently calibrate on a part of what the model sees: that is refused.
 
     NumPy arrays become tensors, floating ones in the dtype of the model: float64 is NumPy's default, seldom meant, and
     a DataLoader collates it to float64 tensors. So floating inputs become it too where all are of one other type, and
@@ -112,7 +113,13 @@ def _bind(batch: Any, signature: _Signature) -> tuple[Call, str]:
             hint=f"{_FEED}m({reading(batch)})",
         )
     if isinstance(batch, (tuple, list)):
-        return _by_position(batch, signature)
+        named = {name: getattr(batch, name) for name in getattr(batch, "_fields", ())}
+        required = {*signature.required, *signature.required_by_name}
+        if required <= named.keys() and named.keys() & {*signature.by_position, *signature.by_name}:
+            found = _by_name(named, signature, "fields", "b.{}".format)
+        else:
+            found = None
+        return found or _by_position(batch, signature)
     form = reading(batch)
     raise PassError(
         f"a batch of type {type(batch).__name__} can't be bound to the forward",
@@ -142,8 +149,13 @@ def _by_position(batch: Sequence[Any], signature: _Signature) -> tuple[Call, str
     return Call(tuple(taken)), _left_out(batch, count)
 
 
-def _by_name(batch: Mapping[Any, Any], signature: _Signature) -> tuple[Call, str] | None:
-    """The elements that the signature names; None where it names none."""
+def _by_name(
+    batch: Mapping[Any, Any],
+    signature: _Signature,
+    kind: str = "keys",
+    form: Callable[[Any], str] = "b[{!r}]".format,
+) -> tuple[Call, str] | None:
+    """The elements that the signature names; None where it names none. ``form``: how one is read, in Python."""
     given = list(batch.keys())  # going through a TensorDict gives its samples
     keys = [name for name in (*signature.by_position, *signature.by_name) if name in given]
     if not keys and signature.all_kwargs and not signature.required:
@@ -153,22 +165,22 @@ def _by_name(batch: Mapping[Any, Any], signature: _Signature) -> tuple[Call, str
     missing = [name for name in (*signature.required, *signature.required_by_name) if name not in keys]
     if missing:
         raise PassError(
-            f"the batch has the keys {sorted(map(str, given))}, and forward({signature.shown}) requires "
+            f"the batch has the {kind} {sorted(map(str, given))}, and forward({signature.shown}) requires "
             f"{', '.join(missing)} too",
-            hint=f"{_FEED}m({', '.join(f'b[{k!r}]' for k in keys)}, …)",
+            hint=f"{_FEED}m({', '.join(map(form, keys))}, …)",
         )
     taken = [batch[key] for key in keys]
-    only = ", ".join(f"{key}=b[{key!r}]" if key in signature.by_name else f"b[{key!r}]" for key in keys)
+    only = ", ".join(f"{key}={form(key)}" if key in signature.by_name else form(key) for key in keys)
     for key in keys:
         if _is_nested(batch[key]):
-            raise _several(f"b[{key!r}]", "as a list:", only, single=len(keys) == 1)
+            raise _several(form(key), "as a list:", only, single=len(keys) == 1)
     twins = [key for key in given if key not in keys and _is_twin(batch[key], taken)]
     if twins:
-        many = ", ".join(f"b[{key!r}]" for key in (*keys, *twins))
+        many = ", ".join(map(form, (*keys, *twins)))
         raise _several(f"({many})", "only one: ", only, single=len(keys) == 1)
     args = tuple(batch[key] for key in keys if key in signature.by_position)
     kwargs = {key: batch[key] for key in keys if key not in signature.by_position}
-    return Call(args, kwargs), f"keys {', '.join(keys)} of {', '.join(map(str, given))}"
+    return Call(args, kwargs), f"{kind} {', '.join(keys)} of {', '.join(map(str, given))}"
 
 
 def _check_count(count: int, signature: _Signature, *, alone: bool = False) -> None:

@@ -114,7 +114,9 @@ def fit_call(call: Call, model: nn.Module) -> Call:
         return tensor.to(like.device, like.dtype if tensor.dtype == torch.float32 else tensor.dtype)
 
     def move(value: Any) -> Any:
-        return copy.copy(value).to(like.device)
+        copied = copy.copy(value)
+        moved = copied.to(like.device)
+        return copied if moved is None else moved  # some move themselves, and return nothing
 
     return replace(call, args=map_tensors(call.args, fit, move), kwargs=map_tensors(dict(call.kwargs), fit, move))
 

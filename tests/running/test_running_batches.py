@@ -64,6 +64,18 @@ class Pair(NamedTuple):
     label: Tensor
 
 
+class Named(NamedTuple):
+    label: Tensor
+    mask: Tensor | None
+    x: Tensor
+
+
+class Given(NamedTuple):
+    label: Tensor
+    x: Tensor
+    y: Tensor | None
+
+
 @pytest.mark.parametrize(
     ("forward", "batch", "args", "kwargs", "used"),
     [
@@ -71,6 +83,11 @@ class Pair(NamedTuple):
         (one, (X, LABELS), (X,), {}, "element 0 of 2 (element 1, 4 int64, was left out)"),
         (one, [X, LABELS], (X,), {}, "element 0 of 2 (element 1, 4 int64, was left out)"),
         (one, Pair(X, LABELS), (X,), {}, "element 0 of 2 (element 1, 4 int64, was left out)"),
+        (one, Named(LABELS, OTHER[:, :1], X), (), {"x": X}, "fields x of label, mask, x"),
+        (two, Named(LABELS, OTHER, X), (), {"x": X, "mask": OTHER}, "fields x, mask of label, mask, x"),
+        (with_option, Named(LABELS, None, X), (), {"x": X}, "fields x of label, mask, x"),
+        (all_optional, Given(LABELS, X, None), (), {"x": X, "y": None}, "fields x, y of label, x, y"),
+        (anything, Pair(X, LABELS), (X,), {}, "element 0 of 2 (element 1, 4 int64, was left out)"),
         (one, (X,), (X,), {}, "element 0 of 1"),
         (one, (X, LABELS, "a.png"), (X,), {},
          "element 0 of 3 (element 1, 4 int64, and element 2, 'a.png', were left out)"),
@@ -230,6 +247,33 @@ class Graph:
     def to(self, device: torch.device) -> Graph:
         self.x = self.x.to(device)
         return self
+
+
+class Molecules:
+    """Moves itself in place and returns nothing, as chemprop's BatchMolGraph."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def to(self, device: torch.device) -> None:
+        self.x = self.x.to(device)
+
+
+def test_object_that_moves_itself_and_returns_nothing() -> None:
+    given = Molecules(X)
+    (found,) = bind(given, nn.Linear(2, 2, device="meta")).call.args
+    assert isinstance(found, Molecules)
+    assert found.x.device.type == "meta"
+    assert given.x is X
+    (found,) = bind(given, nn.Linear(2, 2)).call.args
+    assert torch.equal(found.x, X)
+
+
+def test_a_named_tuple_that_could_be_meant_in_several_ways_is_refused_with_its_own_lines() -> None:
+    with pytest.raises(PassError, match="several inputs") as refused:
+        bind(Named(LABELS, OTHER, X), taking(one))
+    assert "m(x=b.x)" in refused.value.hint
+    assert "for v in (b.x, b.mask)" in refused.value.hint
 
 
 class Encoding(UserDict):  # type: ignore[type-arg]
