@@ -110,7 +110,7 @@ def _bind(batch: Any, signature: _Signature) -> tuple[Call, str]:
         raise PassError(
             f"the batch has the keys {sorted(map(str, batch.keys()))}, and forward({signature.shown}) names none of "
             "them",
-            hint=f"{_FEED}m({reading(batch)})",
+            hint=_fed(reading(batch), signature),
         )
     if isinstance(batch, (tuple, list)):
         named = {name: getattr(batch, name) for name in getattr(batch, "_fields", ())}
@@ -123,8 +123,14 @@ def _bind(batch: Any, signature: _Signature) -> tuple[Call, str]:
     form = reading(batch)
     raise PassError(
         f"a batch of type {type(batch).__name__} can't be bound to the forward",
-        hint=f"{_FEED}m({'b.pixels' if form == 'b' else form})",
+        hint=_fed("b.pixels" if form == "b" else form, signature),
     )
+
+
+def _fed(form: str, signature: _Signature) -> str:
+    """The line that feeds a part of the batch, and the one for all of it to a forward that may take it apart itself."""
+    whole = "or whole, as it comes:   forward=lambda m, b: m(b)"
+    return f"{_FEED}m({form})" + (f"\n{whole}" if len(signature.required) == 1 else "")
 
 
 def _by_position(batch: Sequence[Any], signature: _Signature) -> tuple[Call, str]:

@@ -276,6 +276,23 @@ def test_a_named_tuple_that_could_be_meant_in_several_ways_is_refused_with_its_o
     assert "for v in (b.x, b.mask)" in refused.value.hint
 
 
+class Record:
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+@pytest.mark.parametrize(("batch", "part"), [({"x": X}, "m(b['x'])"), (Record(X), "m(b.x)")])
+def test_a_forward_that_may_take_the_batch_apart_itself_is_told_of_both_lines(batch: Any, part: str) -> None:
+    with pytest.raises(PassError) as refused:
+        bind(batch, taking(lambda batch: batch))
+    first, second = refused.value.hint.splitlines()
+    assert first.endswith(part)
+    assert second.endswith("forward=lambda m, b: m(b)")
+    with pytest.raises(PassError) as refused:
+        bind(batch, taking(lambda image, depth: image))
+    assert refused.value.hint.splitlines() == [first]
+
+
 class Encoding(UserDict):  # type: ignore[type-arg]
     """A mapping that moves itself, as transformers' BatchEncoding."""
 
