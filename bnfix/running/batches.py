@@ -76,6 +76,14 @@ class _Signature:
     all_args: bool
     all_kwargs: bool
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return *self.by_position, *self.by_name
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        return *self.required, *self.required_by_name
+
     @classmethod
     def of(cls, model: nn.Module) -> _Signature:
         try:
@@ -113,13 +121,13 @@ def _bind(batch: Any, signature: _Signature) -> tuple[Call, str]:
             hint=_fed(reading(batch), signature),
         )
     if isinstance(batch, (tuple, list)):
-        named = {name: getattr(batch, name) for name in getattr(batch, "_fields", ())}
-        required = {*signature.required, *signature.required_by_name}
-        if required <= named.keys() and named.keys() & {*signature.by_position, *signature.by_name}:
-            found = _by_name(named, signature, "fields", "b.{}".format)
-        else:
-            found = None
-        return found or _by_position(batch, signature)
+        fields = batch._asdict() if hasattr(batch, "_asdict") else {}
+        named = fields.keys() & {*signature.names}
+        if named and named >= {*signature.needed}:
+            found = _by_name(fields, signature, "fields", "b.{}".format)
+            if found is not None:
+                return found
+        return _by_position(batch, signature)
     form = reading(batch)
     raise PassError(
         f"a batch of type {type(batch).__name__} can't be bound to the forward",
@@ -163,12 +171,12 @@ def _by_name(
 ) -> tuple[Call, str] | None:
     """The elements that the signature names; None where it names none. ``form``: how one is read, in Python."""
     given = list(batch.keys())  # going through a TensorDict gives its samples
-    keys = [name for name in (*signature.by_position, *signature.by_name) if name in given]
+    keys = [name for name in signature.names if name in given]
     if not keys and signature.all_kwargs and not signature.required:
         keys = [key for key in given if isinstance(key, str)]
     if not keys:
         return None
-    missing = [name for name in (*signature.required, *signature.required_by_name) if name not in keys]
+    missing = [name for name in signature.needed if name not in keys]
     if missing:
         raise PassError(
             f"the batch has the {kind} {sorted(map(str, given))}, and forward({signature.shown}) requires "
@@ -192,7 +200,7 @@ def _by_name(
 def _check_count(count: int, signature: _Signature, *, alone: bool = False) -> None:
     """Whether ``count`` positional inputs (``alone``: the batch itself) are enough, and none is needed by name."""
     if signature.required_by_name:
-        needed = [*signature.required, *signature.required_by_name]
+        needed = signature.needed
         forms = ["b"] if alone and len(needed) == 1 else [f"b[{i}]" for i in range(len(needed))]
         inputs = [f if name in signature.required else f"{name}={f}" for name, f in zip(needed, forms, strict=True)]
         raise PassError(
