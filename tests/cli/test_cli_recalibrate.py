@@ -266,16 +266,6 @@ def test_a_model_without_running_statistics_is_told_so_before_the_data_is_read(s
     )
 
 
-def test_a_model_with_other_buffers_and_no_norm_is_told_what_was_looked_for(shop: Path, capsys: Output) -> None:
-    source = "from torch import nn\nclass Odd(nn.Linear):\n    def __init__(self):\n        super().__init__(8, 2)\n"
-    Path("odd.py").write_text(f"{source}        self.register_buffer('steps', self.bias.detach() * 0)\n")
-    argv = ["recalibrate", "odd.py:Odd", "--data", "x.npy", "-o", "f.pt"]
-    assert run(argv) == 2
-    err = capsys.readouterr().err
-    assert "the model has no norm with running statistics: nothing to recalibrate" in err
-    assert "looked for: modules with running_mean and running_var" in err
-
-
 def test_two_inputs_and_batches_of_one_names_the_parameters(shop: Path, capsys: Output) -> None:
     source = NET.replace("def forward(self, x):", "def forward(self, x, weight):")
     Path("both.py").write_text(source.replace(".mean((2, 3))", ".mean((2, 3)) * weight"))
@@ -382,44 +372,6 @@ def test_an_ambiguous_batch_is_resolved_by_pasting_the_hint(shop: Path, capsys: 
     joint = next(line for line in hints if "torch.cat" in line)
     assert run([*argv, *shlex.split(joint[joint.index("--forward") :])]) == 0
     assert max(residual(fixed(), x().split(16))) <= 1e-5
-
-
-def test_masked_positions_do_not_count(shop: Path) -> None:
-    Path("seq.py").write_text("from torch import nn\n\ndef seq():\n    return nn.Sequential(nn.BatchNorm1d(2))\n")
-    values = torch.randn(40, 2, 6, generator=torch.Generator().manual_seed(2))
-    mask = torch.arange(6).expand(40, 6) < torch.arange(40).remainder(6).add(1).unsqueeze(1)
-    np.savez("s.npz", input=torch.where(mask.unsqueeze(1), values, 99.0).numpy(), mask=mask.numpy())
-    torch.save(bnfix.load("seq.py:seq").state_dict(), "s.pt")
-    argv = ["recalibrate", "s.pt", "--arch", "seq.py:seq", "--data", "s.npz", "--mask", "mask", "-o", "t.pt"]
-    assert run(argv) == 0
-    kept = values.double().transpose(0, 1)[:, mask]
-    found = bnfix.load("t.pt", arch="seq.py:seq")[0]
-    torch.testing.assert_close(found.running_mean.double(), kept.mean(1), rtol=0, atol=1e-6)
-    torch.testing.assert_close(found.running_var.double(), kept.var(1), rtol=1e-6, atol=0)
-
-
-def test_images_are_read_as_the_model_is_evaluated_and_that_is_said(shop: Path, capsys: Output) -> None:
-    """timm's test_resnet: 160 px out of 168, mean and deviation 1/2; torch's values would be others."""
-    timm, image = pytest.importorskip("timm"), pytest.importorskip("PIL.Image")
-    Path("photos/one").mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    for i in range(6):
-        pixels = generator.integers(0, 256, (200, 180 + i, 3), dtype=np.uint8)
-        image.fromarray(pixels).save(f"photos/one/{i}.png")
-    model = timm.create_model("test_resnet")
-    torch.save(model.state_dict(), "t.pt")
-    argv = ["recalibrate", "t.pt", "--arch", "timm:test_resnet", "--data", "photos", "-o", "u.pt"]
-    assert run(argv) == 0
-    out, err = capsys.readouterr()
-    line = next(line for line in err.splitlines() if line.startswith("6 images, shuffled with seed 0: "))
-    assert "shorter side 168, centre 160, " in line
-    assert "mean 0.5/0.5/0.5, std 0.5/0.5/0.5 (timm's default_cfg;" in line
-    assert f"note: {line}" in out
-    fresh = bnfix.load("u.pt", arch="timm:test_resnet")
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-    photos = torch.stack([transform(image.open(p)) for p in sorted(Path("photos/one").iterdir())])
-    found = residual(fresh, [photos])
-    assert max(found) <= 1e-5
 
 
 def test_neither_help_nor_usage_errors_import_torch_and_the_work_imports_no_compiler(shop: Path) -> None:
