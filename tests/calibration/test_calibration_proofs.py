@@ -138,7 +138,8 @@ def test_the_line_that_a_refusal_gives_works(net: type[nn.Module], wrap: Callabl
     with pytest.raises(CalibrationError) as caught:
         bnfix.recalibrate(model, [wrap(x) for x in data])
     assert caught.value.hint is not None
-    forward = eval(caught.value.hint.rpartition("forward=")[2])
+    line = next(line for line in caught.value.hint.splitlines() if "forward=" in line)
+    forward = eval(line.partition("forward=")[2])
     bnfix.recalibrate(model, [wrap(x) for x in data], forward=forward)
     assert max(residual(model, data, (lambda m, x: m(x=x)) if net is ByName else None)) <= 1e-5
 
