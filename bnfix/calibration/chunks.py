@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bnfix.calibration.memory_order import laid_out
 from bnfix.errors import CalibrationError
 from bnfix.running import Call, join, size, split
 
@@ -36,13 +37,19 @@ Mark = tuple[Any, ...] | None
 class Chunk:
     """One call of the model: ``samples`` independent samples, from the loader's batches ``origin`` (one a sample).
 
-    ``mask`` (N, *positions) is True where a position counts; None: all do.
+    ``mask`` (N, *positions) is True where a position counts; None: all do. ``laid_out``: its images go into the model
+    in the memory order that is faster; those of its parts as the loader gave them.
     """
 
     call: Call
     samples: int
     origin: tuple[int, ...]
     mask: Tensor | None = None
+    laid_out: bool = False
+
+    def run(self, model: nn.Module) -> Any:
+        """The forward of ``model``, with copies of the inputs."""
+        return laid_out(self.call).apply(model) if self.laid_out else self.call.run(model)
 
     @property
     def where(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.calibration.ambient import Ambient, Turn
-from bnfix.calibration.chunks import Chunk, of_one_kind
+from bnfix.calibration.chunks import PROBED, Chunk, of_one_kind, splittable
 from bnfix.calibration.fibers import FiberStrand, Guard, NoFootingError
 from bnfix.calibration.footing import Way
 from bnfix.calibration.ledger import Ledger, Place
@@ -20,7 +21,7 @@ from bnfix.calibration.listening import Stats
 from bnfix.calibration.passes import mended
 from bnfix.calibration.plain import listen
 from bnfix.calibration.remembering import RESET
-from bnfix.calibration.replaying import CLEAN, LEAKS, MIXED, Witness, witnesses
+from bnfix.calibration.replaying import CLEAN, LEAKS, MIXED, ORDER, Witness, witnesses
 from bnfix.calibration.scouting import Scouted
 from bnfix.calibration.session import Session
 from bnfix.calibration.settling import Settling
@@ -94,7 +95,12 @@ def staged(
         )
         return _plain_passes(session, kept, scouted, quiet)
     session.start = start(session, chunks, scouted, partial(_once, session))
-    found, verdict, why = _tried(session, chunks, scouted, quiet, cut=cut)
+    found, verdict, why = _tried(session, _laid_out(session, chunks, scouted), scouted, quiet, cut=cut)
+    if verdict == ORDER:
+        notes.append(f"{why} (channels_last): the loader's was kept")
+        found, verdict, why = _tried(session, chunks, scouted, quiet, cut=cut)
+    elif found is not None:
+        found.chunks = chunks
     if verdict == MIXED:
         notes.append(f"{why}: the loader's batches were kept as they are")
         found, verdict, why = _tried(session, kept, scouted, quiet, cut=False)
@@ -102,6 +108,14 @@ def staged(
         return found
     notes.append(f"{why}: the norms were done one by one, in plain passes over the data")
     return _plain_passes(session, kept, scouted, quiet)
+
+
+def _laid_out(session: Session, chunks: Sequence[Chunk], scouted: Scouted | None) -> Sequence[Chunk]:
+    """The chunks with images in the faster memory order, where the model was seen to take it and a proof follows."""
+    if scouted is None or not scouted.laid_out or session.coarse or not _to_be_proven(session, chunks):
+        return chunks
+    able = [splittable(c) and c.samples > PROBED for c in chunks]
+    return [dataclasses.replace(c, laid_out=True) if a else c for c, a in zip(chunks, able, strict=True)]
 
 
 def _tried(
@@ -126,13 +140,21 @@ def _tried(
         error: BnfixError | None = None
         if isinstance(stuck, FailedError):
             why = f"{stuck.told.message}, though not when it runs alone"
-            if not _runs_alone(session, stuck.chunk):
+            if stuck.chunk.laid_out:
+                verdict, why = ORDER, f"{stuck.told.message} in another memory order"
+            if not _runs_alone(session, dataclasses.replace(stuck.chunk, laid_out=False)):
                 verdict, why = MIXED, f"the model takes no other batches than the loader's ({stuck.told.message})"
                 error = None if cut else stuck.told
     if again:  # threads can be left anywhere
         return _tried(session, chunks, scouted, quiet, cut=cut, fibers=False)
     session.ranks.agree(error)
     return None, max(said[0] for said in session.ranks.numbers([verdict])), why or "on another rank"
+
+
+def _to_be_proven(session: Session, chunks: Sequence[Chunk]) -> bool:
+    """Where chunks could see one another, or samples of several batches be mixed, nobody may leave the proof out."""
+    together = len(chunks) > 1 or any(len(set(chunk.origin)) > 1 for chunk in chunks)
+    return together or session.options.certify is not None
 
 
 def _runs_alone(session: Session, chunk: Chunk) -> bool:
@@ -147,9 +169,7 @@ def _proven(
     session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, quiet: bool, cut: bool, fibers: bool
 ) -> tuple[Outcome, int, str]:
     turn = Turn.now(session.device)
-    # Where chunks could see one another, or samples of several batches be mixed, nobody may leave the proof out.
-    together = len(chunks) > 1 or any(len(set(chunk.origin)) > 1 for chunk in chunks)
-    watched = witnesses(chunks) if together or session.options.certify is not None else []
+    watched = witnesses(chunks) if _to_be_proven(session, chunks) else []
     found = _parked(session, chunks, scouted, turn, watched, quiet, fibers)
     found.chunks = chunks
     verdict, why = CLEAN, ""

@@ -23,7 +23,7 @@ from bnfix.running import Call
 Way = tuple[Any, ...]
 """The functions on the way from a forward's start to one of its norms, each with the instruction that it is at."""
 _CALLS = nn.Module._call_impl.__code__.co_filename
-_FROM, _TO = Listener.heard.__code__, Call.run.__code__
+_FROM, _TO = Listener.heard.__code__, Call.apply.__code__
 
 
 def way_here() -> Way | None:

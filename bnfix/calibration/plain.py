@@ -44,7 +44,7 @@ def _forward(model: nn.Module, chunk: Chunk, norms: Norms, hear: Callable[[Place
         hear(place, seen.x, mask_at(chunk, seen.x, seen.norm.path))
 
     with forward_of(chunk), torch.no_grad(), Listener(norms, ask):
-        return chunk.call.run(model)
+        return chunk.run(model)
 
 
 def measure(model: nn.Module, chunks: Iterable[Chunk], norms: Norms, samples: int) -> dict[Place, Moments]:

@@ -40,6 +40,7 @@ from bnfix.calibration.deciding import (
     total_of,
 )
 from bnfix.calibration.fibers import Guard
+from bnfix.calibration.memory_order import faster
 from bnfix.calibration.plain import listen
 from bnfix.calibration.reading import Reader, length
 from bnfix.calibration.remembering import alike, look_for_memory
@@ -110,10 +111,12 @@ def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chu
     if first.samples == 1 and splittable(first) and (second := reader.next()) is not None:
         held.append(second)
     lead = joined(held) or first
-    ways: list[tuple[Chunk, Callable[[], nn.Module]]] = [(lead, session.replicate), (lead, lambda: session.model)]
-    if splittable(lead) and lead.samples > PROBED:
-        few = first_samples(lead, PROBED)
-        ways = [(few, session.replicate), (few, lambda: session.model), (first, lambda: session.model)]
+    few = first_samples(lead, PROBED) if splittable(lead) else lead
+    ways: list[tuple[Chunk, Callable[[], nn.Module]]] = [(few, session.replicate), (few, lambda: session.model)]
+    if few is not lead:
+        ways.append((first, lambda: session.model))
+    if splittable(few) and faster(session.device):
+        ways.insert(0, (dataclasses.replace(few, laid_out=True), session.replicate))
     for last, (chunk, make) in enumerate(ways, 1 - len(ways)):
         try:
             ran = make()
@@ -123,12 +126,13 @@ def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chu
             if not last:
                 raise
             continue
+        chunk = found.chunk = few if chunk.laid_out else chunk
         look_for_memory(session, chunk, ran)
         if session.remembers:
             found.inseparable = found.inseparable or "the forward depends on earlier calls"
         if drawn and _depends_on_chance(session, chunk):
             _say_that_it_draws(session, found)
-        if chunk is not ways[0][0]:
+        if chunk is not few:
             found.inseparable = found.inseparable or "the model does not take a part of a batch"
         return found, held
     raise AssertionError

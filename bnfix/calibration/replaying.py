@@ -8,6 +8,7 @@ be told with so few samples, the whole chunk is run again: that has to agree to 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import defaultdict
@@ -28,7 +29,7 @@ from bnfix.calibration.strands import Strand
 from bnfix.errors import CalibrationError
 from bnfix.stats import Moments, SampleSums
 
-CLEAN, MIXED, LEAKS = range(3)
+CLEAN, ORDER, MIXED, LEAKS = range(4)
 NEAR = 5e-4
 """Distance of a sample alone and among others, in standard deviations. Kernels that depend on the batch size give up to
 1e-4 in the depth of untrained networks (which amplify any rounding), leaks and layers that mix a batch 1e-1."""
@@ -76,6 +77,11 @@ class Witness:
             self.distance = near = _near(alone, self.sums, sites, start, PROBED)
             if near <= NEAR:
                 return CLEAN, ""
+            if self.chunk.laid_out:
+                few = dataclasses.replace(few, laid_out=True)
+                alone = self._replay(session, few, stats, turn)
+                if not cut or _near(alone, self.sums, sites, start, PROBED) <= NEAR:
+                    return ORDER, f"samples differ by {near:.2g} σ in another memory order"
             if cut and alone and alone.keys() != self.sums.keys():
                 return MIXED, "samples go other ways together than alone"
         alone = self._replay(session, self.chunk, stats, turn)
@@ -97,7 +103,7 @@ class Witness:
                     why = mixed(few, session.replicate, session.norms)
             if why:
                 return MIXED, why
-        return CLEAN, ""
+        return (ORDER, "samples may differ in another memory order") if self.chunk.laid_out else (CLEAN, "")
 
     def _minds(self, session: Session, few: Chunk, start: int, sites: Mapping[Place, Moments], turn: Turn) -> str:
         """That samples are mixed, where ``few`` at its place in the chunk sees something else among others; or nothing.
@@ -106,6 +112,8 @@ class Witness:
         """
         behind = self.chunk.samples - start - few.samples
         others = joined([*_copies(few, start), few, *_copies(few, behind)])
+        if others is not None:
+            others.laid_out = few.laid_out
         turn.put(session.device)
         try:
             seen = {} if others is None else listen(session.model, others, session.norms)[0]

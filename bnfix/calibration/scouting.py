@@ -16,6 +16,7 @@ from bnfix.calibration.chunks import Chunk, first_samples, halves, mask_at, spli
 from bnfix.calibration.footing import Footing, Way
 from bnfix.calibration.ledger import Place
 from bnfix.calibration.listening import Listener, Seen
+from bnfix.calibration.memory_order import HANDED_ON, is_laid_out
 from bnfix.calibration.norms import Norms, norms_device
 from bnfix.calibration.staged import forward_of
 from bnfix.errors import CalibrationError
@@ -36,6 +37,7 @@ class Scouted:
     ``parked``, ``forward`` and ``largest`` are bytes a sample: alive at the worst norm, at a forward's peak, and of the
     largest input of a norm. ``tail`` is the share of the time that comes after the last norm. ``inseparable`` says
     why samples can't be put together and cut apart at will; empty if they can, ``parted`` that this was tried.
+    ``laid_out`` says that the forward takes images in the faster memory order and hands it on to its norms.
     ``reads`` says that the way through the model may depend on values, ``ways`` are those on which norms were reached
     (None: a forward can't be left at each of them in a thread that others use), ``reached`` says how often each norm
     module was called; ``outputs`` are those of ``chunk``.
@@ -51,6 +53,7 @@ class Scouted:
     parted: bool = False
     mixing: bool = False
     reads: bool = False
+    laid_out: bool = False
     ways: frozenset[Way] | None = None
     reached: Counter[int] = field(default_factory=Counter)
     outputs: Any = None
@@ -69,6 +72,7 @@ class _Trip:
     largest: int
     mixing: bool
     reads: bool
+    laid_out: bool
     heard: Mapping[int, int]
     footing: Footing
 
@@ -91,7 +95,7 @@ def scout(chunk: Chunk, model: nn.Module, norms: Norms) -> Scouted:
         if 0 < trip.heard.get(norm.key, 0) < found.reached[id(norm.mean)] and not norm.why:
             norm.why = "is also called where bnfix can't see it (a thread of the model's own, torch functions disabled)"
     found.route, found.mixing, found.outputs = trip.route, trip.mixing, trip.outputs
-    found.reads = trip.reads
+    found.reads, found.laid_out = trip.reads, chunk.laid_out and trip.laid_out
     found.ways = frozenset(trip.footing.ways) if trip.footing.sound else None
     found.parked, found.forward = trip.parked / chunk.samples, trip.peak / chunk.samples
     found.largest = trip.largest / chunk.samples
@@ -171,10 +175,11 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
     rows: dict[Place, Tensor] = {}
     calls: dict[int, int] = defaultdict(int)
     parked, largest, last = 0, 0, 0.0
+    values, in_order = 0, 0
     held = Footprint(t for t in (*replica.parameters(), *replica.buffers())) if measured else None
 
     def ask(seen: Seen) -> None:
-        nonlocal parked, largest, last
+        nonlocal parked, largest, last, values, in_order
         if measured:
             footing.step(seen)
         place = (seen.norm.key, calls[seen.norm.key])
@@ -182,6 +187,8 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
         if held is not None:
             parked = max(parked, held.now())
         largest = max(largest, seen.x.numel() * seen.x.element_size())
+        values += seen.x.numel()
+        in_order += seen.x.numel() if is_laid_out(seen.x) else 0
         route.append(place)
         mask = mask_at(chunk, seen.x, seen.norm.path)
         if len(seen.x) > chunk.samples and len(seen.x) % chunk.samples == 0:
@@ -205,7 +212,7 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
         ):
             footing = Footing(norms_device(norms), listener)
             with footing if measured else contextlib.nullcontext():
-                outputs = chunk.call.run(replica)
+                outputs = chunk.run(replica)
     finally:
         for handle in handles:
             handle.remove()
@@ -224,6 +231,7 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
         largest,
         listener.mixing,
         listener.reads,
+        in_order > HANDED_ON * values,
         calls,
         footing,
     )

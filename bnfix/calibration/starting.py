@@ -111,7 +111,7 @@ def _calls(session: Session, chunks: Iterable[Chunk], paths: Iterable[str], room
     for chunk in chunks:
         current[:] = [chunk]
         with forward_of(chunk), torch.no_grad():
-            chunk.call.run(replica)
+            chunk.run(replica)
     return found
 
 

@@ -152,7 +152,7 @@ class ParkedStrand(Strand):
         try:
             if not self._leaving:
                 with Listener(self.norms, self._ask, self._spilled.watch if self._spilled else None):
-                    self.chunk.call.run(self._replica)
+                    self.chunk.run(self._replica)
         except Unwind:
             pass
         except BaseException as error:  # noqa: BLE001  # the user's forward; handed to the coordinator
@@ -231,7 +231,7 @@ class RerunStrand(Strand):
         known = {key: given for (key, _), given in zip(self.route, self._given, strict=True) if given is not None}
         try:
             with self._using(known), torch.no_grad(), Listener(self.norms, ask):
-                self.chunk.call.run(self._model)
+                self.chunk.run(self._model)
         except Exception as error:  # noqa: BLE001  # the user's forward; the coordinator names the chunk
             self.error = error
         finally:

@@ -38,12 +38,13 @@ class Call:
         """
         return self.private().apply(model)
 
-    def private(self) -> Call:
-        """The same call with copies of all inputs."""
+    def private(self, copied: Callable[[Tensor], Tensor] | None = None) -> Call:
+        """The same call with copies of all inputs; those of tensors are made by ``copied``."""
+        copied = copied or _cloned
         return replace(
             self,
-            args=map_tensors(self.args, _cloned, other=_copied),
-            kwargs=map_tensors(dict(self.kwargs), _cloned, other=_copied),
+            args=map_tensors(self.args, copied, other=_copied),
+            kwargs=map_tensors(dict(self.kwargs), copied, other=_copied),
         )
 
     def apply(self, model: nn.Module) -> Any:
