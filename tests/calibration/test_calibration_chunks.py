@@ -40,13 +40,13 @@ def test_all_samples_in_order_in_chunks_alike_but_the_last(total: int, most: int
 def test_the_samples_looked_at_are_run_again_and_no_others(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two looks at two samples: their outputs before and after tell how far the outputs change."""
     ran: list[int] = []
-    run = Call.run
+    apply = Call.apply
 
     def counted(call: Call, model: nn.Module) -> object:
         ran.append(len(call.tensors()[0]))
-        return run(call, model)
+        return apply(call, model)
 
-    monkeypatch.setattr(Call, "run", counted)
+    monkeypatch.setattr(Call, "apply", counted)
     torch.manual_seed(0)
     model = lived_in(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3)))
     data = batched(torch.randn(samples, 3, 6, 6), 16)
