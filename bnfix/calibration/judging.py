@@ -18,6 +18,8 @@ from bnfix.calibration.session import Session
 
 CHANGE = 0.25
 """Change of the outputs, in their spread, below which statistics are not worth replacing; BN204 warns beyond it."""
+ROUNDING = 1e-5
+"""Part of outputs without any spread by which two runs of a float32 network may differ."""
 OVER_NULL = 4.0
 """Multiples of the change between two halves of the data that a change has to exceed."""
 
@@ -67,7 +69,8 @@ def change(before: Any, after: Any) -> float | None:
             continue
         spread = b.std(unbiased=False).item()
         moved = (a - b).square().mean().sqrt().item()
-        worst = max(worst, moved / spread if spread > 0 else (0.0 if moved == 0 else float("inf")))
+        rounding = ROUNDING * b.square().mean().sqrt().item()
+        worst = max(worst, moved / spread if spread > 0 else (0.0 if moved <= rounding else float("inf")))
     return worst
 
 
