@@ -1,4 +1,4 @@
-"""Chunks run with images in channels_last where that is faster and makes no difference; else as the loader gave them."""
+"""Chunks run with channels last where that is faster and makes no difference; else as the loader gave images."""
 
 from __future__ import annotations
 
