@@ -100,7 +100,7 @@ def staged(
         notes.append(f"{why} (channels_last): the loader's was kept")
         found, verdict, why = _tried(session, chunks, scouted, quiet, cut=cut)
     elif found is not None:
-        found.chunks = chunks
+        found.chunks = chunks  # the residual is measured on them as the loader gave them
     if verdict == MIXED:
         notes.append(f"{why}: the loader's batches were kept as they are")
         found, verdict, why = _tried(session, kept, scouted, quiet, cut=False)
@@ -114,8 +114,7 @@ def _laid_out(session: Session, chunks: Sequence[Chunk], scouted: Scouted | None
     """The chunks with images in the faster memory order, where the model was seen to take it and a proof follows."""
     if scouted is None or not scouted.laid_out or session.coarse or not _to_be_proven(session, chunks):
         return chunks
-    able = [splittable(c) and c.samples > PROBED for c in chunks]
-    return [dataclasses.replace(c, laid_out=True) if a else c for c, a in zip(chunks, able, strict=True)]
+    return [dataclasses.replace(c, laid_out=splittable(c) and c.samples > PROBED) for c in chunks]
 
 
 def _tried(
