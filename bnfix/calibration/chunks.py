@@ -176,17 +176,19 @@ def amid(samples: int, count: int) -> int:
 
 
 def centred(chunks: list[Chunk], count: int) -> list[Chunk]:
-    """The same samples, the first ``count`` of them amid the second chunk.
+    """The same samples, the first ``count`` of them amid the first chunk, and that between others if there are any.
 
     They are looked at first and run again in the end: there, with others before and behind them.
     """
     first = chunks[0]
-    if len(chunks) < 3 or first.samples < 2 * count + 2 or not splittable(first):
+    if first.samples < 2 * count + 2 or not splittable(first):
         return chunks
     before = amid(first.samples, count)
     behind = first.samples - count - before
     moved = joined([part(first, count, before), part(first, 0, count), part(first, count + before, behind)])
-    return chunks if moved is None else [chunks[1], moved, *chunks[2:]]
+    if moved is None:
+        return chunks
+    return [chunks[1], moved, *chunks[2:]] if len(chunks) > 2 else [moved, *chunks[1:]]
 
 
 def joined(taken: Sequence[Chunk]) -> Chunk | None:

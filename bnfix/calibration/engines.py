@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -52,8 +52,8 @@ TAIL = 0.05
 class Outcome:
     """Statistics for each norm, what was measured at each call site, and how it came about.
 
-    ``chunks`` are the pieces it was made from, ``outputs`` those of the samples that were replayed (``replayed``);
-    ``first`` holds the mean of each sample at the first norm that the chunks met, (N, C) in their order.
+    ``chunks`` are the pieces it was made from, ``replayed`` what was run again, with its outputs; ``first`` holds the
+    mean of each sample at the first norm that the chunks met, (N, C) in their order.
     """
 
     stats: dict[int, Stats]
@@ -64,8 +64,7 @@ class Outcome:
     moved: Residual | None = None
     chunks: Sequence[Chunk] = ()
     replay: float | None = None
-    replayed: Chunk | None = None
-    outputs: Any = None
+    replayed: list[tuple[Chunk, Any]] = field(default_factory=list)
     first: Tensor | None = None
 
 
@@ -182,7 +181,8 @@ def _proven(
             verdict, why = _FULL, str(error)
         turn.put(session.device)
         found.replay = max(witness.distance or 0.0, found.replay or 0.0)
-        found.replayed, found.outputs = witness.replayed, witness.outputs
+        if witness.replayed is not None:
+            found.replayed.append((witness.replayed, witness.outputs))
         found.forwards += witness.samples / sum(c.samples for c in chunks)
         if verdict != CLEAN:
             break

@@ -9,6 +9,7 @@ instructions of the same functions, with no such call around them, and nothing o
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import cache
 from types import CodeType, FrameType, TracebackType
 from typing import Any
@@ -23,6 +24,7 @@ from bnfix.running import Call
 Way = tuple[Any, ...]
 """The functions on the way from a forward's start to one of its norms, each with the instruction that it is at."""
 _CALLS = nn.Module._call_impl.__code__.co_filename
+_OF_PYTHON = frozenset({"call", "return"})
 _FROM, _TO = Listener.heard.__code__, Call.apply.__code__
 
 
@@ -54,6 +56,7 @@ class Footing:
         self.sound = sys.getprofile() is None  # somebody else's would be lost
         self._device, self._active = device, False
         self._bound: list[Any] = []
+        self.aside = _Aside(self._note)
         modes, *others = surroundings(device)
         self._around = (tuple(m for m in modes if m != id(listener)), *others)
 
@@ -79,12 +82,30 @@ class Footing:
             self.ways.add(way)
 
     def _note(self, _frame: FrameType, event: str, function: Any) -> None:
-        if event[:2] != "c_" or not _is_record(type(getattr(function, "__self__", None)).__name__):
+        if event in _OF_PYTHON or not _is_record(type(getattr(function, "__self__", None)).__name__):
             return
         if event == "c_call":
             self._bound.append(function)
         elif self._bound and self._bound[-1] is function:  # Python 3.12 tells of some returns twice
             self._bound.pop()
+
+
+class _Aside:
+    """Calls inside are not the forward's: to watch them as well takes as long as all others together."""
+
+    def __init__(self, note: Callable[[FrameType, str, Any], None]) -> None:
+        self._note, self._paused = note, False
+
+    def __enter__(self) -> None:
+        self._paused = sys.getprofile() == self._note  # a method is another object each time
+        if self._paused:
+            sys.setprofile(None)
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        if self._paused:
+            sys.setprofile(self._note)
 
 
 @cache

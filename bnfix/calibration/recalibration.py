@@ -33,6 +33,7 @@ from bnfix.types import Recalibration, Residual
 
 PROBE = 32
 """Samples on which outputs are compared where a decision hangs on it."""
+_NOTHING = object()
 
 
 def recalibrate(
@@ -244,9 +245,9 @@ class _Work:
                 largest = max(plan.chunks, key=lambda c: c.samples)
                 probe = first_samples(largest, PROBE) if splittable(largest) else largest
                 before = judging.outputs(session, probe, {})
-            if outcome.replayed is not None and not thorough and _same_samples(outcome.replayed, probe):
-                after = outcome.outputs
-            else:
+            replayed = (outputs for chunk, outputs in outcome.replayed if not thorough and _same_samples(chunk, probe))
+            after = next(replayed, _NOTHING)
+            if after is _NOTHING:
                 after = judging.outputs(session, probe, outcome.stats)
             found = judging.Change(judging.change(before, after), None, probe.samples)
         if thorough and plan.method == "staged":

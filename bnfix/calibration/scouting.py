@@ -179,9 +179,13 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
     held = Footprint(t for t in (*replica.parameters(), *replica.buffers())) if measured else None
 
     def ask(seen: Seen) -> None:
-        nonlocal parked, largest, last, values, in_order
         if measured:
             footing.step(seen)
+        with footing.aside:
+            take(seen)
+
+    def take(seen: Seen) -> None:
+        nonlocal parked, largest, last, values, in_order
         place = (seen.norm.key, calls[seen.norm.key])
         calls[seen.norm.key] += 1
         if held is not None:
@@ -211,6 +215,8 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
             held or contextlib.nullcontext(),
         ):
             footing = Footing(norms_device(norms), listener)
+            if held is not None:
+                held.aside = footing.aside
             with footing if measured else contextlib.nullcontext():
                 outputs = chunk.run(replica)
     finally:

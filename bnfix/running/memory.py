@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +168,14 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
     A storage counts once, however many views it has, and no longer once it is freed; one that came from outside (the
     inputs, parameters, ``excluded``) never does, nor do views of it and what is written into it. Not seen: workspace
     inside one operation, and sparse and opaque tensors. Arrays that ``torch.from_numpy`` takes in count. Seen only in
-    the thread that entered it. Meant for one small forward.
+    the thread that entered it. Meant for one small forward. ``aside`` is entered around whatever it does itself.
     """
 
     supports_higher_order_operators = True  # torch.cond and the like: their bodies come by as well
 
     def __init__(self, excluded: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.aside: AbstractContextManager[None] = nullcontext()
         self.peak = 0
         self._most = 0
         self._foreign: dict[int, StorageWeakRef] = {}
@@ -199,9 +201,16 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.compiler.is_dynamo_compiling():  # the body of a torch.cond is traced here, and nothing is allocated
             return func(*args, **kwargs)
         if func is not torch.ops.aten.lift_fresh.default:  # the one that hands on a tensor made a moment ago
-            self._hide(_tensors(*args, kwargs))
+            with self.aside:
+                self._hide(_tensors(*args, kwargs))
         out = func(*args, **kwargs)
-        for tensor in _tensors(out):
+        with self.aside:
+            self._count(_tensors(out))
+        return out
+
+    def _count(self, tensors: Iterable[Tensor]) -> None:
+        """Storages that have just been allocated."""
+        for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key not in self._foreign:
@@ -210,7 +219,6 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._most += storage.nbytes() - (known[1] if known else 0)
         if self._most > self.peak:  # as if nothing had been freed: only then is it worth a look at what was
             self.peak = max(self.peak, self.now())
-        return out
 
     def _hide(self, tensors: Iterable[Tensor]) -> None:
         """Storages that were not allocated inside are not to be counted."""
