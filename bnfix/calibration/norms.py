@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from bnfix.errors import CalibrationError
 from bnfix.graph import find_owners
-from bnfix.graph.owners import storage_key
+from bnfix.graph.owners import Owners, storage_key
 from bnfix.stats import SampleSums, sample_sums
 
 Select = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
@@ -135,13 +135,15 @@ def _held(place: tuple[int, str, nn.Module, str]) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def find_norms(model: nn.Module, select: Select = None, include_frozen: bool = False) -> Norms:
-    """Every norm with running statistics in ``model``, and what is to be done with it.
+def find_norms(
+    model: nn.Module, select: Select = None, include_frozen: bool = False, owners: Owners | None = None
+) -> Norms:
+    """Every norm with running statistics in ``model``, and what is to be done with it; ``owners`` as it has them.
 
     Raises:
         CalibrationError: a norm is not initialised yet; a name in ``select`` fits no norm.
     """
-    owners = find_owners(model)
+    owners = owners or find_owners(model)
     decide = _decider(model, select, include_frozen)
     places: dict[int, tuple[int, str, nn.Module, str]] = {}
     for position, key in enumerate(owners.tensors):

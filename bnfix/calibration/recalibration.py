@@ -27,7 +27,7 @@ from bnfix.calibration.streaming import stream
 from bnfix.calibration.transaction import Handle, commit
 from bnfix.calibration.values import check_values, check_writable
 from bnfix.errors import CalibrationError
-from bnfix.graph import Outside, no_footprints, replicator
+from bnfix.graph import Outside, find_owners, no_footprints, replicator
 from bnfix.running import preserved, replayable, young_garbage_only
 from bnfix.types import Recalibration, Residual
 
@@ -51,12 +51,14 @@ def recalibrate(
     began = time.process_time()
     check_values(model)
     _refuse_sharded(model)
-    norms = find_norms(model, select, include_frozen)
+    owners = find_owners(model)
+    norms = find_norms(model, select, include_frozen, owners)
     _refuse_nothing(norms)
     check_writable(norms)
     ranks.alike(_asked(options, norms))
     device = next((n.mean.device for n in norms.known.values()), None) or _device(model)
-    with young_garbage_only(), preserved(model), no_footprints(model, options.forward) as owners, torch.no_grad():
+    kept = no_footprints(model, options.forward, owners=owners)
+    with young_garbage_only(), preserved(model), kept, torch.no_grad():
         outside = Outside(owners, options.forward)
         for module in model.modules():
             module.training = False

@@ -26,32 +26,39 @@ CHANCE = 4
 
 def layers(outcome: Outcome, norms: Norms) -> tuple[LayerStats, ...]:
     """One entry a call site, in the order of the model."""
-    found = []
-    for (key, call), moments in sorted(outcome.sites.items(), key=lambda item: item[0]):
-        norm = norms.by_key(key)
-        if float(moments.n.max()) <= 0:
-            continue
-        found.append(_layer(norm, call, moments, outcome))
+    sites = [(norms.by_key(key), call, outcome.sites[key, call]) for key, call in sorted(outcome.sites)]
+    sites = [site for site in sites if float(site[2].n) > 0]
+    if not sites:
+        return ()
+    raw = torch.cat([_raw(norm, moments, outcome).cpu() for norm, _, moments in sites], 1)
+    rows = _rows(raw).tolist()
+    found, start = [], 0
+    for norm, call, _ in sites:
+        end = start + norm.channels
+        n, samples = map(int, raw[:2, start:end][:, :1].flatten().tolist() or (0, 0))  # of a norm without channels, 0
+        found.append(LayerStats(norm.path, call, n, samples, *[tuple(row[start:end]) for row in rows], eps=norm.eps))
+        start = end
     return tuple(found)
 
 
-def _layer(norm: Norm, call: int, moments: Moments, outcome: Outcome) -> LayerStats:
+def _raw(norm: Norm, moments: Moments, outcome: Outcome) -> Tensor:
+    """What :func:`_rows` needs of one site, float64, one column a channel: read from the device at once."""
     before = norm.mean.detach().double().flatten(), norm.var.detach().double().flatten()
     after = outcome.stats.get(norm.key)
     new = before if after is None else (after[0].double().flatten(), after[1].double().flatten())
-    var = moments.variance()
-    se_mean, se_var = moments.standard_errors()
-    divergence = kl(moments.mean, var, *before)
-    numbers = torch.stack(
-        [*before, moments.mean, var, *new, se_mean, se_var, (moments.mean - before[0]) / se_mean, divergence]
+    counts = (moments.n.expand_as(moments.mean), moments.units.expand_as(moments.mean))
+    return torch.stack((*counts, moments.mean, moments.m2, *before, *new, *moments.gram))
+
+
+def _rows(raw: Tensor) -> Tensor:
+    """What :class:`~bnfix.types.LayerStats` says of each channel, for all sites together: many are small."""
+    n, units, mean, m2, mean_before, var_before, mean_after, var_after, *gram = raw.unbind()
+    moments = Moments(n, mean, m2, units, torch.stack(gram))
+    var, (se_mean, se_var) = moments.variance(), moments.standard_errors()
+    before, after = (mean_before, var_before), (mean_after, var_after)
+    return torch.stack(
+        (*before, mean, var, *after, se_mean, se_var, (mean - mean_before) / se_mean, kl(mean, var, *before))
     )
-    rows = [tuple(row) for row in numbers.cpu().tolist()]
-    samples = int(_number(moments.units))
-    return LayerStats(norm.path, call, int(moments.n.max().item()), samples, *rows, eps=norm.eps)
-
-
-def _number(value: Tensor | int | float) -> float:
-    return float(value.max()) if isinstance(value, Tensor) else float(value)
 
 
 def left_alone(

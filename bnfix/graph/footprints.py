@@ -41,15 +41,17 @@ _DEPTH = 3  # functions named by functions named by the model's own
 
 
 @contextlib.contextmanager
-def no_footprints(model: nn.Module, *functions: Callable[..., Any] | None) -> Iterator[Owners]:
+def no_footprints(
+    model: nn.Module, *functions: Callable[..., Any] | None, owners: Owners | None = None
+) -> Iterator[Owners]:
     """Run ``model``, copies of it and ``functions`` inside; the containers that their code can reach stay as they were.
 
     What the model itself holds is looked through: lists, dicts and sets, the attributes of plain objects, tensors that
     are no parameters or buffers, random generators. Of what its code holds (closures, defaults, globals, classes), the
     containers, and the containers in them one level down, get their entries back in place. Gives what it found out: who
-    holds what.
+    holds what, if nobody knew (``owners``).
     """
-    owners = find_owners(model)
+    owners = owners or find_owners(model)
     own, tensors, generators = _holdings(owners)
     containers = {id(c): c for c in (*own, *_reachable(owners, functions))}.values()
     kept = [(container, copy.copy(container)) for container in containers]
