@@ -75,8 +75,8 @@ class Footing:
         """At a norm."""
         if not self.sound:
             return
-        way = way_here()
-        if way is None or self._bound or seen.bound or surroundings(self._device) != self._around:
+        way, watched = way_here(), sys.getprofile() == self._note  # a forward may have set a profiler of its own
+        if way is None or not watched or self._bound or seen.bound or surroundings(self._device) != self._around:
             self.sound = False
         else:
             self.ways.add(way)

@@ -80,6 +80,23 @@ def test_under_a_profiler_that_is_the_users() -> None:
     assert sys.getprofile() is None
 
 
+class Profiled(Two):
+    """Counts its own calls while it runs, and leaves it at that."""
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls: list[str] = []
+        sys.setprofile(mine := lambda _f, event, _a: self.calls.append(event))
+        y = self.second(self.first(x))
+        assert sys.getprofile() is mine
+        sys.setprofile(None)
+        return y
+
+
+def test_a_profiler_that_the_forward_sets_stays_its_own() -> None:
+    assert exact(Profiled(), images()).engine == "threads"
+    assert sys.getprofile() is None
+
+
 def test_where_ctrl_c_is_ignored_as_in_the_background_of_a_shell() -> None:
     usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
