@@ -68,7 +68,7 @@ class Footing:
     def __exit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        if self._active:
+        if self._active and sys.getprofile() == self._note:
             sys.setprofile(None)
 
     def step(self, seen: Seen) -> None:
