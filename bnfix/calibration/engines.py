@@ -21,7 +21,7 @@ from bnfix.calibration.listening import Stats
 from bnfix.calibration.passes import mended
 from bnfix.calibration.plain import listen
 from bnfix.calibration.remembering import RESET
-from bnfix.calibration.replaying import CLEAN, LEAKS, MIXED, ORDER, Witness, witnesses
+from bnfix.calibration.replaying import CLEAN, LEAKS, MIXED, ORDER, Witness, to_be_proven, witnesses
 from bnfix.calibration.scouting import Scouted
 from bnfix.calibration.session import Session
 from bnfix.calibration.settling import Settling
@@ -111,7 +111,7 @@ def staged(
 
 def _laid_out(session: Session, chunks: Sequence[Chunk], scouted: Scouted | None) -> Sequence[Chunk]:
     """The chunks with images in the faster memory order, where the model was seen to take it and a proof follows."""
-    if scouted is None or not scouted.laid_out or session.coarse or not _to_be_proven(session, chunks):
+    if scouted is None or not scouted.laid_out or session.coarse or not to_be_proven(session, chunks):
         return chunks
     return [dataclasses.replace(c, laid_out=splittable(c) and c.samples > PROBED) for c in chunks]
 
@@ -149,12 +149,6 @@ def _tried(
     return None, max(said[0] for said in session.ranks.numbers([verdict])), why or "on another rank"
 
 
-def _to_be_proven(session: Session, chunks: Sequence[Chunk]) -> bool:
-    """Where chunks could see one another, or samples of several batches be mixed, nobody may leave the proof out."""
-    together = len(chunks) > 1 or any(len(set(chunk.origin)) > 1 for chunk in chunks)
-    return together or session.options.certify is not None
-
-
 def _runs_alone(session: Session, chunk: Chunk) -> bool:
     try:
         listen(session.model, chunk, session.norms)
@@ -167,7 +161,7 @@ def _proven(
     session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, quiet: bool, cut: bool, fibers: bool
 ) -> tuple[Outcome, int, str]:
     turn = Turn.now(session.device)
-    watched = witnesses(chunks) if _to_be_proven(session, chunks) else []
+    watched = witnesses(chunks) if to_be_proven(session, chunks) else []
     found = _parked(session, chunks, scouted, turn, watched, quiet, fibers)
     found.chunks = chunks
     verdict, why = CLEAN, ""

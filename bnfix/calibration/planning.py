@@ -44,6 +44,7 @@ from bnfix.calibration.memory_order import faster
 from bnfix.calibration.plain import listen
 from bnfix.calibration.reading import Reader, length
 from bnfix.calibration.remembering import alike, look_for_memory
+from bnfix.calibration.replaying import to_be_proven
 from bnfix.calibration.scouting import Scouted, mixed, scout
 from bnfix.calibration.session import Session
 from bnfix.calibration.streaming import rejoined
@@ -305,4 +306,5 @@ def _chunks(session: Session, held: list[Chunk], scouted: Scouted | None, apart:
         largest = LARGEST if scouted.ways is not None and Guard.possible() else LARGEST_IN_THREADS
     most = min(TARGET, int(largest / max(scouted.largest, 1.0)), int(room / 4 / max(scouted.forward, 1.0)))
     keep = partial(_in_files, session)
-    return centred(pieces(held, max(most, LEAST, -(-total // MOST)), keep), PROBED)
+    chunks = pieces(held, max(most, LEAST, -(-total // MOST)), keep)
+    return centred(chunks, PROBED) if to_be_proven(session, chunks) else chunks

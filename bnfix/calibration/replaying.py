@@ -160,6 +160,12 @@ class Witness:
         return alone
 
 
+def to_be_proven(session: Session, chunks: Sequence[Chunk]) -> bool:
+    """Where chunks could see one another, or samples of several batches be mixed, nobody may leave the proof out."""
+    together = len(chunks) > 1 or any(len(set(chunk.origin)) > 1 for chunk in chunks)
+    return together or session.options.certify is not None
+
+
 def witnesses(chunks: Sequence[Chunk]) -> list[tuple[int, Witness]]:
     """The chunks to be run again, with their numbers.
 

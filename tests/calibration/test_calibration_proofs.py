@@ -320,3 +320,25 @@ def test_one_sample_a_call_site_tells_no_difference() -> None:
     model = lived_in(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
     report = bnfix.recalibrate(model, [tuple(views)], forward=lambda m, b: [m(v) for v in b])
     assert not any("call sites differ" in line for line in report.advice)
+
+
+class LeansOnTheFirst(nn.Module):
+    """Takes the first sample of a batch as what the others are measured against."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.norm(x - x[:1])
+
+
+@pytest.mark.parametrize("certify", [None, "replay"])
+def test_one_batch_keeps_its_order_where_samples_depend_on_it(certify: Any) -> None:
+    """Samples of a single chunk are put in another order to be proven: only where they then are."""
+    torch.manual_seed(0)
+    batch = torch.randn(40, 4).mul(3).add(torch.arange(40.0).unsqueeze(1))
+    bnfix.recalibrate(model := LeansOnTheFirst(), [batch], certify=certify)
+    seen = (batch - batch[:1]).double()
+    torch.testing.assert_close(model.norm.running_mean.double(), seen.mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(model.norm.running_var.double(), seen.var(0), rtol=1e-6, atol=0)
