@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ LARGEST_ON_DEVICE = 384 << 20
 """The same on a GPU, which keeps its memory: there each chunk costs time on the host."""
 PROBED = 2
 """Samples that are looked at first, and that are run again in the end."""
+SHARED = 1 << 14
+"""Values a sample of an input that may be the same for all samples of a batch: a domain, a graph, a prompt."""
 MOST = 96
 """Chunks, that is threads, before they grow beyond all that."""
 
@@ -38,7 +40,8 @@ class Chunk:
     """One call of the model: ``samples`` independent samples, from the loader's batches ``origin`` (one a sample).
 
     ``mask`` (N, *positions) is True where a position counts; None: all do. ``laid_out``: its images go into the model
-    in the memory order that is faster; those of its parts as the loader gave them.
+    in the memory order that is faster; those of its parts as the loader gave them. ``looked_at``: where the samples are
+    that were looked at first, if they are in it.
     """
 
     call: Call
@@ -46,6 +49,7 @@ class Chunk:
     origin: tuple[int, ...]
     mask: Tensor | None = None
     laid_out: bool = False
+    looked_at: int | None = None
 
     def run(self, model: nn.Module) -> Any:
         """The forward of ``model``, with copies of the inputs."""
@@ -65,14 +69,46 @@ class Chunk:
 
 
 def pieces(
-    batches: Sequence[Chunk], most: int = TARGET, keep: Callable[[Chunk, Sequence[Chunk]], Chunk] | None = None
+    batches: Sequence[Chunk],
+    most: int = TARGET,
+    keep: Callable[[Chunk, Sequence[Chunk]], Chunk] | None = None,
+    looked_at: int | None = None,
 ) -> list[Chunk]:
     """The same samples in chunks of up to ``most``, as far as there are ``LEAST``: small batches joined, large split.
 
-    Samples keep their order within batches of one signature. ``keep`` is given each that is a copy, as it is made,
-    and what it was made of.
+    Samples keep their order within batches of one signature, batches too. ``keep`` is given each that is a copy, as it
+    is made, and what it was made of. With ``looked_at``, where in the first batch the samples are that were looked at,
+    a tiny first batch comes behind some others, and the chunk with these samples behind another one: they are run again
+    in the end, there, with others before and behind them.
     """
-    return [chunk for run in _alike(batches) for chunk in _cut(run, _sizes(sum(c.samples for c in run), most), keep)]
+    runs = [(run, _sizes(sum(c.samples for c in run), most)) for run in _alike(batches)]
+    if looked_at is not None:
+        runs[0] = (_amidst(*runs[0]), runs[0][1])
+    chunks = [chunk for run, sizes in runs for chunk in _cut(run, sizes, keep)]
+    return chunks if looked_at is None else _led(chunks, batches[0].origin[0], looked_at)
+
+
+def _amidst(run: list[Chunk], sizes: list[int]) -> list[Chunk]:
+    """The first batches, where they hold no more samples than are looked at or one more, behind others."""
+    lead = 1 if run[0].samples > 1 else 2
+    if sum(c.samples for c in run[:lead]) > PROBED + 1:
+        return run
+    count, at = 0, lead
+    while at < len(run) and count < amid(sizes[0], PROBED):
+        count += run[at].samples
+        at += 1
+    return [*run[lead:at], *run[:lead], *run[at:]]
+
+
+def _led(chunks: list[Chunk], first: int, looked_at: int) -> list[Chunk]:
+    """The chunk with the samples that were looked at knows where they are, and comes second of several."""
+    for i, chunk in enumerate(chunks):
+        start = chunk.origin.index(first) + looked_at if first in chunk.origin else chunk.samples
+        if start + PROBED <= chunk.samples:
+            found = replace(chunk, looked_at=start)
+            others = chunks[:i] + chunks[i + 1 :]
+            return [others[0], found, *others[1:]] if len(others) > 1 else [found, *others]
+    return chunks
 
 
 def _sizes(total: int, most: int) -> list[int]:
@@ -127,8 +163,12 @@ def _mark(batch: Chunk) -> Mark:
     tensors = batch.call.tensors()
     if len(tensors) < 2 or batch.samples < 2:
         return None
-    small = [t for t in tensors if 0 < t.numel() <= 16 * batch.samples and t.shape[:1] == (batch.samples,)]
-    return tuple(tuple(t[0].flatten().tolist()) if bool((t == t[:1]).all()) else None for t in small)
+    small = [t for t in tensors if 0 < t.numel() <= SHARED * batch.samples and t.shape[:1] == (batch.samples,)]
+    return tuple(tuple(t[0].flatten().tolist()) if _all_alike(t) else None for t in small)
+
+
+def _all_alike(rows: Tensor) -> bool:
+    return torch.equal(rows[0], rows[1]) and bool((rows == rows[:1]).all())
 
 
 def _joinable(a: Chunk, b: Chunk) -> bool:
@@ -170,25 +210,14 @@ def part(chunk: Chunk, start: int, count: int) -> Chunk:
     return first_samples(rest, count)
 
 
+def probed_at(samples: int) -> int:
+    """Where in a first batch those are that are looked at: in no chunk's first ones, which its longest may be."""
+    return amid(min(samples, LEAST), PROBED) if samples > PROBED else 0
+
+
 def amid(samples: int, count: int) -> int:
     """Where ``count`` of so many samples have others before and behind them, and are no mirror image of themselves."""
     return min(max(1, samples // 3), samples - count)
-
-
-def centred(chunks: list[Chunk], count: int) -> list[Chunk]:
-    """The same samples, the first ``count`` of them amid the first chunk, and that between others if there are any.
-
-    They are looked at first and run again in the end: there, with others before and behind them.
-    """
-    first = chunks[0]
-    if first.samples < 2 * count + 2 or not splittable(first):
-        return chunks
-    before = amid(first.samples, count)
-    behind = first.samples - count - before
-    moved = joined([part(first, count, before), part(first, 0, count), part(first, count + before, behind)])
-    if moved is None:
-        return chunks
-    return [chunks[1], moved, *chunks[2:]] if len(chunks) > 2 else [moved, *chunks[1:]]
 
 
 def joined(taken: Sequence[Chunk]) -> Chunk | None:

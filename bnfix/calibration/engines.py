@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +63,7 @@ class Outcome:
     moved: Residual | None = None
     chunks: Sequence[Chunk] = ()
     replay: float | None = None
-    replayed: list[tuple[Chunk, Any]] = field(default_factory=list)
+    replayed: list[tuple[Chunk, list[Tensor]]] = field(default_factory=list)
     first: Tensor | None = None
 
 

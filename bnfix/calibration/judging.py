@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from bnfix.calibration.chunks import Chunk, halves, splittable
 from bnfix.calibration.engines import Outcome, staged
@@ -40,20 +38,20 @@ class Change:
         return not self.value <= max(CHANGE, OVER_NULL * (self.null or 0.0))
 
 
-def outputs(session: Session, chunk: Chunk, stats: dict[int, Stats]) -> Any:
-    """The model's outputs with these statistics."""
+def outputs(session: Session, chunk: Chunk, stats: dict[int, Stats]) -> list[Tensor]:
+    """The model's floating outputs with these statistics."""
     session.rewind()
     with session.using(stats):
         return listen(session.model, chunk, session.norms)[1]
 
 
-def change(before: Any, after: Any) -> float | None:
-    """The worst over all floating outputs; None where there are none to compare.
+def change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float | None:
+    """The worst over all floating outputs (as :func:`kept_outputs` gives them); None where there are none to compare.
 
     Infinite where shapes differ, or where one of the two is a finite number and the other is none: a NaN that goes, or
     comes. What is not finite on both sides (a mask of −inf) is passed over.
     """
-    pairs = list(zip(_floating(before), _floating(after), strict=False))
+    pairs = list(zip(before, after, strict=False))
     if not pairs:
         return None
     worst = 0.0
@@ -93,19 +91,3 @@ def null(session: Session, chunks: Sequence[Chunk], probe: Chunk | None) -> floa
     if probe is None:
         return None
     return change(*(outputs(session, probe, half.stats) for half in done))
-
-
-def _floating(value: Any) -> list[Tensor]:
-    return [t.detach() for t in _tensors(value, set()) if torch.is_floating_point(t) and t.numel()]
-
-
-def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Those in nested containers, and in the attributes of objects (records, dataclasses)."""
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif isinstance(leaf, Mapping):
-            yield from _tensors(list(leaf.values()), seen)
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and id(leaf) not in seen:
-            seen.add(id(leaf))
-            yield from _tensors(list(vars(leaf).values()), seen)

@@ -58,13 +58,16 @@ _READS = frozenset(
         Tensor.__index__, Tensor.__contains__, Tensor.is_nonzero, Tensor.equal, Tensor.allclose, Tensor.nonzero,
         Tensor.masked_select, Tensor.unique, Tensor.unique_consecutive, torch.is_nonzero, torch.equal, torch.allclose,
         torch.nonzero, torch.masked_select, torch.unique, torch.unique_consecutive, torch.argwhere, Tensor.argwhere,
-        torch.bincount, Tensor.bincount,
+        torch.bincount, Tensor.bincount, Tensor.__dlpack__, Tensor.__repr__,
     }
 )  # fmt: skip
 """Functions by which values, or how many there are, get to Python: what comes behind may depend on the data."""
 
-_MAY_READ = frozenset({Tensor.__getitem__, torch.where})
+_MAY_READ = frozenset({Tensor.__getitem__, torch.where, torch.tensor_split, Tensor.tensor_split})
 """Functions that do so with some arguments."""
+
+_BY_VALUE = frozenset({"aten::_pack_padded_sequence", "aten::_nested_tensor_from_mask", "torchvision::nms"})
+"""Operators that do so and say nothing of it in their tags."""
 
 _ORDINARY: set[Any] = set()
 """Functions of torch that were heard of before and are none of these: most of what each chunk calls."""
@@ -199,6 +202,15 @@ def _lasts(func: Any) -> bool:
     return kind is MethodDescriptorType or kind is WrapperDescriptorType
 
 
+def tells_values(operator: Any) -> bool:
+    """Whether values, or how many there are, get out of tensors by it: where C++ takes a number or a size from one
+    (``x[:, :t]``, ``torch.arange(t)``, TorchScript), no function of torch that Python calls shows it.
+    """
+    tags = getattr(operator, "tags", ())
+    told = torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
+    return told or getattr(getattr(operator, "_schema", None), "name", "") in _BY_VALUE
+
+
 def physical(x: Tensor) -> Tensor:
     """The values that a tensor inside ``torch.func`` transforms stands for: mapped axes become part of the first."""
     while functorch.is_functorch_wrapped_tensor(x):
@@ -209,8 +221,10 @@ def physical(x: Tensor) -> Tensor:
 
 
 def _finds(func: Any, args: tuple[Any, ...]) -> bool:
-    """``x[mask]`` and ``torch.where(condition)``: as many values as hold."""
-    return len(args) == 1 if func is torch.where else _is_mask(args[1])
+    """``x[mask]``, ``torch.where(condition)``: as many values as hold; ``x.tensor_split(t)``: where ``t`` says."""
+    if func is torch.where:
+        return len(args) == 1
+    return _is_mask(args[1]) if func is Tensor.__getitem__ else any(isinstance(a, Tensor) for a in args[1:])
 
 
 def _is_mask(index: Any) -> bool:

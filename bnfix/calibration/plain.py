@@ -14,6 +14,7 @@ from bnfix.calibration.chunks import Chunk, mask_at
 from bnfix.calibration.ledger import Place, residual, stored
 from bnfix.calibration.listening import Listener, Seen, Stats
 from bnfix.calibration.norms import Norms
+from bnfix.calibration.outputs import kept_outputs
 from bnfix.calibration.ranks import Ranks
 from bnfix.calibration.staged import forward_of
 from bnfix.errors import CalibrationError
@@ -21,8 +22,8 @@ from bnfix.stats import Gathering, Moments, SampleSums
 from bnfix.types import Residual
 
 
-def listen(model: nn.Module, chunk: Chunk, norms: Norms) -> tuple[dict[Place, SampleSums], Any]:
-    """One plain forward: the sums of the input of each call site, and the outputs.
+def listen(model: nn.Module, chunk: Chunk, norms: Norms) -> tuple[dict[Place, SampleSums], list[Tensor]]:
+    """One plain forward: the sums of the input of each call site, and copies of the floating outputs.
 
     Raises:
         CalibrationError: the forward fails; names the batch.
@@ -32,7 +33,7 @@ def listen(model: nn.Module, chunk: Chunk, norms: Norms) -> tuple[dict[Place, Sa
     def hear(place: Place, x: Tensor, mask: Tensor | None) -> None:
         found[place] = norms.sums(place, x, chunk.samples, mask)
 
-    return found, _forward(model, chunk, norms, hear)
+    return found, kept_outputs(_forward(model, chunk, norms, hear))
 
 
 def _forward(model: nn.Module, chunk: Chunk, norms: Norms, hear: Callable[[Place, Tensor, Tensor | None], None]) -> Any:

@@ -22,10 +22,11 @@ from bnfix.calibration.chunks import (
     PROBED,
     TARGET,
     Chunk,
-    centred,
     first_samples,
     joined,
+    part,
     pieces,
+    probed_at,
     splittable,
 )
 from bnfix.calibration.deciding import (
@@ -44,7 +45,6 @@ from bnfix.calibration.memory_order import faster
 from bnfix.calibration.plain import listen
 from bnfix.calibration.reading import Reader, length
 from bnfix.calibration.remembering import alike, look_for_memory
-from bnfix.calibration.replaying import to_be_proven
 from bnfix.calibration.scouting import Scouted, mixed, scout
 from bnfix.calibration.session import Session
 from bnfix.calibration.streaming import rejoined
@@ -112,7 +112,8 @@ def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chu
     if first.samples == 1 and splittable(first) and (second := reader.next()) is not None:
         held.append(second)
     lead = joined(held) or first
-    few = first_samples(lead, PROBED) if splittable(lead) else lead
+    start = probed_at(lead.samples) if splittable(lead) else None
+    few = lead if start is None else part(lead, start, PROBED)
     ways: list[tuple[Chunk, Callable[[], nn.Module]]] = [(few, session.replicate), (few, lambda: session.model)]
     if few is not lead:
         ways.append((first, lambda: session.model))
@@ -135,6 +136,7 @@ def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chu
             _say_that_it_draws(session, found)
         if chunk is not few:
             found.inseparable = found.inseparable or "the model does not take a part of a batch"
+        found.start = start
         return found, held
     raise AssertionError
 
@@ -221,6 +223,11 @@ def _read(
     fits = reader.ended and not crowded and (room is None or reader.samples <= room)
     session.reads = scouted.reads
     _keep_batches(scouted, len(held), fits)
+    if scouted.reads and not scouted.inseparable and max(c.samples for c in held) < TARGET:
+        session.notes.append(
+            f"{READS}, and there are more than {READING} batches: they were joined, and that this makes no difference "
+            "was seen on a part of them; to have them kept as they are, let the loader give larger ones"
+        )
     if not fits or session.coarse:
         _look_closer(session, scouted)
     return held, Found(
@@ -306,5 +313,4 @@ def _chunks(session: Session, held: list[Chunk], scouted: Scouted | None, apart:
         largest = LARGEST if scouted.ways is not None and Guard.possible() else LARGEST_IN_THREADS
     most = min(TARGET, int(largest / max(scouted.largest, 1.0)), int(room / 4 / max(scouted.forward, 1.0)))
     keep = partial(_in_files, session)
-    chunks = pieces(held, max(most, LEAST, -(-total // MOST)), keep)
-    return centred(chunks, PROBED) if to_be_proven(session, chunks) else chunks
+    return pieces(held, max(most, LEAST, -(-total // MOST)), keep, scouted.start)

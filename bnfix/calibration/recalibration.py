@@ -33,7 +33,6 @@ from bnfix.types import Recalibration, Residual
 
 PROBE = 32
 """Samples on which outputs are compared where a decision hangs on it."""
-_NOTHING = object()
 
 
 def recalibrate(
@@ -115,7 +114,9 @@ class _Work:
         before = residual = fresh = None
         with self._timed("certifying"):
             if options.certify == "full" and plan.method == "staged":
-                before, residual = self._residual(chunks, {}, outcome), self._residual(chunks, outcome.stats, outcome)
+                # Of the loader's batches, as a user would run them: what joining them changed shows here at the latest.
+                given = plan.batches or chunks
+                before, residual = self._residual(given, {}, outcome), self._residual(given, outcome.stats, outcome)
             if options.certify == "full":
                 fresh = self._fresh(plan.batches, reader.samples, outcome)
         with self._timed("judging"):
@@ -248,8 +249,8 @@ class _Work:
                 probe = first_samples(largest, PROBE) if splittable(largest) else largest
                 before = judging.outputs(session, probe, {})
             replayed = (outputs for chunk, outputs in outcome.replayed if not thorough and _same_samples(chunk, probe))
-            after = next(replayed, _NOTHING)
-            if after is _NOTHING:
+            after = next(replayed, None)
+            if after is None:
                 after = judging.outputs(session, probe, outcome.stats)
             found = judging.Change(judging.change(before, after), None, probe.samples)
         if thorough and plan.method == "staged":

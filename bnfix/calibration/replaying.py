@@ -11,9 +11,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,16 +42,17 @@ class Witness:
     """One chunk, and what it contributes at each call site among the others.
 
     After :meth:`judge`, ``distance`` says how far it was from what it gives alone, over ``samples`` samples; the
-    outputs of ``replayed`` are in ``outputs``.
+    outputs of ``replayed`` are in ``outputs``. ``single`` is the place of a sample that the loader gave in a batch of
+    its own: then that is all that is judged.
     """
 
-    def __init__(self, chunk: Chunk) -> None:
-        self.chunk = chunk
+    def __init__(self, chunk: Chunk, single: int | None = None) -> None:
+        self.chunk, self.single = chunk, single
         self.sums: dict[Place, SampleSums] = {}
         self.distance: float | None = None
         self.samples = 0
         self.replayed: Chunk | None = None
-        self.outputs: Any = None
+        self.outputs: list[Tensor] = []
 
     def take(self, place: Place, here: Sequence[Strand]) -> None:
         """Note what the chunk says at one place, if it is there."""
@@ -64,19 +64,27 @@ class Witness:
         self, session: Session, stats: dict[int, Stats], sites: Mapping[Place, Moments], turn: Turn, *, cut: bool
     ) -> tuple[int, str]:
         """Whether the chunk ran as if alone, and if not, what is wrong; ``cut``: it is not a batch of the loader's."""
-        few, near = self.chunk, math.inf
+        few, near, start, why = self.chunk, math.inf, 0, ""
+        if self.single is not None:
+            if self._others(session, stats, sites, turn, [self.single]) <= NEAR * (30 if session.coarse else 1):
+                return CLEAN, ""
+            return MIXED, "a single sample goes another way than several together"
         if cut and session.reads and splittable(self.chunk) and self.chunk.samples > 1:
             self.distance = self._batch_by_batch(session, stats, sites, turn)
             if not self.distance <= NEAR * (1 if not session.coarse else 30):
                 return MIXED, "samples go other ways together than in the loader's batches"
         if splittable(self.chunk) and self.chunk.samples > PROBED and not session.coarse:
             # From the middle: there a sample has others before it and behind it that it could be mixed with.
-            start = amid(self.chunk.samples, PROBED)
+            at = self.chunk.looked_at
+            start = amid(self.chunk.samples, PROBED) if at is None else at
             few = part(self.chunk, start, PROBED)
             alone = self._replay(session, few, stats, turn)
             self.distance = near = _near(alone, self.sums, sites, start, PROBED)
             if near <= NEAR:
-                return CLEAN, ""
+                least = _least(self.chunk) if cut else None
+                if least is None or self._others(session, stats, sites, turn, least) <= NEAR:
+                    return CLEAN, ""
+                return MIXED, "samples are mixed within a batch"
             if self.chunk.laid_out:
                 few = dataclasses.replace(few, laid_out=True)
                 alone = self._replay(session, few, stats, turn)
@@ -104,6 +112,21 @@ class Witness:
             if why:
                 return MIXED, why
         return (ORDER, "samples may differ in another memory order") if self.chunk.laid_out else (CLEAN, "")
+
+    def _others(
+        self, session: Session, stats: dict[int, Stats], sites: Mapping[Place, Moments], turn: Turn, which: list[int]
+    ) -> float:
+        """How far these samples are together and among the others, and no less than what was found before."""
+        few = joined([part(self.chunk, i, 1) for i in which])
+        if few is None:
+            return 0.0
+        kept = self.replayed, self.outputs
+        alone = self._replay(session, few, stats, turn)
+        self.replayed, self.outputs = kept
+        rows_fit = all(len(s.s) == self.chunk.samples for s in self.sums.values())
+        far = _exact(alone, _rows(self.sums, which), sites) if rows_fit else 0.0
+        self.distance = max(self.distance or 0.0, far)
+        return far
 
     def _minds(self, session: Session, few: Chunk, start: int, sites: Mapping[Place, Moments], turn: Turn) -> str:
         """That samples are mixed, where ``few`` at its place in the chunk sees something else among others; or nothing.
@@ -183,7 +206,10 @@ def witnesses(chunks: Sequence[Chunk]) -> list[tuple[int, Witness]]:
             smallest.append(i)
     often = sorted(smallest, key=lambda i: -kinds.count(kinds[i]))
     chosen = often[:KINDS] or [*later[:1], *earlier[-1:]] or ([1] if len(chunks) > 2 else range(len(chunks)))
-    return [(i, Witness(chunks[i])) for i in chosen]
+    found = [(i, Witness(chunks[i])) for i in chosen]
+    counts = Counter(itertools.chain.from_iterable(c.origin for c in chunks))
+    singles = [(i, k) for i, c in enumerate(chunks) if c.samples > 1 for k, b in enumerate(c.origin) if counts[b] == 1]
+    return [*found, *((i, Witness(chunks[i], k)) for i, k in singles[-1:])]
 
 
 def _near(
@@ -201,7 +227,25 @@ def _near(
     return _exact(alone, _rows(among, slice(start, start + count)), sites)
 
 
-def _rows(sums: Mapping[Place, SampleSums], here: slice) -> dict[Place, SampleSums]:
+def _least(chunk: Chunk) -> list[int] | None:
+    """The samples whose discrete or small inputs (lengths, tokens, masks) are the least; None where there are none, or
+    all are alike.
+
+    What code makes of the longest of a batch is the same for any two that are as long: these are not.
+    """
+    tensors = [t for t in chunk.call.tensors() if t.shape[:1] == (chunk.samples,)]
+    small = [t for t in tensors if not t.is_floating_point() or (len(tensors) > 1 and t.numel() <= 16 * len(t))]
+    small = [t for t in small if not (t.is_complex() or t.is_nested) and t.numel()]
+    if not small or chunk.samples <= PROBED:
+        return None
+    sizes = torch.stack([t.double().flatten(1).sum(1).cpu() if t.dim() > 1 else t.double().cpu() for t in small], 1)
+    sizes = ((sizes - sizes.mean(0)) / sizes.std(0).clamp(min=1e-300)).nan_to_num(0.0).sum(1)
+    if bool((sizes == sizes[0]).all()):
+        return None
+    return sorted(sizes.argsort(stable=True)[:PROBED].tolist())
+
+
+def _rows(sums: Mapping[Place, SampleSums], here: slice | list[int]) -> dict[Place, SampleSums]:
     """What some of the samples contribute."""
     return {
         place: SampleSums(of.s[here], of.q[here], of.n if isinstance(of.n, int) else of.n[here])

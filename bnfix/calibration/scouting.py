@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from bnfix.calibration.chunks import Chunk, first_samples, halves, mask_at, splittable
 from bnfix.calibration.footing import Footing, Way
 from bnfix.calibration.ledger import Place
-from bnfix.calibration.listening import Listener, Seen
+from bnfix.calibration.listening import Listener, Seen, tells_values
 from bnfix.calibration.memory_order import HANDED_ON, is_laid_out
 from bnfix.calibration.norms import Norms, norms_device
+from bnfix.calibration.outputs import kept_outputs
 from bnfix.calibration.staged import forward_of
 from bnfix.errors import CalibrationError
 from bnfix.running import Footprint
@@ -40,7 +41,7 @@ class Scouted:
     ``laid_out`` says that the forward takes images in the faster memory order and hands it on to its norms.
     ``reads`` says that the way through the model may depend on values, ``ways`` are those on which norms were reached
     (None: a forward can't be left at each of them in a thread that others use), ``reached`` says how often each norm
-    module was called; ``outputs`` are those of ``chunk``.
+    module was called; ``outputs`` are those of ``chunk``, which begins at sample ``start`` of the first batch.
     """
 
     chunk: Chunk
@@ -56,7 +57,8 @@ class Scouted:
     laid_out: bool = False
     ways: frozenset[Way] | None = None
     reached: Counter[int] = field(default_factory=Counter)
-    outputs: Any = None
+    outputs: list[Tensor] = field(default_factory=list)
+    start: int | None = None
 
 
 @dataclass
@@ -64,7 +66,7 @@ class _Trip:
     route: tuple[Place, ...]
     sums: dict[Place, SampleSums]
     rows: dict[Place, Tensor]
-    outputs: Any
+    outputs: list[Tensor]
     seconds: float
     last: float
     parked: int
@@ -224,19 +226,20 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
             handle.remove()
     given = chunk.call.nbytes
     end = time.perf_counter()
+    reads = listener.reads or (held is not None and any(map(tells_values, held.ran)))
     peak = (held.peak if held else 0) + given
     return _Trip(
         tuple(route),
         sums,
         rows,
-        outputs,
+        kept_outputs(outputs),
         end - start,
         last - start,
         parked + given,
         peak,
         largest,
         listener.mixing,
-        listener.reads,
+        reads,
         in_order > HANDED_ON * values,
         calls,
         footing,

@@ -168,7 +168,8 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
     A storage counts once, however many views it has, and no longer once it is freed; one that came from outside (the
     inputs, parameters, ``excluded``) never does, nor do views of it and what is written into it. Not seen: workspace
     inside one operation, and sparse and opaque tensors. Arrays that ``torch.from_numpy`` takes in count. Seen only in
-    the thread that entered it. Meant for one small forward. ``aside`` is entered around whatever it does itself.
+    the thread that entered it. Meant for one small forward. ``ran`` are the operators that ran; ``aside`` is entered
+    around whatever it does itself.
     """
 
     supports_higher_order_operators = True  # torch.cond and the like: their bodies come by as well
@@ -176,6 +177,7 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, excluded: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.aside: AbstractContextManager[None] = nullcontext()
+        self.ran: set[Any] = set()
         self.peak = 0
         self._most = 0
         self._foreign: dict[int, StorageWeakRef] = {}
@@ -204,6 +206,7 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self.aside:
                 self._hide(_tensors(*args, kwargs))
         out = func(*args, **kwargs)
+        self.ran.add(func)
         with self.aside:
             self._count(_tensors(out))
         return out
