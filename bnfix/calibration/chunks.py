@@ -78,23 +78,22 @@ def pieces(
 
     Samples keep their order within batches of one signature, batches too. ``keep`` is given each that is a copy, as it
     is made, and what it was made of. With ``looked_at``, where in the first batch the samples are that were looked at,
-    a tiny first batch comes behind some others, and the chunk with these samples behind another one: they are run again
-    in the end, there, with others before and behind them.
+    that batch comes amid the others of a chunk, and this chunk behind another one: these samples are run again in the
+    end, there, with others before and behind them.
     """
     runs = [(run, _sizes(sum(c.samples for c in run), most)) for run in _alike(batches)]
     if looked_at is not None:
-        runs[0] = (_amidst(*runs[0]), runs[0][1])
+        run, sizes = runs[0]
+        runs[0] = (_amidst(run, sizes[0], looked_at), sizes)
     chunks = [chunk for run, sizes in runs for chunk in _cut(run, sizes, keep)]
     return chunks if looked_at is None else _led(chunks, batches[0].origin[0], looked_at)
 
 
-def _amidst(run: list[Chunk], sizes: list[int]) -> list[Chunk]:
-    """The first batches, where they hold no more samples than are looked at or one more, behind others."""
+def _amidst(run: list[Chunk], size: int, looked_at: int) -> list[Chunk]:
+    """Batches in such an order that the samples looked at come amid a chunk of ``size``; each stays whole."""
     lead = 1 if run[0].samples > 1 else 2
-    if sum(c.samples for c in run[:lead]) > PROBED + 1:
-        return run
-    count, at = 0, lead
-    while at < len(run) and count < amid(sizes[0], PROBED):
+    count, at = looked_at, lead
+    while at < len(run) and count < amid(size, PROBED):
         count += run[at].samples
         at += 1
     return [*run[lead:at], *run[:lead], *run[at:]]
@@ -102,12 +101,14 @@ def _amidst(run: list[Chunk], sizes: list[int]) -> list[Chunk]:
 
 def _led(chunks: list[Chunk], first: int, looked_at: int) -> list[Chunk]:
     """The chunk with the samples that were looked at knows where they are, and comes second of several."""
+    seen = 0
     for i, chunk in enumerate(chunks):
-        start = chunk.origin.index(first) + looked_at if first in chunk.origin else chunk.samples
-        if start + PROBED <= chunk.samples:
-            found = replace(chunk, looked_at=start)
+        here = chunk.origin.count(first)
+        if here and seen <= looked_at and chunk.origin.index(first) + looked_at - seen + PROBED <= chunk.samples:
+            found = replace(chunk, looked_at=chunk.origin.index(first) + looked_at - seen)
             others = chunks[:i] + chunks[i + 1 :]
             return [others[0], found, *others[1:]] if len(others) > 1 else [found, *others]
+        seen += here
     return chunks
 
 
@@ -211,8 +212,8 @@ def part(chunk: Chunk, start: int, count: int) -> Chunk:
 
 
 def probed_at(samples: int) -> int:
-    """Where in a first batch those are that are looked at: in no chunk's first ones, which its longest may be."""
-    return amid(min(samples, LEAST), PROBED) if samples > PROBED else 0
+    """Where in a first batch those are that are looked at: not the first, which may well be its longest."""
+    return amid(min(samples, TARGET), PROBED) if samples > PROBED else 0
 
 
 def amid(samples: int, count: int) -> int:

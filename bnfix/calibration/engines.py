@@ -248,6 +248,7 @@ def _kind(stack: ExitStack, session: Session, ways: frozenset[Way] | None) -> Ca
         return partial(ThreadStrand, ambient=Ambient(session.device))
     guard = Guard()
     stack.callback(guard.end)
+    guard.start()
     return partial(FiberStrand, guard=guard, ways=ways)
 
 

@@ -47,10 +47,12 @@ class FiberStrand(ParkedStrand):
             self._fiber = greenlet(self._forward)
             self._fiber.gr_context = contextvars.copy_context()
         fiber = self._fiber
-        with self._guard:
-            fiber.switch()
-        if self.done:
-            self._fiber = None
+        try:
+            with self._guard:
+                fiber.switch()
+        finally:
+            if fiber.dead:  # also where Ctrl-C came before its first line
+                self.done, self.place, self._fiber = True, None, None
         if self._guard.fired():
             self.error = None
             raise StuckError(f"{self.chunk.where} waits for something that never comes")
@@ -80,8 +82,11 @@ class Guard:
         self._lock = threading.Lock()
         self._turn, self._active, self._fired, self._ended = 0, False, False, threading.Event()
         self._main = threading.get_ident()
-        signal.signal(signal.SIGURG, _raise)
         self._thread = threading.Thread(target=self._watch, daemon=True, name="bnfix guard")
+
+    def start(self) -> None:
+        """From now on; whoever starts it sees to it beforehand that it ends."""
+        signal.signal(signal.SIGURG, _raise)
         self._thread.start()
 
     @staticmethod
@@ -114,8 +119,11 @@ class Guard:
     def end(self) -> None:
         """No more."""
         self._ended.set()
-        self._thread.join()
-        signal.signal(signal.SIGURG, signal.SIG_DFL)
+        try:
+            if self._thread.is_alive():
+                self._thread.join()
+        finally:
+            signal.signal(signal.SIGURG, signal.SIG_DFL)
 
     def _watch(self) -> None:
         left, turn = patience.Patience(self._main), 0

@@ -129,7 +129,7 @@ def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chu
                 raise
             continue
         chunk = found.chunk = few if chunk.laid_out else chunk
-        look_for_memory(session, chunk, ran)
+        look_for_memory(session, chunk, ran, None if start is None else _others(lead, start))
         if session.remembers:
             found.inseparable = found.inseparable or "the forward depends on earlier calls"
         if drawn and _depends_on_chance(session, chunk):
@@ -139,6 +139,14 @@ def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chu
         found.start = start
         return found, held
     raise AssertionError
+
+
+def _others(lead: Chunk, start: int) -> Chunk | None:
+    """Samples of the first batch beside those from ``start`` on."""
+    behind = lead.samples - start - PROBED
+    if behind >= 1:
+        return part(lead, start + PROBED, min(PROBED, behind))
+    return part(lead, 0, min(PROBED, start)) if start else None
 
 
 def _depends_on_chance(session: Session, chunk: Chunk) -> bool:

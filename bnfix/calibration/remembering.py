@@ -26,13 +26,16 @@ _NEAR, _ROUNDING = 1e-3, 1e-6
 """What kernels of an accelerator, and sums of threads in any order, may differ by in two runs: of the largest value."""
 
 
-def look_for_memory(session: Session, chunk: Chunk, ran: nn.Module) -> None:
+def look_for_memory(session: Session, chunk: Chunk, ran: nn.Module, others: Chunk | None = None) -> None:
     """See whether the forward of ``chunk``, which has just run on ``ran``, remembers; set ``session.remembers``.
+
+    It is run twice, and once more behind ``others``: what only a first batch sets shows there.
 
     Args:
         session: untouched but for that run.
         chunk: a few samples.
         ran: the model, or a replica of it.
+        others: other samples, if there are any.
     """
     changed = session.changed(ran)
     if not changed:
@@ -43,13 +46,17 @@ def look_for_memory(session: Session, chunk: Chunk, ran: nn.Module) -> None:
         with kept_random():
             turn = Turn.now(session.device)
             runs = []
-            for _ in range(2):
-                Turn.seeded(turn, 0, session.device).put_all(session.device)
-                runs.append(listen(session.model, chunk, session.norms)[0])
+            for which in (chunk, chunk, others, chunk):
+                if which is others:
+                    session.rewind()
+                if which is not None:
+                    Turn.seeded(turn, 0, session.device).put_all(session.device)
+                    runs.append(listen(session.model, which, session.norms)[0])
             turn.put(session.device)
-        matters = not alike(*runs, near=_ROUNDING if session.device.type == "cpu" else _NEAR)
-    except (CalibrationError, MemoryError, RuntimeError):  # RuntimeError: no memory; what else fails will fail again
-        matters = False
+        near = _ROUNDING if session.device.type == "cpu" else _NEAR
+        matters = not (alike(runs[0], runs[1], near=near) and alike(runs[0], runs[-1], near=near))
+    except (CalibrationError, MemoryError, RuntimeError):  # RuntimeError: no memory
+        matters = True  # nobody knows; what else fails will fail again, and be told
     finally:
         session.rewind()
     if matters:

@@ -85,10 +85,14 @@ class Witness:
                 if least is None or self._others(session, stats, sites, turn, least) <= NEAR:
                     return CLEAN, ""
                 return MIXED, "samples are mixed within a batch"
+            if self.chunk.laid_out and not cut:  # samples of a batch may well depend on one another
+                as_given = dataclasses.replace(self.chunk, laid_out=False)
+                self.distance = far = _exact(self._replay(session, as_given, stats, turn), self.sums, sites)
+                return (CLEAN, "") if far <= NEAR else (ORDER, f"samples differ by {far:.2g} σ in another memory order")
             if self.chunk.laid_out:
                 few = dataclasses.replace(few, laid_out=True)
                 alone = self._replay(session, few, stats, turn)
-                if not cut or _near(alone, self.sums, sites, start, PROBED) <= NEAR:
+                if _near(alone, self.sums, sites, start, PROBED) <= NEAR:
                     return ORDER, f"samples differ by {near:.2g} σ in another memory order"
             if cut and alone and alone.keys() != self.sums.keys():
                 return MIXED, "samples go other ways together than alone"

@@ -202,6 +202,13 @@ def memory() -> Iterator[None]:
         raise MemoryFullError(one_line(error)) from error
 
 
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an exception: what it left undone made others fail on the way out."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
 @contextmanager
 def forward_of(chunk: Chunk) -> Iterator[None]:
     """What fails inside names the batch: a :class:`CalibrationError`, or a :class:`MemoryFullError`."""
@@ -212,6 +219,8 @@ def forward_of(chunk: Chunk) -> Iterator[None]:
     except Exception as error:  # whatever the user's own forward raises
         if isinstance(error, MemoryFullError):
             raise
+        if _interrupted(error):
+            raise KeyboardInterrupt from error
         if out_of_memory(error):
             told = f"{chunk.where}: out of memory in the forward of {chunk.samples:,} samples: {one_line(error)}"
             raise MemoryFullError(told) from error

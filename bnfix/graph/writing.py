@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch import Tensor
 
 def put(tensor: Tensor, value: Tensor) -> None:
     """Write ``value`` into a tensor, also into one that was made in inference mode."""
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+    kind = tensor.is_inference()
+    with torch.no_grad(), torch.inference_mode(kind) if kind != torch.is_inference_mode_enabled() else nullcontext():
         tensor.copy_(value)
 
 

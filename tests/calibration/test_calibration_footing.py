@@ -147,6 +147,7 @@ def test_a_wait_is_ended_by_the_guard_alone(monkeypatch: pytest.MonkeyPatch) -> 
     """The lock is global, and another thread holds it for good: every engine waits; the fiber's wait ends."""
     monkeypatch.setattr(patience, "PATIENCE", 0.6)
     guard = fibers.Guard()
+    guard.start()
     lock = threading.Lock()
     lock.acquire()
     with pytest.raises(fibers.WaitedError), guard:

@@ -105,4 +105,4 @@ A = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
     (A + 1, A, 1 / A.std(unbiased=False).item()),
 ])  # fmt: skip
 def test_what_is_not_finite_is_compared(before: Tensor, after: Tensor, expected: float) -> None:
-    assert change(before, after) == pytest.approx(expected, rel=1e-6)
+    assert change([before], [after]) == pytest.approx(expected, rel=1e-6)

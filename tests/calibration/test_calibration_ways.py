@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import pytest
@@ -105,8 +106,8 @@ def test_a_way_that_takes_so_many_samples_together(known: bool) -> None:
         def forward(self, x: Tensor) -> Any:
             y = self.one(x)
             bright = y.mean((1, 2, 3)) > 0.3
-            many = torch.where(bright)[0] if known else torch.ops.aten.nonzero(bright)
-            return self.two(y) if len(many) > 5 else F.relu(y)
+            many = len(torch.where(bright)[0]) if known else sum(ctypes.string_at(bright.data_ptr(), len(bright)))
+            return self.two(y) if many > 5 else F.relu(y)
 
     torch.manual_seed(0)
     report = exact(Many(), images())
