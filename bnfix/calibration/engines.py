@@ -247,7 +247,8 @@ def _kind(stack: ExitStack, session: Session, ways: frozenset[Way] | None) -> Ca
     if ways is None:
         return partial(ThreadStrand, ambient=Ambient(session.device))
     guard = Guard()
-    stack.callback(guard.end)
+    for _ in range(2):  # Ctrl-C may come as the first begins
+        stack.callback(guard.end)
     guard.start()
     return partial(FiberStrand, guard=guard, ways=ways)
 

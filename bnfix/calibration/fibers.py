@@ -21,6 +21,7 @@ from bnfix.calibration import patience
 from bnfix.calibration.ambient import surroundings
 from bnfix.calibration.footing import Way, way_here
 from bnfix.calibration.strands import ParkedStrand, StuckError
+from bnfix.running import modes_of_thread, set_modes
 
 
 class NoFootingError(StuckError):
@@ -43,6 +44,7 @@ class FiberStrand(ParkedStrand):
 
     def _go_on(self) -> None:
         if self._fiber is None:
+            self._modes = modes_of_thread()
             self._coordinator = getcurrent()
             self._fiber = greenlet(self._forward)
             self._fiber.gr_context = contextvars.copy_context()
@@ -53,6 +55,7 @@ class FiberStrand(ParkedStrand):
         finally:
             if fiber.dead:  # also where Ctrl-C came before its first line
                 self.done, self.place, self._fiber = True, None, None
+                set_modes(self._modes)
         if self._guard.fired():
             self.error = None
             raise StuckError(f"{self.chunk.where} waits for something that never comes")

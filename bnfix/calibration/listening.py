@@ -102,9 +102,16 @@ class Listener(TorchFunctionMode):
         self.norms, self.ask, self.watch = norms, ask, watch
         self.mixing = self.reads = False
         self._failed: BaseException | None = None
+        self._over = False
+
+    def __enter__(self) -> Listener:
+        """Hear from now on."""
+        self._over = False
+        return super().__enter__()  # type: ignore[no-untyped-call,no-any-return]
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """What ``ask`` raised comes out, also where the model's own code swallowed it."""
+        self._over = True
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         failed, self._failed = self._failed, None
         if failed is not None and failed is not error:
@@ -125,7 +132,8 @@ class Listener(TorchFunctionMode):
     ) -> Any:
         """Let everything through but batch norms."""
         given = kwargs or {}
-        if is_dynamo_compiling():  # the body of a torch.cond is traced here: nothing can be heard
+        # Compiling: the body of a torch.cond is traced here, nothing can be heard. Over: Ctrl-C left it on the stack.
+        if self._over or is_dynamo_compiling():
             return func(*args, **given)
         try:
             ordinary = func in _ORDINARY and "out" not in given

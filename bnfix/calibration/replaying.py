@@ -87,8 +87,9 @@ class Witness:
                 return MIXED, "samples are mixed within a batch"
             if self.chunk.laid_out and not cut:  # samples of a batch may well depend on one another
                 as_given = dataclasses.replace(self.chunk, laid_out=False)
-                self.distance = far = _exact(self._replay(session, as_given, stats, turn), self.sums, sites)
-                return (CLEAN, "") if far <= NEAR else (ORDER, f"samples differ by {far:.2g} σ in another memory order")
+                self.distance = near = _exact(self._replay(session, as_given, stats, turn), self.sums, sites)
+                why = f"samples differ by {near:.2g} σ in another memory order"
+                return (CLEAN, "") if near <= NEAR else (ORDER, why)
             if self.chunk.laid_out:
                 few = dataclasses.replace(few, laid_out=True)
                 alone = self._replay(session, few, stats, turn)

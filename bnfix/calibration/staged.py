@@ -16,7 +16,7 @@ from bnfix.calibration.chunks import Chunk
 from bnfix.calibration.ledger import Ledger
 from bnfix.calibration.norms import Norm
 from bnfix.calibration.ranks import Ranks
-from bnfix.calibration.strands import Place, Strand, StuckError, contributions
+from bnfix.calibration.strands import Place, Strand, StuckError, Unwind, contributions
 from bnfix.errors import BnfixError, CalibrationError, one_line
 from bnfix.stats import Moments
 
@@ -94,6 +94,8 @@ class Run:
         except (StuckError, MemoryFullError):
             self._leave(gently=True)  # there will be another attempt: it must not find locks taken
             raise
+        except Unwind as unwound:  # out of a forward that is none of the strands': Ctrl-C came as torch left a mode
+            raise KeyboardInterrupt from unwound
         finally:
             self._leave()
 
@@ -174,6 +176,8 @@ class Run:
     def _failure(self, strand: Strand) -> BaseException:
         error, strand.error = strand.error, None  # its traceback holds on to the strand, and to all activations
         assert error is not None
+        if not isinstance(error, KeyboardInterrupt) and _interrupted(error):
+            return KeyboardInterrupt()
         told = _told(strand, error, self.ledger)
         if isinstance(told, BnfixError) and not isinstance(error, BnfixError) and not strand.alone:
             return FailedError(strand.chunk, told)

@@ -128,6 +128,9 @@ class ParkedStrand(Strand):
             while self._begun and not self.done:  # set free by another one, it may just have parked
                 self._run_on()
         self.x, self.sums, self.mask, self.place = None, None, None, None
+        if isinstance(self.error, KeyboardInterrupt):  # it came while the forward was unwound
+            error, self.error = self.error, None
+            raise error
 
     def _go_on(self) -> None:
         """Let the forward have its turn, until it gives it back."""
@@ -156,7 +159,7 @@ class ParkedStrand(Strand):
         except Unwind:
             pass
         except BaseException as error:  # noqa: BLE001  # the user's forward; handed to the coordinator
-            if not self._leaving:
+            if not self._leaving or isinstance(error, KeyboardInterrupt):
                 self.error = error
         finally:
             self.done, self.place, self.x, self.sums = True, None, None, None

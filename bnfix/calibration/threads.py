@@ -57,4 +57,4 @@ class ThreadStrand(ParkedStrand):
         try:
             self._forward()
         finally:
-            self._back.release()
+            _open(self._back)

@@ -57,15 +57,23 @@ def no_footprints(
     kept = [(container, copy.copy(container)) for container in containers]
     values = [(tensor, tensor.detach().clone()) for tensor in tensors]
     states = [(generator, generator.get_state()) for generator in generators]
-    try:
-        yield owners
-    finally:
+
+    def again() -> None:
         for generator, state in states:
             generator.set_state(state)
         put_back(values)
         for container, entries in kept:
             if not same(container, entries):
                 restore(container, entries)
+
+    try:
+        yield owners
+    finally:
+        try:
+            again()
+        except BaseException:  # Ctrl-C
+            again()
+            raise
 
 
 def _holdings(owners: Owners) -> tuple[list[Any], list[torch.Tensor], list[torch.Generator]]:

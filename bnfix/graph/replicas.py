@@ -53,8 +53,8 @@ class Replicator:
     def __call__(self) -> nn.Module:
         """A new replica, in evaluation mode."""
         collecting = gc.isenabled()
-        gc.disable()  # thousands of containers at once start collections of the whole heap, and leave no garbage
         try:
+            gc.disable()  # thousands of containers at once start collections of the whole heap, and leave no garbage
             return self._build()
         finally:
             if collecting:

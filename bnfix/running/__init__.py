@@ -7,6 +7,7 @@ from bnfix.running.garbage import young_garbage_only
 from bnfix.running.guess import FAILURES, accepts, guess_call, random_call, variations
 from bnfix.running.heap import kept_heap
 from bnfix.running.memory import Footprint, free_bytes, give_back, parse_bytes
+from bnfix.running.modes import modes_of_thread, set_modes
 from bnfix.running.preserved import drawing, kept_random, preserved
 from bnfix.running.samples import check_finite, count, join, replayable, size, split
 
@@ -31,10 +32,12 @@ __all__ = [
     "kept_heap",
     "kept_random",
     "map_tensors",
+    "modes_of_thread",
     "parse_bytes",
     "preserved",
     "random_call",
     "replayable",
+    "set_modes",
     "size",
     "split",
     "variations",

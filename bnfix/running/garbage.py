@@ -16,8 +16,8 @@ def young_garbage_only() -> Iterator[None]:
     if gc.get_freeze_count():  # somebody else's freeze is not to be undone
         yield
         return
-    gc.freeze()
     try:
+        gc.freeze()
         yield
     finally:
         gc.unfreeze()

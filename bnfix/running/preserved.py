@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn, overrides
+from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils import _python_dispatch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from bnfix.graph.writing import put_back
+from bnfix.running.modes import modes_of_thread, set_modes
 from bnfix.running.written import Kept
 
 SMALL = 1 << 16
@@ -45,7 +43,7 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[nn.Module]:
     rng = _rng_state()
     backends = (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, torch.is_grad_enabled())
     dtype = torch.get_default_dtype()
-    modes = _modes()
+    modes = modes_of_thread()
 
     def restore() -> None:
         for script, training in scripted:
@@ -70,32 +68,17 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[nn.Module]:
         torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled = backends[:2]
         torch.set_grad_enabled(backends[2])
         torch.set_default_dtype(dtype)
-        _set_modes(modes)
+        set_modes(modes)
 
     try:
         with large:
             yield model
     finally:
-        surely(restore)
-
-
-def _modes() -> tuple[list[Any], list[Any]]:
-    """The modes of torch functions and of operators that this thread is in."""
-    return list(_get_current_function_mode_stack()), list(_get_current_dispatch_mode_stack())  # type: ignore[no-untyped-call]
-
-
-def _set_modes(kept: tuple[list[Any], list[Any]]) -> None:
-    """Leave those that are not among ``kept``, and enter those that are missing: Ctrl-C may come as one is left."""
-    functions, operators = kept
-    pairs = (
-        (functions, _get_current_function_mode_stack, overrides._pop_mode, overrides._push_mode),
-        (operators, _get_current_dispatch_mode_stack, _python_dispatch._pop_mode, _python_dispatch._push_mode),
-    )
-    for wanted, current, pop, push in pairs:
-        while (now := list(current())) != wanted[: len(now)]:  # type: ignore[no-untyped-call]
-            pop()  # type: ignore[no-untyped-call]
-        for mode in wanted[len(now) :]:
-            push(mode)  # type: ignore[no-untyped-call]
+        try:  # as surely(), whose first line an interrupt may hit too
+            restore()
+        except BaseException:
+            restore()
+            raise
 
 
 def _plain(data: torch.Tensor) -> bool:
