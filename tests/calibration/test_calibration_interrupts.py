@@ -76,6 +76,7 @@ def test_ctrl_c_leaves_nothing(function: str, nth: int) -> None:
 
 def test_what_ctrl_c_broke_is_not_taken_for_the_models_failure() -> None:
     """It comes while torch puts a mode back: an error of torch's follows, and no other attempt is made."""
+
     class Broken(Two):
         def forward(self, x: Any) -> Any:
             try:
