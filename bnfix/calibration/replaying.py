@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bnfix.calibration.ambient import Turn
-from bnfix.calibration.chunks import PROBED, Chunk, amid, joined, kind_of, part, splittable
+from bnfix.calibration.chunks import PROBED, SHARED, Chunk, amid, joined, kind_of, part, splittable
 from bnfix.calibration.ledger import Place
 from bnfix.calibration.listening import Stats
 from bnfix.calibration.plain import listen
@@ -238,9 +238,10 @@ def _least(chunk: Chunk) -> list[int] | None:
 
     What code makes of the longest of a batch is the same for any two that are as long: these are not.
     """
-    tensors = [t for t in chunk.call.tensors() if t.shape[:1] == (chunk.samples,)]
-    small = [t for t in tensors if not t.is_floating_point() or (len(tensors) > 1 and t.numel() <= 16 * len(t))]
-    small = [t for t in small if not (t.is_complex() or t.is_nested) and t.numel()]
+    strided = [t for t in chunk.call.tensors() if not t.is_nested and t.layout is torch.strided and t.numel()]
+    tensors = [t for t in strided if t.shape[:1] == (chunk.samples,) and not t.is_complex()]
+    few = 16 if len(tensors) > 1 else 0  # values a sample of one that is a number, not what the norms see
+    small = [t for t in tensors if t.numel() <= len(t) * (few if t.is_floating_point() else SHARED)]
     if not small or chunk.samples <= PROBED:
         return None
     sizes = torch.stack([t.double().flatten(1).sum(1).cpu() if t.dim() > 1 else t.double().cpu() for t in small], 1)
