@@ -15,7 +15,7 @@ from torch import nn
 from bnfix.calibration import judging, summary
 from bnfix.calibration.chunks import Chunk, first_samples, splittable
 from bnfix.calibration.engines import ROUGH, Outcome, staged
-from bnfix.calibration.norms import Norms, Select, find_norms
+from bnfix.calibration.norms import FROZEN, Norms, Select, find_norms
 from bnfix.calibration.plain import measure, merged, residual_of
 from bnfix.calibration.planning import TOL, Plan, make_plan
 from bnfix.calibration.ranks import Ranks
@@ -349,10 +349,16 @@ def _refuse_nothing(norms: Norms) -> None:
     todo = [n for n in norms.known.values() if not n.why]
     if todo or not norms.known:  # none known: functional ones may still turn up
         return
-    if any(n.frozen for n in norms.known.values()):
+    frozen = [n.why for n in norms.known.values() if n.frozen]
+    if FROZEN in frozen:
         raise CalibrationError(
             f"all {len(norms.known)} norms are frozen (in evaluation mode while the model is in training mode)",
             hint="include_frozen=True   recalibrates them; or model.eval() first: then none counts as frozen",
+        )
+    if frozen:
+        raise CalibrationError(
+            f"all {len(norms.known)} norms are frozen: {frozen[0].partition(' (')[0]}",
+            hint="include_frozen=True   recalibrates those that normalise through batch_norm",
         )
     raise CalibrationError("no norm is selected", hint=f"norms:  {norms.some}")
 

@@ -361,3 +361,21 @@ def test_a_tuple_that_does_not_tell_its_length(count: int) -> None:
     model.terms = Terms((1, [2]))  # type: ignore[assignment]
     exact(model, images(count))
     assert isinstance(model.terms, Terms)
+
+
+class FrozenBatchNorm(nn.Module):
+    """As detectors have it: buffers, and arithmetic of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.ones(3))
+        self.register_buffer("running_var", torch.ones(3) * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.running_var.rsqrt()[:, None, None]
+        return x * scale - self.running_mean[:, None, None] * scale
+
+
+def test_norms_that_are_frozen_by_their_class_are_not_said_to_be_by_their_mode() -> None:
+    with pytest.raises(bnfix.BnfixError, match="all 1 norms are frozen: a FrozenBatchNorm is frozen by its class"):
+        bnfix.recalibrate(nn.Sequential(FrozenBatchNorm()).eval(), [torch.randn(4, 3, 5, 5)])
