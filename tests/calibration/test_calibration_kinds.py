@@ -377,5 +377,5 @@ class FrozenBatchNorm(nn.Module):
 
 
 def test_norms_that_are_frozen_by_their_class_are_not_said_to_be_by_their_mode() -> None:
-    with pytest.raises(bnfix.BnfixError, match="all 1 norms are frozen: a FrozenBatchNorm is frozen by its class"):
+    with pytest.raises(CalibrationError, match="all 1 norms are frozen: a FrozenBatchNorm is frozen by its class"):
         bnfix.recalibrate(nn.Sequential(FrozenBatchNorm()).eval(), [torch.randn(4, 3, 5, 5)])
