@@ -81,7 +81,7 @@ def pieces(
     that batch comes amid the others of a chunk, and this chunk behind another one: these samples are run again in the
     end, there, with others before and behind them.
     """
-    runs = [(run, _sizes(sum(c.samples for c in run), most)) for run in _alike(batches)]
+    runs = [(run, _sizes(sum(c.samples for c in run), most, _unit(run, most))) for run in _alike(batches)]
     if looked_at is not None:
         run, sizes = runs[0]
         runs[0] = (_amidst(run, sizes[0], looked_at), sizes)
@@ -112,15 +112,24 @@ def _led(chunks: list[Chunk], first: int, looked_at: int) -> list[Chunk]:
     return chunks
 
 
-def _sizes(total: int, most: int) -> list[int]:
+def _unit(run: list[Chunk], most: int) -> int:
+    """Samples of each batch but the last, where that is one number and several fit into a chunk; else 1."""
+    sizes = {c.samples for c in run[:-1]}
+    unit = sizes.pop() if len(sizes) == 1 else 1
+    return unit if run[-1].samples <= unit <= most // 2 else 1
+
+
+def _sizes(total: int, most: int, unit: int = 1) -> list[int]:
     """The fewest that are not above ``most``, or up to half as many more if these divide it. All alike but the last,
     so that the first one, with the samples that were looked at, is one of many; as equal as can be if that is too
-    small.
+    small. Multiples of ``unit`` where they can be: what holds within a batch is cut apart nowhere then.
     """
     fewest = max(1, -(-total // most))
     count = next((c for c in range(fewest, fewest * 3 // 2 + 1) if total % c == 0), fewest)
     count = max(1, min(count, total // LEAST))
     each = -(-total // count)
+    if (whole := -(-each // unit) * unit) <= most and total - whole * (count - 1) >= LEAST:
+        each = whole
     last = total - each * (count - 1)
     if last >= max(LEAST, each // 2):
         return [each] * (count - 1) + [last]

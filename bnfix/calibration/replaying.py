@@ -214,7 +214,16 @@ def witnesses(chunks: Sequence[Chunk]) -> list[tuple[int, Witness]]:
     found = [(i, Witness(chunks[i])) for i in chosen]
     counts = Counter(itertools.chain.from_iterable(c.origin for c in chunks))
     singles = [(i, k) for i, c in enumerate(chunks) if c.samples > 1 for k, b in enumerate(c.origin) if counts[b] == 1]
-    return [*found, *((i, Witness(chunks[i], k)) for i, k in singles[-1:])]
+    # The last of them, or of those that are not as the first sample of the chunk is, to which code might look.
+    unlike = [(i, k) for i, k in singles if k and _unlike(chunks[i], 0, k)]
+    return [*found, *((i, Witness(chunks[i], k)) for i, k in (unlike or singles)[-1:])]
+
+
+def _unlike(chunk: Chunk, a: int, b: int) -> bool:
+    """Whether two samples differ in an input that is discrete, or a single number: not what norms see."""
+    tensors = [t for t in chunk.call.tensors() if not t.is_nested and t.shape[:1] == (chunk.samples,)]
+    codes = [t for t in tensors if t.numel() == len(t) or (not t.is_floating_point() and t.numel() <= SHARED * len(t))]
+    return any(not torch.equal(t[a], t[b]) for t in codes)
 
 
 def _near(

@@ -240,3 +240,20 @@ def test_what_the_first_batch_sets_up_in_an_attribute() -> None:
     report = bnfix.recalibrate(model := lived_in(First()), list(x.split(8)))
     assert any("depends on earlier calls" in note for note in report.notes)
     torch.testing.assert_close(model.bn.running_mean, x.mean(0) - x[:8].mean(0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("total", "size"), [(134, 2), (402, 2), (300, 6), (96, 4)])
+def test_pairs_within_a_batch_are_not_cut_apart(total: int, size: int) -> None:
+    def centred(_net: Net, h: Tensor) -> Tensor:
+        pairs = h.view(-1, 2, 8)
+        return (pairs - pairs.mean(1, keepdim=True)).flatten(0, 1)
+
+    x = torch.randn(total, 8) * 2 + 3 * torch.randn(total // 2, 8).repeat_interleave(2, 0)
+    fixed(Net(centred), cut(size, x))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_single_samples_of_mixed_domains_of_which_the_first_tells(seed: int) -> None:
+    torch.manual_seed(seed)
+    by_domain = lambda net, h, d: h + net.parts["e"](d[:1])  # noqa: E731
+    fixed(Net2(by_domain, e=nn.Embedding(3, 8)), cut(1, torch.randn(40, 8), torch.randint(0, 2, (40,))))
