@@ -143,10 +143,9 @@ def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chu
 
 def _others(lead: Chunk, start: int) -> Chunk | None:
     """Samples of the first batch beside those from ``start`` on."""
-    behind = lead.samples - start - PROBED
-    if behind >= 1:
-        return part(lead, start + PROBED, min(PROBED, behind))
-    return part(lead, 0, min(PROBED, start)) if start else None
+    if lead.samples >= start + 2 * PROBED:
+        return part(lead, start + PROBED, PROBED)
+    return part(lead, 0, PROBED) if start >= PROBED else None
 
 
 def _depends_on_chance(session: Session, chunk: Chunk) -> bool:

@@ -6,6 +6,7 @@ the place with the fewest norms before it is served. A norm that other chunks re
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -69,6 +70,7 @@ class Run:
         self.order = order or {}
         self.stop, self.watch, self.progress = stop, watch, progress
         self._error: BaseException | None = None
+        self._outer = sys.exc_info()[1]
         self._served = 0
 
     def through(self) -> None:
@@ -176,7 +178,7 @@ class Run:
     def _failure(self, strand: Strand) -> BaseException:
         error, strand.error = strand.error, None  # its traceback holds on to the strand, and to all activations
         assert error is not None
-        if not isinstance(error, KeyboardInterrupt) and _interrupted(error):
+        if not isinstance(error, KeyboardInterrupt) and _interrupted(error, self._outer):
             return KeyboardInterrupt()
         told = _told(strand, error, self.ledger)
         if isinstance(told, BnfixError) and not isinstance(error, BnfixError) and not strand.alone:
@@ -206,16 +208,20 @@ def memory() -> Iterator[None]:
         raise MemoryFullError(one_line(error)) from error
 
 
-def _interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an exception: what it left undone made others fail on the way out."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
+def _interrupted(error: BaseException | None, outer: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an exception: what it left undone made others fail on the way out.
+
+    Not one before ``outer``, which the caller was dealing with already: many recalibrate when a training was stopped.
+    """
+    while error is not None and error is not outer and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
-    return error is not None
+    return error is not None and error is not outer
 
 
 @contextmanager
 def forward_of(chunk: Chunk) -> Iterator[None]:
     """What fails inside names the batch: a :class:`CalibrationError`, or a :class:`MemoryFullError`."""
+    outer = sys.exc_info()[1]
     try:
         yield
     except CalibrationError as error:
@@ -223,7 +229,7 @@ def forward_of(chunk: Chunk) -> Iterator[None]:
     except Exception as error:  # whatever the user's own forward raises
         if isinstance(error, MemoryFullError):
             raise
-        if _interrupted(error):
+        if _interrupted(error, outer):
             raise KeyboardInterrupt from error
         if out_of_memory(error):
             told = f"{chunk.where}: out of memory in the forward of {chunk.samples:,} samples: {one_line(error)}"

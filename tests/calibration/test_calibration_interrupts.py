@@ -74,6 +74,20 @@ def test_ctrl_c_leaves_nothing(function: str, nth: int) -> None:
     assert exact(Two(), images()).engine == "fibers"
 
 
+def test_a_training_that_ctrl_c_stopped_may_be_recalibrated_right_there() -> None:
+    """Any error inside has that Ctrl-C behind it, by Python's book-keeping alone."""
+
+    class Viewed(Two):
+        def forward(self, x: Any) -> Any:
+            x.view(len(x), -1)  # fails in the other memory order, which is tried first
+            return super().forward(x)
+
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        exact(Viewed(), images())
+
+
 def test_what_ctrl_c_broke_is_not_taken_for_the_models_failure() -> None:
     """It comes while torch puts a mode back: an error of torch's follows, and no other attempt is made."""
 
