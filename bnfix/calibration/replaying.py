@@ -212,18 +212,33 @@ def witnesses(chunks: Sequence[Chunk]) -> list[tuple[int, Witness]]:
     often = sorted(smallest, key=lambda i: -kinds.count(kinds[i]))
     chosen = often[:KINDS] or [*later[:1], *earlier[-1:]] or ([1] if len(chunks) > 2 else range(len(chunks)))
     found = [(i, Witness(chunks[i])) for i in chosen]
+    single = _single(chunks)
+    return found if single is None else [*found, (single[0], Witness(chunks[single[0]], single[1]))]
+
+
+def _single(chunks: Sequence[Chunk]) -> tuple[int, int] | None:
+    """Chunk and place of a sample that came in a batch of its own: the last of those that are not as the first sample
+    of their chunk is, to which code might look, else the last.
+    """
     counts = Counter(itertools.chain.from_iterable(c.origin for c in chunks))
-    singles = [(i, k) for i, c in enumerate(chunks) if c.samples > 1 for k, b in enumerate(c.origin) if counts[b] == 1]
-    # The last of them, or of those that are not as the first sample of the chunk is, to which code might look.
-    unlike = [(i, k) for i, k in singles if k and _unlike(chunks[i], 0, k)]
-    return [*found, *((i, Witness(chunks[i], k)) for i, k in (unlike or singles)[-1:])]
+    last = None
+    for i, chunk in reversed([*enumerate(chunks)]):
+        singles = [k for k, batch in enumerate(chunk.origin) if counts[batch] == 1] if chunk.samples > 1 else []
+        if not singles:
+            continue
+        unlike = _unlike_the_first(chunk)
+        if others := [k for k in singles if unlike[k]]:
+            return i, others[-1]
+        last = last or (i, singles[-1])
+    return last
 
 
-def _unlike(chunk: Chunk, a: int, b: int) -> bool:
-    """Whether two samples differ in an input that is discrete, or a single number: not what norms see."""
+def _unlike_the_first(chunk: Chunk) -> list[bool]:
+    """Which samples differ from the first in an input that is discrete, or a single number: not what norms see."""
     tensors = [t for t in chunk.call.tensors() if not t.is_nested and t.shape[:1] == (chunk.samples,)]
     codes = [t for t in tensors if t.numel() == len(t) or (not t.is_floating_point() and t.numel() <= SHARED * len(t))]
-    return any(not torch.equal(t[a], t[b]) for t in codes)
+    differ = [(t != t[:1]).reshape(chunk.samples, -1).any(1).tolist() for t in codes]
+    return [any(row) for row in zip(*differ, strict=True)] or [False] * chunk.samples
 
 
 def _near(

@@ -14,8 +14,7 @@ from bnfix.calibration.listening import Stats
 from bnfix.calibration.norms import Norm, Norms
 from bnfix.errors import CalibrationError
 from bnfix.graph import find_owners
-from bnfix.graph.writing import put
-from bnfix.running.preserved import surely
+from bnfix.graph.writing import put, surely
 
 _LEFT = 0.01
 """A share of the first values that is none to speak of."""

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from bnfix.graph.owners import Owners, closure_values, find_owners
-from bnfix.graph.writing import put_back
+from bnfix.graph.writing import put_back, surely
 
 CONTAINERS = (list, dict, set, collections.defaultdict, collections.OrderedDict, collections.deque)
 LIBRARIES = ("torch", "builtins", "numpy", "collections", "functools", "typing", "abc")
@@ -69,11 +69,7 @@ def no_footprints(
     try:
         yield owners
     finally:
-        try:
-            again()
-        except BaseException:  # Ctrl-C
-            again()
-            raise
+        surely(again)
 
 
 def _holdings(owners: Owners) -> tuple[list[Any], list[torch.Tensor], list[torch.Generator]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
 import torch
@@ -21,3 +21,16 @@ def put_back(kept: Iterable[tuple[Tensor, Tensor]]) -> None:
     for tensor, value in kept:
         if not torch.equal(tensor, value):  # NaN compares unequal and is written again: the same bits
             put(tensor, value)
+
+
+def surely(restore: Callable[[], None]) -> None:
+    """Run ``restore``, which may be run twice, to its end, also where an interrupt hits it; that is raised then.
+
+    A second Ctrl-C comes while the first is dealt with; and a DataLoader whose worker was killed raises wherever its
+    process happens to be.
+    """
+    try:
+        restore()
+    except BaseException:
+        restore()
+        raise

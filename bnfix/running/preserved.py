@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[nn.Module]:
         with large:
             yield model
     finally:
-        try:  # as surely(), whose first line an interrupt may hit too
+        try:  # as graph.writing.surely, whose first line an interrupt may hit too
             restore()
         except BaseException:
             restore()
@@ -83,19 +83,6 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[nn.Module]:
 
 def _plain(data: torch.Tensor) -> bool:
     return type(data) is torch.Tensor and data.layout is torch.strided and not data.is_meta
-
-
-def surely(restore: Callable[[], None]) -> None:
-    """Run ``restore``, which may be run twice, to its end, also where an interrupt hits it; that is raised then.
-
-    A second Ctrl-C comes while the first is dealt with; and a DataLoader whose worker was killed raises wherever its
-    process happens to be.
-    """
-    try:
-        restore()
-    except BaseException:
-        restore()
-        raise
 
 
 def _changed(table: dict[str, Any], kept: dict[str, Any]) -> bool:

@@ -12,10 +12,9 @@ from calib_nets import residual
 from nets import lived_in
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from trap_nets import EXACT
+from trap_nets import EXACT, sizes_of_calls
 
 import bnfix
-from bnfix.running import Call
 
 Between = Callable[..., Tensor]
 
@@ -187,14 +186,7 @@ def test_a_rare_way_among_very_many_batches_is_said_to_be_possible() -> None:
 
 def test_the_full_certificate_is_of_the_loaders_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a user would run them: joined ones would repeat what joining them may have changed."""
-    sizes: list[int] = []
-    apply = Call.apply
-
-    def counted(call: Call, model: nn.Module) -> object:
-        sizes.append(len(call.tensors()[0]))
-        return apply(call, model)
-
-    monkeypatch.setattr(Call, "apply", counted)
+    sizes = sizes_of_calls(monkeypatch)
     report = bnfix.recalibrate(lived_in(Net(lambda _net, h: h)), cut(3, torch.randn(60, 8)), certify="full")
     assert sizes.count(3) == 40  # before, and after
     assert report.residual is not None

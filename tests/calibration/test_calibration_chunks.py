@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nets import lived_in
 from torch import nn
-from trap_nets import EXACT
+from trap_nets import EXACT, sizes_of_calls
 
 import bnfix
 from bnfix.calibration.chunks import LEAST, Chunk, pieces
@@ -46,14 +46,7 @@ def test_the_samples_looked_at_are_run_again_and_no_others(
 
     Of two chunks both are proven: what the one leaves behind, only the other may read.
     """
-    ran: list[int] = []
-    apply = Call.apply
-
-    def counted(call: Call, model: nn.Module) -> object:
-        ran.append(len(call.tensors()[0]))
-        return apply(call, model)
-
-    monkeypatch.setattr(Call, "apply", counted)
+    ran = sizes_of_calls(monkeypatch)
     torch.manual_seed(0)
     model = lived_in(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3)))
     data = batched(torch.randn(samples, 3, 6, 6), 16)

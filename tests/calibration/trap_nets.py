@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from calib_nets import Forward, residual
@@ -17,6 +18,7 @@ from nets import bits, lived_in, same_bits
 from torch import Tensor, nn
 
 import bnfix
+from bnfix.running import Call
 from bnfix.types import Recalibration
 
 EXACT = 1e-5  # standard deviations: activations of float32 differ with the batch size by some 1e-6
@@ -148,3 +150,16 @@ def within(seconds: float, true: Callable[[], bool]) -> bool:
             return True
         waited.wait(0.05)
     return true()
+
+
+def sizes_of_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The samples of each call of a model from now on, filled in as they are made."""
+    ran: list[int] = []
+    apply = Call.apply
+
+    def counted(call: Call, model: nn.Module) -> object:
+        ran.append(len(call.tensors()[0]))
+        return apply(call, model)
+
+    monkeypatch.setattr(Call, "apply", counted)
+    return ran
