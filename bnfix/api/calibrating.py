@@ -55,15 +55,16 @@ def recalibrate(
         method: ``"staged"``: exact, one pass, the samples go from norm to norm together and so must fit into memory (or
             into ``spill_dir``; else those that fit are used). ``"population"``: one streaming pass, each batch
             normalised with its own statistics, moments pooled. ``"online"``: normalised with what was pooled so
-            far, for tiny batches. ``"auto"`` takes staged where all samples fit, and says why in ``report.why``.
+            far, for tiny batches. ``"auto"`` takes staged where all samples fit, and says why in ``report.why``; a
+            stream whose batches differ (sorted data) it refuses.
         when: ``"needed"`` leaves the model alone unless its outputs change by more than .25 of their spread and by
-            more than 4 times what recalibrations on two halves of the data differ by.
+            more than 4 times what recalibrations on two halves of the data differ by; also where that can't be told.
         forward: ``forward(model, batch)`` where the model isn't simply called with the batch.
         select: which norms: a regular expression, module paths, or a function of path and module. Default: all.
         include_frozen: recalibrate frozen norms too.
         mask: for padded positions: a key of the batch, or a function of it, that gives a boolean tensor
             (N, positions …), True where a position counts.
-        max_samples: stop reading there; with several ranks, on each.
+        max_samples: stop reading there; with several ranks, on each. The last batch is cut, where it can be.
         tol: for the streaming methods: stop once every standard error is at most ``tol`` (of means in standard
             deviations, of variances relative). A stream of unknown length stops at .01.
         certify: ``"replay"`` runs two samples of a chunk again, alone (all of it if in doubt), and compares what each
@@ -133,7 +134,7 @@ def _check_options(method: str, when: str, certify: str | None, max_samples: int
             raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, not {given!r}")
     if max_samples is not None and (not isinstance(max_samples, int) or isinstance(max_samples, bool)):
         raise TypeError(f"max_samples is a number of samples, not {max_samples!r}")
-    if tol is not None and not isinstance(tol, (int, float)):
+    if tol is not None and (not isinstance(tol, (int, float)) or isinstance(tol, bool)):
         raise TypeError(f"tol is a number, not {tol!r}")
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples is at least 1, not {max_samples}")

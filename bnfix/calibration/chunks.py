@@ -214,6 +214,18 @@ def halves(chunk: Chunk, at: int) -> tuple[Chunk, Chunk]:
     )
 
 
+def every_other(chunk: Chunk) -> tuple[Chunk, Chunk]:
+    """Every second sample from the first on, and the others; views."""
+    return _stepped(chunk, slice(0, None, 2)), _stepped(chunk, slice(1, None, 2))
+
+
+def _stepped(chunk: Chunk, rows: slice) -> Chunk:
+    origin = chunk.origin[rows]
+    return Chunk(
+        chunk.call.map(lambda t: t[rows]), len(origin), origin, None if chunk.mask is None else chunk.mask[rows]
+    )
+
+
 def part(chunk: Chunk, start: int, count: int) -> Chunk:
     """``count`` samples from ``start`` on; views."""
     rest = halves(chunk, start)[1] if start else chunk

@@ -81,7 +81,9 @@ def decide(options: Options, said: Sequence[Found], count: int, world: int = 1) 
         share = f"{count:,} of {said[0].total} samples"
         if fits:  # with max_samples nobody looked whether there are more
             share = f"{'about' if said[0].about else 'all'} {count:,} samples"
-            share = f"the {count:,} samples asked for" if said[0].cut else share
+            if said[0].cut:  # whole batches, where these can't be cut
+                more = options.max_samples is not None and count > options.max_samples
+                share = f"the {count:,} samples of the batches read" if more else f"the {count:,} samples asked for"
             share = "1 sample" if count == 1 else share
         share += " of this rank" * (world > 1)
         room = "in files" if options.spill_dir is not None else f"in memory ({budget})"
@@ -102,7 +104,7 @@ def decide(options: Options, said: Sequence[Found], count: int, world: int = 1) 
 def expected(reader: Reader, data: Any, options: Options, budget: int, room: int | None) -> Found | None:
     """What will be found once all is read, by what the data says of its length; None where it says nothing."""
     batches = length(data)
-    if batches is None:
+    if not batches:  # it does not say, or says 0 though a batch was read
         return None
     total, known = _samples(batches, data, reader)
     cut = options.max_samples is not None and options.max_samples <= total

@@ -52,7 +52,9 @@ class Outcome:
     """Statistics for each norm, what was measured at each call site, and how it came about.
 
     ``chunks`` are the pieces it was made from, ``replayed`` what was run again, with its outputs; ``first`` holds the
-    mean of each sample at the first norm that the chunks met, (N, C) in their order.
+    mean of each sample at the first norm that the chunks met, (N, C) in their order. Of a stream: ``halves`` are the
+    statistics of every second batch and of the others, ``uneven`` says how many times as much the batches differ as
+    chance would have it, where that is more than chance and matters.
     """
 
     stats: dict[int, Stats]
@@ -65,6 +67,8 @@ class Outcome:
     replay: float | None = None
     replayed: list[tuple[Chunk, list[Tensor]]] = field(default_factory=list)
     first: Tensor | None = None
+    halves: Sequence[dict[int, Stats]] = ()
+    uneven: float | None = None
 
 
 def staged(
@@ -144,7 +148,10 @@ def _tried(
                 error = None if cut else stuck.told
     if again:  # threads can be left anywhere
         return _tried(session, chunks, scouted, quiet, cut=cut, fibers=False)
-    session.ranks.agree(error)
+    try:
+        session.ranks.agree(error)
+    finally:
+        error = None  # its traceback holds this frame, and with it all activations
     return None, max(said[0] for said in session.ranks.numbers([verdict])), why or "on another rank"
 
 
@@ -286,6 +293,7 @@ def _plain_passes(session: Session, chunks: Sequence[Chunk], scouted: Scouted | 
                 Turn.seeded(turn, number, session.device),
                 session.using,
                 None if number else session.rewind,
+                passes_on=bool(session.remembers),
             )
             for number, chunk in enumerate(chunks)
         ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bnfix.calibration.chunks import Chunk, halves, splittable
+from bnfix.calibration.chunks import Chunk, every_other, halves, splittable
 from bnfix.calibration.engines import Outcome, staged
 from bnfix.calibration.listening import Stats
 from bnfix.calibration.plain import listen
@@ -24,18 +25,24 @@ OVER_NULL = 4.0
 
 @dataclass(frozen=True)
 class Change:
-    """rms(before − after)/std(after) of the outputs on ``probe`` samples; ``null`` is the same between two halves."""
+    """rms(before − after)/std(after) of the outputs on ``probe`` samples; ``null`` is the same between two halves.
+
+    ``doubt`` says why the new statistics may be worse than the old ones; empty if nothing speaks for that.
+    """
 
     value: float | None
     null: float | None = None
     probe: int = 0
+    doubt: str = ""
 
     @property
     def worth_it(self) -> bool:
-        """Whether the change is large, and larger than chance."""
-        if self.value is None:
+        """Whether the change is large, and known to be larger than chance."""
+        if self.doubt:
+            return False
+        if self.value is None or self.value == math.inf:  # no outputs to go by; or there are numbers now, or none
             return True
-        return not self.value <= max(CHANGE, OVER_NULL * (self.null or 0.0))
+        return self.null is not None and not self.value <= max(CHANGE, OVER_NULL * self.null)
 
 
 def outputs(session: Session, chunk: Chunk, stats: dict[int, Stats]) -> list[Tensor]:
@@ -72,22 +79,28 @@ def change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float | None:
     return worst
 
 
-def null(session: Session, chunks: Sequence[Chunk], probe: Chunk | None) -> float | None:
+def null(session: Session, chunks: Sequence[Chunk], probe: Chunk | None, *, whole: bool = False) -> float | None:
     """The change between recalibrations on two disjoint halves; None where the data can't be halved.
 
-    All ranks take part, those without a ``probe`` of their own too.
+    Every second sample, so that both hold the same of data in any order; every second chunk where these have to stay
+    ``whole``. All ranks take part, those without a ``probe`` of their own too.
     """
-    if len(chunks) > 1:
-        two = [list(chunks[0::2]), list(chunks[1::2])]
+    if not whole and chunks and all(splittable(c) and c.samples > 3 for c in chunks):
+        two = [list(half) for half in zip(*map(every_other, chunks), strict=True)]
     elif len(chunks) == 1 and chunks[0].samples > 3 and splittable(chunks[0]):
         two = [[half] for half in halves(chunks[0], chunks[0].samples // 2)]
     else:
-        two = [list(chunks), []]
+        two = [list(chunks[0::2]), list(chunks[1::2])]
     counts = session.ranks.numbers([len(half) for half in two])
     if not all(map(sum, zip(*counts, strict=True))):
         return None
     session.say("recalibrating on two halves, to see what chance does")
     done: list[Outcome] = [staged(session, half, None, quiet=True) for half in two]
-    if probe is None:
+    return between(session, probe, [half.stats for half in done])
+
+
+def between(session: Session, probe: Chunk | None, halves: Sequence[dict[int, Stats]]) -> float | None:
+    """The change between two sets of statistics; None where one of them is empty."""
+    if probe is None or not all(halves):
         return None
-    return change(*(outputs(session, probe, half.stats) for half in done))
+    return change(*(outputs(session, probe, stats) for stats in halves))

@@ -144,6 +144,8 @@ def find_norms(
         CalibrationError: a norm is not initialised yet; a name in ``select`` fits no norm.
     """
     owners = owners or find_owners(model)
+    if select is not None and not isinstance(select, str) and not callable(select):
+        select = tuple(select)
     decide = _decider(model, select, include_frozen)
     places: dict[int, tuple[int, str, nn.Module, str]] = {}
     for position, key in enumerate(owners.tensors):
@@ -190,7 +192,7 @@ def find_norms(
         elif isinstance(module, nn.modules.batchnorm._NormBase):
             without.append(path)
     norms.without, norms.instance = tuple(without), tuple(instance)
-    if isinstance(select, list | tuple | set | frozenset):
+    if select is not None and not isinstance(select, str) and not callable(select):
         paths = {p for m in owners.modules.values() for p in owners.paths(m)}
         sites = {f"{p}.{name}" if p else name for _, p, _, name in places.values()}
         unknown = sorted(map(str, set(select) - paths - sites))
@@ -199,7 +201,7 @@ def find_norms(
                 f"select names {unknown[0]!r}, and the model has no such layer",
                 hint=f"its norms:  {norms.some} …",
             )
-    if isinstance(select, str | list | tuple | set | frozenset) and not any(not n.why for n in norms.known.values()):
+    if isinstance(select, str | tuple) and all(n.why and not n.frozen for n in norms.known.values()):
         raise CalibrationError(f"select={select!r} fits no norm of the model", hint=f"its norms:  {norms.some} …")
     return norms
 

@@ -63,8 +63,11 @@ class Ranks:
             BaseException: this rank's own error.
             CalibrationError: another rank's; names it.
         """
-        if error is not None:
-            raise error
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # its traceback holds this frame, and with it all activations
 
     @contextmanager
     def or_undone(self, undo: Callable[[], None]) -> Iterator[None]:
@@ -142,9 +145,12 @@ class Group(Ranks):
 
     def agree(self, error: BaseException | None = None) -> None:
         """All ranks go on, or none does."""
-        if error is not None:
-            self._tell(error)
-            raise error
+        try:
+            if error is not None:
+                self._tell(error)
+                raise error
+        finally:
+            del error
         self._exchange(Kind.AGREE)
 
     @contextmanager

@@ -33,6 +33,10 @@ from bnfix.types import Recalibration, Residual
 
 PROBE = 32
 """Samples on which outputs are compared where a decision hangs on it."""
+UNJUDGED = (
+    "whether the change is more than chance could not be told, for the data can't be halved: give at least two "
+    "batches, or four samples; to have it in any case:   when='always'",
+)
 
 
 def recalibrate(
@@ -204,6 +208,8 @@ class _Work:
             session.notes.append(
                 f"a stream of unknown length: it ends where every standard error is at most {TOL:g} (tol=)"
             )
+        if self.options.spill_dir is not None:
+            session.notes.append(f"spill_dir= is of no use to method {plan.method}, which keeps no activations")
         return plan, stream(session, plan.stream, plan.method)
 
     def _residual(self, chunks: Sequence[Chunk], stats: dict[int, Any], outcome: Outcome) -> Residual:
@@ -254,14 +260,21 @@ class _Work:
                 after = judging.outputs(session, probe, outcome.stats)
             found = judging.Change(judging.change(before, after), None, probe.samples)
         if thorough and plan.method == "staged":
-            found = dataclasses.replace(found, null=judging.null(session, plan.chunks, probe))
+            null = judging.null(session, plan.chunks, probe, whole=plan.chunks is plan.batches)
+            found = dataclasses.replace(found, null=null)
+        elif thorough:
+            found = dataclasses.replace(found, null=judging.between(session, probe, outcome.halves))
+        if outcome.uneven is not None:
+            found = dataclasses.replace(found, doubt="the batches differ")
         if self.ranks.world == 1:
             return found
         return next((c for c in self.ranks.all_of(found) if c.value is not None), found)
 
     def _leave_it(self, change: judging.Change) -> tuple[str, ...]:
-        if change.value is None or change.null is None or change.worth_it:
+        if change.value is None or change.worth_it or change.doubt:
             return ()
+        if change.null is None:
+            return UNJUDGED if self.options.when == "needed" and change.value > judging.CHANGE else ()
         if change.value > judging.CHANGE:
             return (
                 f"the outputs change by {change.value:.2g} of their spread, less than {judging.OVER_NULL:g} times what "
@@ -350,14 +363,15 @@ def _refuse_nothing(norms: Norms) -> None:
     if todo or not norms.known:  # none known: functional ones may still turn up
         return
     frozen = [n.why for n in norms.known.values() if n.frozen]
+    which = f"all {len(frozen)} norms" + " that are selected" * (len(frozen) < len(norms.known))
     if FROZEN in frozen:
         raise CalibrationError(
-            f"all {len(norms.known)} norms are frozen (in evaluation mode while the model is in training mode)",
+            f"{which} are frozen (in evaluation mode while the model is in training mode)",
             hint="include_frozen=True   recalibrates them; or model.eval() first: then none counts as frozen",
         )
     if frozen:
         raise CalibrationError(
-            f"all {len(norms.known)} norms are frozen: {frozen[0].partition(' (')[0]}",
+            f"{which} are frozen: {frozen[0].partition(' (')[0]}",
             hint="include_frozen=True   recalibrates those that normalise through batch_norm",
         )
     raise CalibrationError("no norm is selected", hint=f"norms:  {norms.some}")

@@ -6,18 +6,20 @@ mapped into the same tensor objects: the user's code notices nothing.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import tempfile
 import weakref
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bnfix.errors import CalibrationError
+from bnfix.errors import CalibrationError, one_line
 
 LEAST = 1 << 16
 """Bytes of a storage that is worth a file."""
@@ -28,7 +30,7 @@ class Spiller:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._folder = os.fspath(folder)
-        self._mappings: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
+        self._files: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
         if not hasattr(mmap, "MADV_DONTNEED") or not hasattr(os, "posix_fallocate"):
             raise CalibrationError("spilling to files needs Linux", hint="leave out spill_dir, or set memory_budget")
         if not os.path.isdir(self._folder):
@@ -56,21 +58,25 @@ class Spiller:
             with tempfile.TemporaryFile(dir=self._folder, prefix="bnfix-") as file:
                 # Room is taken at once: a mapped page that finds no room later ends the process.
                 os.posix_fallocate(file.fileno(), 0, size)
-                mapping = mmap.mmap(file.fileno(), size)
-        except OSError as error:
-            raise CalibrationError(f"spill_dir={self._folder!r} can't take {size:,} bytes: {error.strerror}") from error
-        there = torch.frombuffer(mapping, dtype=torch.uint8)
-        there.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))  # type: ignore[call-overload]
-        mapping.madvise(mmap.MADV_DONTNEED)
-        self._mappings[there.data_ptr()] = mapping
-        return there.untyped_storage()
+                # By its number: an mmap.mmap would keep a descriptor for each, and there may be a thousand at most.
+                path = f"/proc/self/fd/{file.fileno()}"
+                found: Any = torch.UntypedStorage.from_file(path, shared=True, nbytes=size)
+        except (OSError, RuntimeError) as error:
+            why = error.strerror if isinstance(error, OSError) else one_line(error)
+            raise CalibrationError(
+                f"spill_dir={self._folder!r} can't take {size:,} bytes: {why}",
+                hint="name a folder with more room, or take fewer samples:  max_samples=",
+            ) from error
+        found.copy_(storage)
+        _forget(found)
+        self._files[found._cdata] = found
+        return found  # type: ignore[no-any-return]
 
     def drop(self, storage: torch.UntypedStorage) -> bool:
         """Whether a storage lies in a file already; its pages leave the memory again."""
-        mapping = self._mappings.get(storage.data_ptr())
-        if mapping is not None:
-            mapping.madvise(mmap.MADV_DONTNEED)
-        return mapping is not None
+        if mine := storage._cdata in self._files:
+            _forget(storage)
+        return mine
 
     def drop_all(self, tensors: Iterable[Tensor]) -> None:
         """The same for tensors of any kind."""
@@ -117,6 +123,16 @@ class SpilledStrand:
             with torch.no_grad():
                 for tensor in tensors:
                     tensor.set_(there, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _forget(storage: torch.UntypedStorage) -> None:
+    """Let the pages of a mapped file leave the memory."""
+    _libc().madvise(ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), mmap.MADV_DONTNEED)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def _dense(value: Any) -> list[Tensor]:

@@ -166,12 +166,25 @@ class Run:
         # The chunk that parked last goes on first: what it left is still in the cache. Plain forwards keep their order.
         onward = self.stop or self._served % 2 == 0 or any(s.alone for s in strands)
         turns = strands if onward else strands[::-1]
+        if any(s.passes_on for s in strands):
+            self._pass(strands, stats)
+            return
         for number, strand in enumerate(turns):
             if number and self.stop and not first and self._last(strands[0]):
                 strand.leave()
                 strand.done, strand.place = True, None
                 continue
             strand.resume(stats)  # type: ignore[arg-type]
+            if strand.error is not None:
+                raise self._failure(strand)
+
+    def _pass(self, strands: Sequence[Strand], stats: object) -> None:
+        """All chunks in their order: each begins with what the one before it left in the model."""
+        for strand in self.strands:
+            if strand in strands:
+                strand.resume(stats)  # type: ignore[arg-type]
+            else:
+                strand.repeat()
             if strand.error is not None:
                 raise self._failure(strand)
 

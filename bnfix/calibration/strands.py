@@ -41,6 +41,8 @@ class Strand:
 
     alone = True
     """Whether nothing else runs until its forward has ended."""
+    passes_on = False
+    """Whether what its forward leaves in the model matters to the next chunk's."""
 
     def __init__(self, chunk: Chunk, norms: Norms) -> None:
         self.chunk, self.norms = chunk, norms
@@ -55,6 +57,9 @@ class Strand:
     def resume(self, stats: Stats | None) -> None:
         """Go on with these statistics, to the next norm or the end; None at the start."""
         raise NotImplementedError
+
+    def repeat(self) -> None:
+        """Run as before, for what that leaves in the model."""
 
     def leave(self, *, gently: bool = False) -> None:
         """Nothing more is needed of this chunk: end its forward here, or ``gently`` at its end."""
@@ -189,7 +194,8 @@ class RerunStrand(Strand):
 
     It runs to its end each time, since a forward that is cut short may leave locks taken and notes written. What the
     norms before were given stands in the buffers meanwhile, for code that reads them there. ``rewind``, of the first
-    chunk, is called each time it begins: all chunks then make one pass, as a user would.
+    chunk, is called each time it begins: all chunks then make one pass, as a user would. Where one ``passes_on`` what
+    it remembers, all of them run each time.
     """
 
     def __init__(
@@ -200,8 +206,11 @@ class RerunStrand(Strand):
         turn: Turn,
         using: Using,
         rewind: Callable[[], None] | None = None,
+        *,
+        passes_on: bool = False,
     ) -> None:
         super().__init__(chunk, norms)
+        self.passes_on = passes_on
         self._model, self._turn, self._using, self._rewind = model, turn, using, rewind
         self._given: list[Stats | None] = []
         self._device = norms_device(norms)
@@ -211,6 +220,19 @@ class RerunStrand(Strand):
         """Run anew, and listen at the next norm that has no statistics yet."""
         if self.place is not None:
             self._given.append(stats)
+        self._run()
+
+    def repeat(self) -> None:
+        """Run anew, to where it is."""
+        was = self.place
+        if was is not None:
+            self.route.pop()
+        self.done = False
+        self._run()
+        if self.error is None and self.place != was:
+            self.error = CalibrationError("the forward takes another way each time it runs")
+
+    def _run(self) -> None:
         self.place, self.sums, self.x, self.mask = None, None, None, None
         number = -1
         calls: dict[int, int] = defaultdict(int)

@@ -111,9 +111,16 @@ def advice(outcome: Outcome, norms: Norms, reader: Reader, chunks: Sequence[Chun
             f"batches of {reader.largest}: if the model was trained with such small ones, better statistics do not "
             "heal it; norms with fewer than 33 values a channel and batch need another norm (GroupNorm)"
         )
-    if reader.batches >= 5 and reader.pure == reader.batches and len(reader.labels) > 1:
+    if outcome.uneven is not None:
         said.append(
-            "each batch holds one class: harmless here, but a model trained on such batches learned from the batch "
+            f"the batches differ more than chance would have it ({outcome.uneven:.1f} ×, shuffled data has about 1), "
+            "and each was normalised by itself or by those before it: these statistics are NOT those of evaluation "
+            "mode; shuffle the data, or let it fit:   spill_dir='DIR' or memory_budget="
+        )
+    if reader.batches >= 5 and reader.pure == reader.batches and len(reader.labels) > 1:
+        harmless = "harmless here, but " if outcome.engine != "stream" else ""
+        said.append(
+            f"each batch holds one class: {harmless}a model trained on such batches learned from the batch "
             "itself, and statistics do not heal that: shuffle, and train anew"
         )
     elif (ratio := _sorted(outcome, chunks)) is not None and ratio > 3:

@@ -31,6 +31,16 @@ class Handle:
     copied: bool = False
     _entries: list[tuple[str, Tensor, Tensor, Tensor]] = field(default_factory=list)
     _model: Callable[[], nn.Module | None] = lambda: None
+    _owners: tuple[Callable[[], nn.Module | None], ...] = ()
+
+    def _held(self) -> set[int]:
+        """The tensors that the model holds, or, where it was but a wrapper and is gone, the modules with its norms.
+
+        None where these are gone as well: who has the tensors then (a state dict) wants them as they were.
+        """
+        model = self._model()
+        alive = [model] if model is not None else [m for find in self._owners if (m := find()) is not None]
+        return {key for module in alive for key in find_owners(module).tensors}
 
     def __reduce__(self) -> tuple[type[Handle], tuple[bool, bool]]:
         """A report that is pickled or copied is to be read: the model belongs to the first."""
@@ -48,15 +58,13 @@ class Handle:
             )
         if not self.done:
             raise CalibrationError("nothing of this recalibration is in the model, so there is nothing to undo")
-        model = self._model()
-        if model is not None:  # else it was but a wrapper: whoever has its layers has these tensors
-            held = find_owners(model).tensors
-            gone = [name for name, tensor, _, _ in self._entries if id(tensor) not in held]
-            if gone:
-                raise CalibrationError(
-                    f"{gone[0]} is another tensor by now: undo can't reach it",
-                    hint="undo first, then convert the model or take layers out of it",
-                )
+        held = self._held()
+        gone = [name for name, tensor, _, _ in self._entries if held and id(tensor) not in held]
+        if gone:
+            raise CalibrationError(
+                f"{gone[0]} is another tensor by now: undo can't reach it",
+                hint="undo first, then convert the model or take layers out of it",
+            )
         moved = [name for name, tensor, _, now in self._entries if not _same(tensor, now)]
         if moved:
             raise CalibrationError(
@@ -83,7 +91,8 @@ def commit(norms: Norms, stats: Mapping[int, Stats], batches: int) -> Handle:
         path = f"{norm.path}." if norm.path else ""
         entries += [(f"{path}{name}", tensor, tensor.detach().clone(), now) for name, tensor, now in pairs]
     _write([(tensor, now, before) for _, tensor, before, now in entries])
-    return Handle(True, False, entries, weakref.ref(norms.model))
+    owners = {id(n.module): n.module for n in norms if n.key in stats}
+    return Handle(True, False, entries, weakref.ref(norms.model), tuple(map(weakref.ref, owners.values())))
 
 
 def _counted(norm: Norm, batches: int) -> int:

@@ -32,8 +32,8 @@ class LayerStats(Value):
     All sequences have one number a channel, computed in float64. ``n`` counts values a channel (all samples and
     positions, masked ones left out), ``samples`` the independent ones. ``mean_before`` and ``var_before`` were
     stored in the model, ``mean`` and ``var`` (unbiased) were measured at this call site, ``mean_after`` and
-    ``var_after`` are what the norm has now: with one call site the same as measured, with several
-    those of all of them pooled.
+    ``var_after`` are what the norm has now, or would have (``changed`` is False): with one call site the same as
+    measured, with several those of all of them pooled.
 
     ``se_mean`` and ``se_var`` are standard errors of ``mean`` and ``var`` with the sample as the unit (the pixels of
     one image are not independent), in the units of the mean and of the variance; NaN with fewer than two samples.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -84,3 +85,17 @@ def test_an_input_in_a_file_is_the_same(tmp_path: Path) -> None:
     for tensor in (torch.ones(3), torch.ones(LEAST // 4 - 1), torch.ones(400, 400).to_sparse(), nn.Parameter(whole)):
         assert spiller.kept(tensor) is tensor
     assert not list(tmp_path.iterdir())
+
+
+def test_files_take_no_descriptors(tmp_path: Path) -> None:
+    """Each mapping kept one: behind a thousand batches it was "too many open files"."""
+    spiller, held = Spiller(tmp_path), len(os.listdir("/proc/self/fd"))
+    kept = [spiller.kept(torch.full((200, 200), float(i))) for i in range(20)]
+    assert len(os.listdir("/proc/self/fd")) == held
+    assert all(spiller.drop(t.untyped_storage()) for t in kept)
+    assert [t.mean().item() for t in kept] == list(range(20))
+    maps = Path("/proc/self/maps")
+    mine = f"{tmp_path}/"
+    assert maps.read_text().count(mine) == 20
+    del kept
+    assert maps.read_text().count(mine) == 0

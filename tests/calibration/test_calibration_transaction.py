@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -330,3 +331,42 @@ def test_no_memory_in_a_stream_is_called_that() -> None:
     told = fails(model, images(), CalibrationError, method="population")
     assert "out of memory in the forward of" in told
     assert "smaller batches" in told
+
+
+class Fails(Two):
+    """Stumbles, in the middle, over more than the samples that are looked at first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if len(x) > 4:
+            raise RuntimeError("boom")
+        return y
+
+
+@pytest.mark.parametrize("how", ["forward", "loader", "activations"])
+def test_what_failed_leaves_no_memory_taken(how: str) -> None:
+    """The traceback held a frame that held the error: activations stayed until garbage was collected."""
+    kept: list[weakref.ref[Tensor]] = []
+
+    def data() -> Iterator[Tensor]:
+        for number, batch in enumerate(marked()):
+            mine = batch.clone()
+            kept.append(weakref.ref(mine))
+            yield mine
+            if how == "loader" and number == 9:
+                raise OSError("gone")
+
+    class Overflows(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(torch.where(x == MARK, torch.inf, x))
+
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(CalibrationError):
+            bnfix.recalibrate({"forward": Fails, "loader": Two, "activations": Overflows}[how](), data())
+            pytest.fail("it has to fail")
+        assert kept
+        assert not [ref for ref in kept if ref() is not None]
+    finally:
+        gc.enable()

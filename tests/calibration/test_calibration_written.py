@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -159,3 +160,38 @@ def test_only_when_needed() -> None:
     assert not report.changed
     assert same_bits(model, good)
     assert any("leave the model as it is" in line for line in report.advice)
+
+
+@pytest.mark.parametrize(
+    "kind", [list, tuple, iter, lambda names: (n for n in names), lambda n: dict.fromkeys(n).keys()]
+)
+def test_names_that_no_layer_has_are_refused_however_they_come(kind: Any) -> None:
+    name = next(n for n, m in Two().named_modules() if isinstance(m, nn.BatchNorm2d))
+    with pytest.raises(CalibrationError, match="select names 'typo'"):
+        bnfix.recalibrate(Two(), images(), select=kind([name, "typo"]))
+    report = bnfix.recalibrate(Two(), images(), select=kind([name]))
+    assert [row.site for row in report.layers] == [name]
+
+
+def test_what_is_selected_and_frozen_is_said_to_be_frozen() -> None:
+    model = Two()
+    name, norm = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d))
+    norm.eval()
+    for select in (f"^{name}$", [name], lambda path, _: path == name):
+        with pytest.raises(CalibrationError, match="all 1 norms that are selected are frozen") as caught:
+            bnfix.recalibrate(model, images(), select=select)
+        assert "include_frozen=True" in str(caught.value.hint)
+
+
+def test_undo_of_layers_that_went_on_without_their_wrapper() -> None:
+    """It wrote into tensors that nobody had any more, and said nothing."""
+    model = Two()
+    lived_in(model)
+    before = bits(model)
+    report = bnfix.recalibrate(nn.Sequential(model).eval(), images())
+    report.undo()
+    assert same_bits(model, before)
+    report = bnfix.recalibrate(nn.Sequential(model).eval(), images())
+    model.double()
+    with pytest.raises(CalibrationError, match="another tensor by now"):
+        report.undo()

@@ -82,7 +82,7 @@ def test_the_fixed_point_is_claimed_only_where_it_was_measured(
 
 @pytest.mark.parametrize("method", ["population", "online"])
 def test_a_method_that_does_not_reach_the_fixed_point_says_so(method: str) -> None:
-    words = "near the fixed point of the data seen, not at it"
+    words = "near the fixed point if they are alike, not at it"
     assert words in said(replace(MANY_NORMS, method=method))
     assert words not in said(MANY_NORMS)
 

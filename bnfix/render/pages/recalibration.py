@@ -31,8 +31,8 @@ FIXED = 1e-3
 FAR = 1e-2
 """A residual above this is called none: a percent is also what ``needed_samples`` asks for."""
 METHODS = {
-    "population": "each batch was normalised with its own statistics: near the fixed point of the data seen, not at it",
-    "online": "each batch was normalised with the statistics so far: near the fixed point of the data seen, not at it",
+    "population": "batches normalised with their own statistics: near the fixed point if they are alike, not at it",
+    "online": "batches normalised with the statistics so far: near the fixed point if they are alike, not at it",
 }
 ENGINES = {
     "fibers": "chunks side by side, merged at each norm",
