@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfix.graph.footprints import CONTAINERS, LARGE, own_attributes, restore, same
-from bnfix.graph.writing import put_back
+from bnfix.graph.footprints import CONTAINERS, LARGE, module_tables, own_attributes, restore, same
+from bnfix.graph.writing import Saved, put_back
 
 _NUMBERS = (int, float, bool)
 _GONE = object()
@@ -44,7 +44,8 @@ class OwnState:
             for value in (*kept.attributes.values(), *kept.containers.values())
             for t in _tensors(value)
         }
-        self._values = [(t, t.detach().clone()) for t in loose.values()]
+        self._values = [Saved.of(t) for t in loose.values()]
+        self._tables = [(table, copy.copy(table)) for m in model.modules() for table in module_tables(m)]
 
     def changed(self, ran: nn.Module) -> list[str]:
         """Which attributes of ``ran``, the model or a replica of it, are no longer what they were, as ``Class.name``.
@@ -57,7 +58,7 @@ class OwnState:
             now = {**own_attributes(module), **module._buffers}
             names = [name for name in now if _moved(before.get(name, _GONE), now[name])]
             found += [f"{type(module).__name__}.{name}" for name in names]
-        if not found and any(not torch.equal(t, value) for t, value in self._values):
+        if not found and any(saved.changed for saved in self._values):
             found.append("a tensor among its attributes")
         return found
 
@@ -75,6 +76,9 @@ class OwnState:
                 container = kept.attributes[name]
                 if not same(container, entries):
                     restore(container, entries)
+        for table, entries in self._tables:
+            if not same(table, entries):
+                restore(table, entries)
         put_back(self._values)
 
 

@@ -20,7 +20,7 @@ from bnfix.calibration.ranks import Ranks
 from bnfix.calibration.reading import Mask
 from bnfix.calibration.spill import Spiller
 from bnfix.graph import Outside, Replicator
-from bnfix.graph.writing import put, put_back
+from bnfix.graph.writing import Saved, put, put_back
 from bnfix.running import free_bytes
 from bnfix.running.call import Forward
 
@@ -83,13 +83,13 @@ class Session:
         """Keep what a forward may write to besides."""
         statistics = {id(t) for n in self.norms for t in (n.mean, n.var, n.tracked)}
         others = [b for b in self.model.buffers() if id(b) not in statistics and not (b.is_meta or is_lazy(b))]
-        self._others = [(b, b.detach().clone()) for b in others]
+        self._others = [Saved.of(b) for b in others]
         self._own = OwnState(self.model)
 
     def changed(self, ran: nn.Module) -> list[str]:
         """What the first run changed, on the model or a replica, that the next may look at: in it, buffers, outside."""
         found = self._own.changed(ran)
-        if any(not torch.equal(buffer, value) for buffer, value in self._others):
+        if any(saved.changed for saved in self._others):
             found.append("buffers")
         return found + self.outside.settle()
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from bnfix.graph.owners import Owners, closure_values, find_owners
-from bnfix.graph.writing import put_back, surely
+from bnfix.graph.writing import Saved, put_back, surely
 
 CONTAINERS = (list, dict, set, collections.defaultdict, collections.OrderedDict, collections.deque)
 LIBRARIES = ("torch", "builtins", "numpy", "collections", "functools", "typing", "abc")
@@ -35,6 +35,8 @@ _SIMPLE = (
     types.ModuleType,
 )
 _BARE = nn.Module()
+_OTHERS = ("_parameters", "_buffers", "_modules")
+_TABLES = [name for name, v in vars(_BARE).items() if isinstance(v, CONTAINERS) and name not in _OTHERS]
 LARGE = 1000
 """Entries of a container from which on it is a table, not a state."""
 _DEPTH = 3  # functions named by functions named by the model's own
@@ -55,7 +57,7 @@ def no_footprints(
     own, tensors, generators = _holdings(owners)
     containers = {id(c): c for c in (*own, *_reachable(owners, functions))}.values()
     kept = [(container, copy.copy(container)) for container in containers]
-    values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    values = [Saved.of(tensor) for tensor in tensors]
     states = [(generator, generator.get_state()) for generator in generators]
 
     def again() -> None:
@@ -108,6 +110,11 @@ def _holdings(owners: Owners) -> tuple[list[Any], list[torch.Tensor], list[torch
 def own_attributes(module: nn.Module) -> dict[str, Any]:
     """The attributes that are not those of every module."""
     return {k: v for k, v in vars(module).items() if k != "training" and not (k[:1] == "_" and hasattr(_BARE, k))}
+
+
+def module_tables(module: nn.Module) -> list[Any]:
+    """The containers that every module has beside its parameters, buffers and children: hooks, above all."""
+    return [table for name in _TABLES if (table := vars(module).get(name)) is not None]
 
 
 def _package(value: Any) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,16 +12,94 @@ from torch import Tensor
 
 def put(tensor: Tensor, value: Tensor) -> None:
     """Write ``value`` into a tensor, also into one that was made in inference mode."""
-    kind = tensor.is_inference()
-    with torch.no_grad(), torch.inference_mode(kind) if kind != torch.is_inference_mode_enabled() else nullcontext():
+    with _as(tensor):
         tensor.copy_(value)
 
 
-def put_back(kept: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Give each tensor the value that was kept of it, where it has another one."""
-    for tensor, value in kept:
-        if not torch.equal(tensor, value):  # NaN compares unequal and is written again: the same bits
-            put(tensor, value)
+@contextmanager
+def _as(tensor: Tensor) -> Iterator[None]:
+    """In the mode in which it may be written to."""
+    kind = tensor.is_inference()
+    with torch.no_grad(), torch.inference_mode(kind) if kind != torch.is_inference_mode_enabled() else nullcontext():
+        yield
+
+
+class Saved(NamedTuple):
+    """A tensor, the memory that it showed (an alias, for it may be resized or given another), and what was there."""
+
+    tensor: Tensor
+    alias: Tensor
+    value: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Saved:
+        """As it is now."""
+        return cls(tensor, tensor.detach(), tensor.detach().clone())
+
+    @property
+    def changed(self) -> bool:
+        """Whether it is another now."""
+        return not (_in_place(self) and same_values(self.tensor, self.value))
+
+
+def put_back(kept: Iterable[Saved]) -> None:
+    """Make each tensor what it was, where it is another now; of several that can't be, the first error is raised."""
+    failed: Exception | None = None
+    for saved in kept:
+        try:
+            if not _in_place(saved):
+                _show(saved.tensor, saved.alias)
+            if not same_values(saved.tensor, saved.value):  # NaN compares unequal and is written again: the same bits
+                put(saved.tensor, saved.value)
+        except Exception as error:  # noqa: BLE001  # those behind it have to be put back nevertheless
+            failed = failed or error
+    if failed is not None:
+        raise failed
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether shapes and values are the same; of sparse and nested tensors, those of their parts."""
+    if a.shape != b.shape if not a.is_nested else not b.is_nested:
+        return False
+    parts, others = _parts(a), _parts(b)
+    return len(parts) == len(others) and all(map(torch.equal, parts, others))
+
+
+def _parts(t: Tensor) -> tuple[Tensor, ...]:
+    if t.is_nested:
+        return tuple(t.unbind())  # type: ignore[no-untyped-call]
+    if t.layout is torch.sparse_coo:
+        return t._indices(), t._values()
+    if t.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return t.crow_indices(), t.col_indices(), t.values()
+    if t.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return t.ccol_indices(), t.row_indices(), t.values()
+    return (t,) if t.layout is torch.strided else (t.to_dense(),)
+
+
+def _in_place(saved: Saved) -> bool:
+    """Whether the tensor shows the memory that it showed, in the same shape."""
+    tensor, alias = saved.tensor, saved.alias
+    if tensor.layout is not torch.strided or tensor.is_nested or not torch._C._has_storage(tensor):
+        return True
+    where = tensor.untyped_storage()
+    form = (tensor.shape, tensor.stride(), tensor.storage_offset(), where._cdata)
+    kept = (alias.shape, alias.stride(), alias.storage_offset(), alias.untyped_storage()._cdata)
+    return form == kept and where.nbytes() >= _extent(alias)
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes of its storage up to its last value."""
+    last = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    return int(t.storage_offset() + last + 1) * t.element_size() if t.numel() else 0
+
+
+def _show(tensor: Tensor, alias: Tensor) -> None:
+    memory = alias.untyped_storage()
+    if memory.nbytes() < _extent(alias):
+        memory.resize_(_extent(alias))
+    with _as(tensor):
+        tensor.data = alias.data
 
 
 def surely(restore: Callable[[], None]) -> None:

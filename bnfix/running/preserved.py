@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from bnfix.graph.writing import put_back
+from bnfix.graph.footprints import module_tables, restore, same
+from bnfix.graph.writing import Saved, put_back
 from bnfix.running.modes import modes_of_thread, set_modes
 from bnfix.running.written import Kept
 
@@ -24,7 +26,7 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[nn.Module]:
     """Run ``model`` inside; whatever happens there, it leaves as it came, Ctrl-C included.
 
     Kept: the training flag of each module by itself, the values and identities of buffers, entries of
-    each module's ``__dict__`` (an attribute written in forward goes again), the RNG states of torch, every
+    each module's ``__dict__`` (an attribute written in forward goes again), its hooks, the RNG states of torch, every
     CUDA device in use, NumPy where it is loaded, and ``random``; grad mode, default dtype and backend flags.
     With ``weights``, of parameters too, which a forward may write that sets a layer up by its first batch (ActNorm):
     they get back the memory that they had, and its values: up to :data:`SMALL` numbers each in any case, of larger ones
@@ -33,23 +35,24 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[nn.Module]:
     scripted = [(m, m.training) for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # theirs can't be swapped
     held = [(p, p.data) for p in model.parameters() if weights and type(p) is nn.Parameter and _plain(p.data)]
-    small = [(data, data.clone()) for _, data in held if data.numel() <= SMALL]
+    small = [Saved.of(data) for _, data in held if data.numel() <= SMALL]
     large = Kept(data for _, data in held if data.numel() > SMALL)
     dicts = [(m, dict(m.__dict__)) for m in modules]
     tables = [(m, dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in modules]
     buffers = [b for m in modules for b in m._buffers.values() if b is not None and not b.is_meta and not is_lazy(b)]
     buffers += [b for m, _ in scripted for b in m.buffers(recurse=False)]
-    values = [(b, b.detach().clone()) for b in buffers]
+    values = [Saved.of(b) for b in buffers]
+    own_tables = [(table, copy.copy(table)) for m in modules for table in module_tables(m)]
     rng = _rng_state()
     backends = (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, torch.is_grad_enabled())
     dtype = torch.get_default_dtype()
     modes = modes_of_thread()
 
-    def restore() -> None:
+    def again() -> None:
         for script, training in scripted:
             script.training = training
         for parameter, data in held:
-            if parameter.data_ptr() != data.data_ptr():
+            if parameter.data_ptr() != data.data_ptr() or parameter.shape != data.shape:
                 parameter.data = data
         for module, attributes in dicts:
             module.__dict__.clear()
@@ -63,21 +66,24 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[nn.Module]:
                 if _changed(table, kept):
                     table.clear()
                     table.update(kept)  # type: ignore[arg-type]
-        put_back((*values, *small, *large.values))
+        for container, entries in own_tables:
+            if not same(container, entries):
+                restore(container, entries)
         _set_rng_state(rng)
         torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled = backends[:2]
         torch.set_grad_enabled(backends[2])
         torch.set_default_dtype(dtype)
         set_modes(modes)
+        put_back((*values, *small, *large.values))
 
     try:
         with large:
             yield model
     finally:
         try:  # as graph.writing.surely, whose first line an interrupt may hit too
-            restore()
+            again()
         except BaseException:
-            restore()
+            again()
             raise
 
 

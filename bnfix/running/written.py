@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bnfix.graph.writing import Saved
+
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 _IN_PLACE = frozenset(
@@ -30,12 +32,12 @@ class Kept:
         self._whole: dict[int, list[Tensor]] = defaultdict(list)
         for tensor in tensors:
             self._whole[_memory(tensor)].append(tensor)
-        self.values: list[tuple[Tensor, Tensor]] = []
+        self.values: list[Saved] = []
 
     def before(self, written: Tensor) -> None:
         """Something writes to this tensor next."""
         for tensor in self._whole.pop(_memory(written), ()):
-            self.values.append((tensor, tensor.detach().clone()))
+            self.values.append(Saved.of(tensor))
 
     def __enter__(self) -> Kept:
         _ACTIVE.append(self)

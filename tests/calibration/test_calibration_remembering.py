@@ -267,3 +267,98 @@ def test_a_way_that_depends_on_earlier_calls() -> None:
     assert model.calls == 0
     assert any("depends on earlier calls" in note for note in report.notes)
     assert max(residual(model, images())) <= EXACT
+
+
+class HooksItself(Two):
+    """Installs a hook with its first call and notes that it did, as transformers does to capture outputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not getattr(self, "ready", False):
+            self.conv2.register_forward_hook(lambda _m, _args, out: out * 2 + 1)
+            self.ready = True
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("count", [3, 25])
+def test_hooks_that_a_first_call_installs(count: int, broken: bool) -> None:
+    """The note was taken back and the hooks were not: each call added some, and the model was another afterwards."""
+    model, data = HooksItself(), images()[:count]
+    lived_in(model)
+    if broken:
+        with pytest.raises(CalibrationError):
+            bnfix.recalibrate(model, [*data, torch.full_like(data[0], torch.nan)])
+    else:
+        bnfix.recalibrate(model, data)
+    assert not any(m._forward_hooks for m in model.modules())
+    if not broken:
+        model.eval()(data[0])
+        assert [len(m._forward_hooks) for m in model.modules()].count(1) == 1
+        assert max(residual(model, data)) <= EXACT
+
+
+class Observes(Two):
+    """Keeps the least value seen, in a buffer that the first call makes as large as it has to be (torch.ao's do so)."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.register_buffer("least", torch.tensor([]))
+        self.register_buffer("calls", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        least = x.amin((0, 2, 3))
+        if self.how == "data":
+            self.least.data = least
+        elif self.how == "storage":
+            self.least.resize_(least.shape).copy_(least)
+            self.calls.untyped_storage().resize_(0)
+            return super().forward(x)
+        else:
+            self.least.resize_(least.shape).copy_(least)
+        self.calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("how", ["resize", "data", "storage"])
+def test_a_buffer_that_a_forward_resizes(how: str, broken: bool) -> None:
+    """It was a RuntimeError, and whatever came behind it was not put back."""
+    model, data = Observes(how), images()
+    lived_in(model)
+    model.train()
+    model.calls.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    before, rng = bits(model), torch.get_rng_state()
+    if broken:
+        with pytest.raises(CalibrationError, match="batch 25 holds NaN"):
+            bnfix.recalibrate(model, [*data, torch.full_like(data[0], torch.nan)])
+        assert same_bits(model, before)
+    else:
+        bnfix.recalibrate(model, data)
+        assert model.least.shape == (0,)
+        assert model.calls.tolist() == [1.0, 2.0, 3.0]
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_sparse_csc"])
+def test_a_sparse_buffer(layout: str) -> None:
+    """An adjacency matrix, say: torch.equal knows no such tensors."""
+
+    class Graph(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = torch.nn.Linear(5, 6), torch.nn.BatchNorm1d(6)
+            edges = torch.eye(5) + torch.ones(5, 5).triu(3)
+            self.register_buffer("edges", getattr(edges, layout)())
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.norm(self.linear((self.edges @ x.t()).t() if layout != "to_sparse_csc" else x))
+
+    g = torch.Generator().manual_seed(0)
+    model, data = Graph(), [torch.randn(8, 5, generator=g) * (1 + i) for i in range(6)]
+    bnfix.recalibrate(model, data)
+    assert model.calls == 0
+    assert max(residual(model, data)) <= EXACT
