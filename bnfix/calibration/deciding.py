@@ -68,8 +68,12 @@ class Decision:
         return same and (now.method != "staged" or off <= (batch if self.about else 0))
 
 
-def decide(options: Options, said: Sequence[Found], count: int, world: int = 1) -> Decision:
-    """What all ranks do, by what each has ``said``; ``count`` are the samples of this one that will be used."""
+def decide(options: Options, said: Sequence[Found], count: int, world: int = 1, mine: Found | None = None) -> Decision:
+    """What all ranks do, by what each has ``said``; ``count`` are the samples of this one that will be used.
+
+    ``mine`` is what this rank has said; None: the first.
+    """
+    mine = mine or said[0]
     asked = "as asked for" if options.method != "auto" else ""
     apart = next((f.inseparable for f in said if f.inseparable), "")
     fits = all(f.fits for f in said)
@@ -78,20 +82,21 @@ def decide(options: Options, said: Sequence[Found], count: int, world: int = 1) 
     budget = gigabytes(min(f.budget for f in said))
     if options.method == "staged" or fits:
         kept = f"; its batches are kept as they are ({apart})" if apart else ""
-        share = f"{count:,} of {said[0].total} samples"
+        share = f"{count:,} of {mine.total} samples"
         if fits:  # with max_samples nobody looked whether there are more
-            share = f"{'about' if said[0].about else 'all'} {count:,} samples"
-            if said[0].cut:  # whole batches, where these can't be cut
+            share = f"{'about' if mine.about else 'all'} {count:,} samples"
+            if mine.cut:  # whole batches, where these can't be cut
                 more = options.max_samples is not None and count > options.max_samples
                 share = f"the {count:,} samples of the batches read" if more else f"the {count:,} samples asked for"
-            share = "1 sample" if count == 1 else share
+            share = {0: "no samples", 1: "1 sample"}.get(count, share)
         share += " of this rank" * (world > 1)
         room = "in files" if options.spill_dir is not None else f"in memory ({budget})"
         fit = f"fits {room}" if count == 1 else f"fit {room} together"
         why = f"{share} {fit}{kept}; one pass over the loader"
-        return Decision("staged", f"{asked}: {why}" if asked else why, apart, fits, count, said[0].about)
+        return Decision("staged", f"{asked}: {why}" if asked else why, apart, fits, count, mine.about)
     largest = max(f.largest for f in said)
-    short = f"{min(f.held for f in said):,} of {said[0].total} samples fit ({budget})"
+    worst = next(f for f in said if not f.fits)
+    short = f"{worst.held:,} of {worst.total} samples{' of one rank' * (world > 1)} fit ({budget})"
     if any(f.held == ENDLESS for f in said):
         short = f"data of unknown length, and more than {ENDLESS:,} samples"
     if any(f.crowded for f in said):

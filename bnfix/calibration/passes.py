@@ -13,6 +13,7 @@ from bnfix.calibration.ledger import Place, residual, stored
 from bnfix.calibration.listening import Stats
 from bnfix.calibration.plain import by_norm, measure, merged
 from bnfix.calibration.session import Session
+from bnfix.calibration.staged import MemoryFullError
 from bnfix.errors import CalibrationError
 from bnfix.stats import Moments
 from bnfix.types import Residual
@@ -72,11 +73,16 @@ def _measured(session: Session, chunks: Sequence[Chunk], stats: dict[int, Stats]
             yield chunk
 
     session.rewind()  # each pass is the one that the user would make
+    found, full = dict[Place, Moments](), None
     try:
         with session.using(stats):
             found = measure(session.model, seeded(), session.norms, sum(c.samples for c in chunks))
+    except MemoryFullError as error:
+        full = error
     finally:
         turn.put(session.device)
+    if any(said[0] for said in session.ranks.numbers([int(full is not None)])):  # another way is tried then, by all
+        raise full or MemoryFullError("another rank")
     return merged(found, session.norms, session.ranks)
 
 

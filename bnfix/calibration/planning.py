@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data.distributed import DistributedSampler
 
 from bnfix.calibration.ambient import Turn
 from bnfix.calibration.chunks import (
@@ -48,6 +50,7 @@ from bnfix.calibration.remembering import alike, look_for_memory
 from bnfix.calibration.scouting import Scouted, mixed, scout
 from bnfix.calibration.session import Session
 from bnfix.calibration.streaming import rejoined
+from bnfix.calibration.values import fingerprint
 from bnfix.errors import CalibrationError
 from bnfix.running import drawing, give_back, kept_random
 
@@ -94,12 +97,30 @@ def make_plan(session: Session) -> Plan:
         budget, room = _room(session, scouted)
         foretold = _foretold(session, reader, scouted, budget, room)
         held, mine = _read(session, reader, scouted, held, budget, room)
-    said = ranks.all_of((mine, scouted is not None, {n.key: n.why for n in session.norms if n.why}))
-    if not any(has for _, has, _ in said):
+    first = fingerprint(held[0].call.tensors()) if ranks.world > 1 and held else ""
+    said = ranks.all_of((mine, scouted is not None, {n.key: n.why for n in session.norms if n.why}, first))
+    if not any(has for _, has, _, _ in said):
         raise CalibrationError("the data holds no batch", hint="a generator that was used up gives nothing any more")
     for norm in session.norms:  # what one rank found out about a norm holds for all
-        norm.why = norm.why or next((whys[norm.key] for _, _, whys in said if norm.key in whys), "")
-    return _decided(session, reader, scouted, held, [found for found, has, _ in said if has], foretold)
+        norm.why = norm.why or next((whys[norm.key] for _, _, whys, _ in said if norm.key in whys), "")
+    session.notes += _repeated(session.data, [first for *_, first in said])
+    return _decided(session, reader, scouted, held, mine, [found for found, has, _, _ in said if has], foretold)
+
+
+def _repeated(data: Any, firsts: Sequence[str]) -> list[str]:
+    """Where ranks go through the same samples, which then count several times."""
+    said = []
+    twins = [rank for rank, first in enumerate(firsts) if first and firsts.count(first) > 1]
+    if twins:
+        said.append(
+            f"ranks {', '.join(map(str, twins))} begin with the same batch: each is to have a share of its own, else "
+            "samples count several times, and standard errors are too small"
+        )
+    sampler = getattr(data, "sampler", None)
+    if isinstance(sampler, DistributedSampler) and sampler.total_size > len(sampler.dataset):  # type: ignore[arg-type]
+        more = sampler.total_size - len(sampler.dataset)  # type: ignore[arg-type]
+        said.append(f"DistributedSampler gives {more} of the samples twice, for shares of one size: they count twice")
+    return said
 
 
 def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chunk]]:
@@ -280,12 +301,14 @@ def _decided(
     reader: Reader,
     scouted: Scouted | None,
     held: list[Chunk],
+    mine: Found,
     said: Sequence[Found],
     foretold: Decision | None,
 ) -> Plan:
     fits = all(f.fits for f in said)
-    kept = held if fits else _that_fit(held, min(f.held for f in said))
-    decision = decide(session.options, said, sum(c.samples for c in kept), session.ranks.world)
+    kept = held if fits else _that_fit(held, mine.held)
+    used = sum(c.samples for c in kept)
+    decision = decide(session.options, said, used, session.ranks.world, mine if scouted is not None else Found())
     if foretold is None or not foretold.came_true(decision, reader.largest):
         session.say(decision.line)
     stream = itertools.chain(held, reader)

@@ -7,6 +7,7 @@ others at their next exchange, whichever that is: none waits for one that has gi
 
 from __future__ import annotations
 
+import math
 import pickle
 import time
 import warnings
@@ -19,12 +20,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bnfix.calibration.courier import LOOK, Courier, Parcel
 from bnfix.calibration.messages import Head, Kind
 from bnfix.errors import CalibrationError
 from bnfix.stats import Moments, merge_all
 
 PATIENCE = 30.0
 """Seconds after which a rank that waits for the others to begin says so."""
+SOON = 2.0
+"""The same for one that was interrupted, and waits for the others to tell them."""
+
+
+WAITS = (
+    "waits for the others: every rank has to call recalibrate, each with its share of the data; for this process "
+    "alone:  group=False"
+)
+TELLS = "has failed, and waits for the others to tell them; Ctrl-C once more leaves at once"
 
 
 class Ranks:
@@ -72,15 +83,18 @@ class Ranks:
     @contextmanager
     def or_undone(self, undo: Callable[[], None]) -> Iterator[None]:
         """``undo()`` unless the block succeeds on all ranks; the last exchange inside :meth:`together`."""
-        yield
+        try:
+            yield
+        except BaseException:
+            undo()
+            raise
 
 
 @dataclass
 class _Flight:
-    """A collective under way, and what follows from it."""
+    """A collective under way, and what follows from it; both may come about twice."""
 
-    work: Any
-    found: list[Tensor]
+    parcel: Parcel
     then: Callable[[list[Tensor]], None]
 
 
@@ -91,6 +105,7 @@ class Group(Ranks):
         self.group = group
         self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.device = _device(group)
+        self._courier = Courier(group, self.device)
         self._flight: _Flight | None = None
         self._heads: list[Head] = []
         self._owed = 0  # bytes that all ranks have agreed to exchange next
@@ -112,6 +127,8 @@ class Group(Ranks):
         except BaseException as error:
             self._tell(error)
             raise
+        finally:
+            self._courier.end()
 
     def alike(self, facts: Mapping[str, object]) -> None:
         """Make sure that all ranks were asked for the same."""
@@ -173,7 +190,7 @@ class Group(Ranks):
             CalibrationError: a rank failed, is gone, or is about to exchange something else.
         """
         size = 0 if payload is None else payload.numel()
-        self._collect(Head(kind, size, values).packed(), self._read, patient=kind is not Kind.JOIN)
+        self._collect(Head(kind, size, values).packed(), self._read, joining=kind is Kind.JOIN)
         self._check(kind)
         if payload is None:
             return []
@@ -206,53 +223,57 @@ class Group(Ranks):
                 hint="the model and all arguments but the data have to be the same on all ranks",
             )
 
-    def _collect(self, mine: Tensor, then: Callable[[list[Tensor]], None], *, patient: bool = True) -> list[Tensor]:
-        mine = mine.to(self.device)
-        found = [torch.empty_like(mine) for _ in range(self.world)]
-        try:
-            self._flight = _Flight(dist.all_gather(found, mine, group=self.group, async_op=True), found, then)
-            if not patient:
-                self._wait_for_all(self._flight.work)
+    def _collect(self, mine: Tensor, then: Callable[[list[Tensor]], None], *, joining: bool = False) -> list[Tensor]:
+        parcel = Parcel(mine.to(self.device))
+        self._flight = _Flight(parcel, then)
+        if joining:
+            try:
+                self._land(PATIENCE, WAITS)
+            except BaseException as error:
+                self._leave_word(parcel, error)
+                raise
+        else:
             self._land()
-        except (RuntimeError, ValueError) as error:  # how gloo and nccl say that a rank is gone
+        return parcel.found
+
+    def _land(self, patience: float = math.inf, word: str = "") -> None:
+        """Wait for the collective under way, if any, and say ``word`` if it takes long; may be called twice.
+
+        Raises:
+            CalibrationError: another rank is gone.
+        """
+        flight = self._flight
+        if flight is None:
+            return
+        parcel = flight.parcel
+        self._courier.send(parcel)
+        said = time.monotonic() + patience
+        while not parcel.wait(LOOK):
+            if time.monotonic() > said:
+                said = math.inf
+                warnings.warn(f"rank {self.rank} of {self.world} {word}", stacklevel=2)
+        if parcel.error is not None:
             self._over, self._flight = True, None
             raise CalibrationError(
-                f"rank {self.rank} of {self.world} lost the others; its model is as it was: {error}",
+                f"rank {self.rank} of {self.world} lost the others; its model is as it was: {parcel.error}",
                 hint="see what the first rank that ended has to say",
-            ) from error
-        return found
+            ) from parcel.error
+        flight.then(parcel.found)
+        self._flight = None
 
-    def _land(self) -> None:
-        """Wait for the collective under way, if any; may be called again after Ctrl-C."""
-        flight = self._flight
-        if flight is not None:
-            flight.work.wait()
-            flight.then(flight.found)
-            self._flight = None
-
-    def _wait_for_all(self, work: Any) -> None:
-        """Until all ranks have begun; says so if they don't, and Ctrl-C ends it."""
-        began, pause, said = time.monotonic(), 0.0005, False
-        try:
-            while not work.is_completed():
-                time.sleep(pause)
-                pause = min(2 * pause, 0.05)
-                if not said and time.monotonic() - began > PATIENCE:
-                    said = True
-                    warnings.warn(
-                        f"rank {self.rank} of {self.world} waits for the others: every rank has to call recalibrate, "
-                        "each with its share of the data; for this process alone:  group=False",
-                        stacklevel=2,
-                    )
-        except BaseException:
-            self._over, self._flight = True, None
-            raise
+    def _leave_word(self, parcel: Parcel, error: BaseException) -> None:
+        """Not to begin, after all: the others hear of it when they come, however long that takes."""
+        if not self._over:
+            self._courier.send(parcel)
+            parcel.begins(SOON)
+            self._courier.leave(Head.of(error).packed().to(self.device))
+        self._over, self._flight = True, None
 
     def _tell(self, error: BaseException) -> None:
         """Tell the others, at the exchange that they are at or come to, that this rank has failed."""
 
         def told() -> None:
-            self._land()
+            self._land(SOON, TELLS)
             if self._owed and not self._over:
                 self._collect(torch.zeros(self._owed, dtype=torch.uint8), self._paid)
             if not self._over:

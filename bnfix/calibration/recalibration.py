@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from bnfix.calibration import judging, summary
 from bnfix.calibration.chunks import Chunk, first_samples, splittable
@@ -24,8 +25,8 @@ from bnfix.calibration.scouting import Scouted
 from bnfix.calibration.session import Options, Say, Session
 from bnfix.calibration.staged import MemoryFullError, out_of_memory
 from bnfix.calibration.streaming import stream
-from bnfix.calibration.transaction import Handle, commit
-from bnfix.calibration.values import check_values, check_writable
+from bnfix.calibration.transaction import Handle, prepared
+from bnfix.calibration.values import check_values, check_writable, fingerprint
 from bnfix.errors import CalibrationError
 from bnfix.graph import Outside, find_owners, no_footprints, replicator
 from bnfix.running import preserved, replayable, young_garbage_only
@@ -58,13 +59,16 @@ def recalibrate(
     norms = find_norms(model, select, include_frozen, owners)
     _refuse_nothing(norms)
     check_writable(norms)
-    ranks.alike(_asked(options, norms))
+    if ranks.world > 1:
+        ranks.alike(_asked(options, norms))
     device = next((n.mean.device for n in norms.known.values()), None) or _device(model)
     kept = no_footprints(model, options.forward, owners=owners)
     with young_garbage_only(), preserved(model), kept, torch.no_grad():
         outside = Outside(owners, options.forward)
         for module in model.modules():
             module.training = False
+            if isinstance(module, DistributedDataParallel):  # one inside of the model: each forward would wait for all
+                module.require_forward_param_sync = False
             if getattr(module, "_compiled_call_impl", None) is not None:  # model.compile(): what it compiled is intact
                 module._compiled_call_impl = None
         replicate = replicator(model)
@@ -74,6 +78,7 @@ def recalibrate(
             session.notes.append(f"shared by all chunks, since it can't be copied: {', '.join(shared[:3])}")
         try:
             report, stats, batches = _Work(session).report()
+            counts = _largest(ranks.all_of({n.key: int(n.tracked) for n in norms if n.tracked is not None}))
         except MemoryFullError as error:
             told = str(error) if "out of memory" in str(error) else f"out of memory: {error}"
             raise CalibrationError(told, hint="let the loader give smaller batches") from error.__cause__
@@ -89,8 +94,9 @@ def recalibrate(
     handle = Handle()
     if report.changed:
         ranks.agree()
-        with ranks.or_undone(lambda: handle.undo() if handle.done else None):
-            handle = commit(norms, stats, batches)
+        handle = prepared(norms, stats, batches, counts)
+        with ranks.or_undone(handle.take_back):
+            handle.write()
     return dataclasses.replace(report, handle=handle, seconds={"total": time.process_time() - began, **session.seconds})
 
 
@@ -149,6 +155,7 @@ class _Work:
                 hint="is the data what the model is called with?  forward=lambda m, b: m(b[0])",
             )
         self._note_iterations(outcome)
+        gist = summary.Gist.together(self.ranks.all_of(summary.Gist.of(outcome, reader, chunks)))
         if not reader.counted and samples == batches > 1:
             session.notes.append(
                 f"the inputs do not tell how many samples a batch holds: each of the {batches:,} batches counts as "
@@ -177,10 +184,10 @@ class _Work:
             never_called=never,
             left=tuple(left_why),
             left_why=left_why,
-            used=reader.used,
+            used=gist.used,
             ranks=self.ranks.world,
             needed=change.worth_it if options.when == "needed" else None,
-            advice=(*self._leave_it(change), *summary.advice(outcome, session.norms, reader, chunks)),
+            advice=(*self._leave_it(change), *summary.advice(outcome, session.norms, gist)),
             notes=(*session.notes, *self._odd(scouted is not None and scouted.mixing)),
         )
         return report, outcome.stats, batches
@@ -379,14 +386,21 @@ def _refuse_nothing(norms: Norms) -> None:
 
 def _asked(options: Options, norms: Norms) -> dict[str, object]:
     """What has to be the same on all ranks; data, ``max_samples`` and what concerns memory may differ."""
-    todo = [(n.key, n.path, n.channels) for n in norms if not n.why]
+    todo = [(n.key, n.path, n.channels, n.eps, n.mean.dtype, n.var.dtype) for n in norms if not n.why]
     digest = hashlib.sha256(repr(todo).encode()).hexdigest()[:8]
     names = ("method", "when", "certify", "unbiased", "tol", "dry_run")
-    return {"the norms": f"{len(todo)} (digest {digest})", **{name: getattr(options, name) for name in names}}
+    weights = fingerprint(norms.model.parameters())
+    asked = {"the norms": f"{len(todo)} (digest {digest})", "the weights": f"those of digest {weights}"}
+    return asked | {name: getattr(options, name) for name in names}
 
 
 def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _largest(said: Sequence[dict[int, int]]) -> dict[int, int]:
+    """The largest number that any rank has for each key."""
+    return {key: max(each.get(key, 0) for each in said) for key in said[0]}
 
 
 def _first(why: Any) -> str:

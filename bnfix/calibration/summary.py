@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
@@ -99,16 +100,52 @@ def left_alone(
     return tuple(frozen), tuple(never), why
 
 
-def advice(outcome: Outcome, norms: Norms, reader: Reader, chunks: Sequence[Chunk]) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Gist:
+    """What was read, as far as advice hangs on it; ``ratio`` says how many times as much as by chance it differs."""
+
+    samples: int
+    batches: int
+    largest: int
+    pure: int
+    labels: frozenset[int]
+    counted: bool
+    ratio: float | None
+    used: str
+
+    @classmethod
+    def of(cls, outcome: Outcome, reader: Reader, chunks: Sequence[Chunk]) -> Gist:
+        """By this rank."""
+        samples = sum(c.samples for c in chunks) if chunks else reader.samples
+        labels = frozenset(reader.labels)
+        ratio = _sorted(outcome, chunks)
+        return cls(samples, reader.batches, reader.largest, reader.pure, labels, reader.counted, ratio, reader.used)
+
+    @classmethod
+    def together(cls, said: Sequence[Gist]) -> Gist:
+        """By all ranks."""
+        return cls(
+            sum(g.samples for g in said),
+            sum(g.batches for g in said),
+            max(g.largest for g in said),
+            sum(g.pure for g in said),
+            frozenset().union(*(g.labels for g in said)),
+            all(g.counted for g in said),
+            max((g.ratio for g in said if g.ratio is not None), default=None),
+            next((g.used for g in said if g.used), ""),
+        )
+
+
+def advice(outcome: Outcome, norms: Norms, gist: Gist) -> tuple[str, ...]:
     """Where statistics are not the remedy, or not for long."""
     said = [*_apart(outcome.sites, norms)]
-    if (sum(c.samples for c in chunks) if chunks else reader.samples) == 1 and reader.counted:
+    if gist.samples == 1 and gist.counted:
         said.append("statistics of ONE sample: they fit that sample and no other; take hundreds")
     elif outcome.sites and all(not bool((m.variance() > 0).any()) for m in outcome.sites.values()):
         said.append("every variance is 0: all samples are alike and constant; is this the data?")
-    if 1 <= reader.largest <= 4 and reader.batches > 1 and reader.counted:
+    if 1 <= gist.largest <= 4 and gist.batches > 1 and gist.counted:
         said.append(
-            f"batches of {reader.largest}: if the model was trained with such small ones, better statistics do not "
+            f"batches of {gist.largest}: if the model was trained with such small ones, better statistics do not "
             "heal it; norms with fewer than 33 values a channel and batch need another norm (GroupNorm)"
         )
     if outcome.uneven is not None:
@@ -117,16 +154,16 @@ def advice(outcome: Outcome, norms: Norms, reader: Reader, chunks: Sequence[Chun
             "and each was normalised by itself or by those before it: these statistics are NOT those of evaluation "
             "mode; shuffle the data, or let it fit:   spill_dir='DIR' or memory_budget="
         )
-    if reader.batches >= 5 and reader.pure == reader.batches and len(reader.labels) > 1:
+    if gist.batches >= 5 and gist.pure == gist.batches and len(gist.labels) > 1:
         harmless = "harmless here, but " if outcome.engine != "stream" else ""
         said.append(
             f"each batch holds one class: {harmless}a model trained on such batches learned from the batch "
             "itself, and statistics do not heal that: shuffle, and train anew"
         )
-    elif (ratio := _sorted(outcome, chunks)) is not None and ratio > 3:
+    elif gist.ratio is not None and gist.ratio > 3:
         said.append(
-            f"the batches differ more than chance would have it ({ratio:.1f} ×, shuffled data has about 1): sorted "
-            "data is harmless here, but not for training"
+            f"the batches differ more than chance would have it ({gist.ratio:.1f} ×, shuffled data has about 1): "
+            "sorted data is harmless here, but not for training"
         )
     return tuple(said)
 

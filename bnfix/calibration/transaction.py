@@ -42,6 +42,17 @@ class Handle:
         alive = [model] if model is not None else [m for find in self._owners if (m := find()) is not None]
         return {key for module in alive for key in find_owners(module).tensors}
 
+    def write(self) -> None:
+        """All or nothing, Ctrl-C included: until the caller's next line, :meth:`take_back` knows of it."""
+        self.done = True
+        _write([(tensor, now, before) for _, tensor, before, now in self._entries])
+
+    def take_back(self) -> None:
+        """What stood there, whatever stands there now; nothing where nothing was written."""
+        if self.done:
+            surely(lambda: _write([(tensor, before, now) for _, tensor, before, now in self._entries]))
+            self.done = False
+
     def __reduce__(self) -> tuple[type[Handle], tuple[bool, bool]]:
         """A report that is pickled or copied is to be read: the model belongs to the first."""
         return Handle, (False, self.done or self.copied)
@@ -75,27 +86,27 @@ class Handle:
         self.done = False
 
 
-def commit(norms: Norms, stats: Mapping[int, Stats], batches: int) -> Handle:
-    """Write ``stats`` (by key) into the buffers of ``norms``: all or nothing, Ctrl-C included.
+def prepared(norms: Norms, stats: Mapping[int, Stats], batches: int, counts: Mapping[int, int]) -> Handle:
+    """What writes ``stats`` (by key) into the buffers of ``norms``, and takes it back.
 
-    ``num_batches_tracked`` stays, except where it would deny what is stored now (:func:`_counted`).
+    ``num_batches_tracked`` stays, except where it would deny what is stored now (:func:`_counted`) or ``counts``, the
+    largest of all ranks, are others.
     """
     entries: list[tuple[str, Tensor, Tensor, Tensor]] = []
     for norm in norms:
         if norm.key not in stats:
             continue
         pairs = [("running_mean", norm.mean, stats[norm.key][0]), ("running_var", norm.var, stats[norm.key][1])]
-        counted = _counted(norm, batches)
+        counted = _counted(norm, counts.get(norm.key, 0), batches)
         if norm.tracked is not None and counted != int(norm.tracked):
             pairs.append(("num_batches_tracked", norm.tracked, torch.full_like(norm.tracked, counted)))
         path = f"{norm.path}." if norm.path else ""
         entries += [(f"{path}{name}", tensor, tensor.detach().clone(), now) for name, tensor, now in pairs]
-    _write([(tensor, now, before) for _, tensor, before, now in entries])
     owners = {id(n.module): n.module for n in norms if n.key in stats}
-    return Handle(True, False, entries, weakref.ref(norms.model), tuple(map(weakref.ref, owners.values())))
+    return Handle(False, False, entries, weakref.ref(norms.model), tuple(map(weakref.ref, owners.values())))
 
 
-def _counted(norm: Norm, batches: int) -> int:
+def _counted(norm: Norm, before: int, batches: int) -> int:
     """What ``num_batches_tracked`` is to be.
 
     0 becomes ``batches``: with momentum=None the next training batch would otherwise count for all. With a momentum α,
@@ -103,7 +114,6 @@ def _counted(norm: Norm, batches: int) -> int:
     variance 1 (BN203), which is not so any more. It becomes that n for which nothing to speak of is left; torch itself
     reads it with momentum=None alone.
     """
-    before = 0 if norm.tracked is None else int(norm.tracked)
     momentum = getattr(norm.module, "momentum", None)
     settled = 0
     if isinstance(momentum, (int, float)) and 0 < momentum < 1 and (1 - momentum) ** before > _LEFT:

@@ -1,12 +1,14 @@
-"""Tensors that hold no values, or hold one for several channels: refused before any work, with the way out."""
+"""Tensors that hold no values, or hold one for several channels: refused before any work; and a print of values."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from bnfix.calibration.norms import Norm
@@ -64,3 +66,20 @@ def check_writable(norms: Iterable[Norm]) -> None:
                     if own
                     else f"give each channel a number of its own:  torch.zeros({norm.channels}), nothing expanded",
                 )
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Short, and another for other values: to see whether tensors of several processes are the same."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        total = 0
+        plain = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_meta or is_lazy(tensor))
+        if plain and not tensor.is_quantized and tensor.numel():
+            values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            bits = values.detach().contiguous().view(_BITS[values.dtype.itemsize])
+            total = int(bits.sum(dtype=torch.int64))
+        found.update(f"{tensor.dtype} {'lazy' if is_lazy(tensor) else tuple(tensor.shape)} {total}".encode())
+    return found.hexdigest()[:8]

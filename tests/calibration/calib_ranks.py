@@ -17,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import greenlet
 import torch
@@ -108,6 +109,46 @@ def dry(team: Team) -> Met:
 def at_most(team: Team) -> Met:
     """``max_samples`` counts on each rank by itself."""
     return attempt(team, net(), team.share(data()), max_samples=10 + team.rank)
+
+
+@scenario
+def beyond_the_budget(team: Team) -> Met:
+    """One rank has hardly any samples, the others more than fit."""
+    shares = [4, *[160] * (team.world - 1)]
+    given = list(data(sum(shares)).split(shares)[team.rank].split(8))
+    return attempt(team, net(), given, method="staged", memory_budget=60_000)
+
+
+@scenario
+def counted_apart(team: Team) -> Met:
+    """As after a training in which ranks counted on their own."""
+    model = net()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d):
+            norm.num_batches_tracked.fill_(3 + 7 * team.rank)
+    return attempt(team, model, team.share(data()))
+
+
+class Inside(nn.Module):
+    """A model that holds a DistributedDataParallel: each of its forwards synchronises buffers."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__()
+        self.body = nn.parallel.DistributedDataParallel(net(), process_group=group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.body(x)
+        return found
+
+
+@scenario
+def wrapped_inside(team: Team) -> Met:
+    return attempt(team, Inside(team.group).eval(), team.share(data()))
+
+
+@scenario
+def the_same_on_all(team: Team) -> Met:
+    return attempt(team, net(), list(data(32).split(16)))
 
 
 @scenario

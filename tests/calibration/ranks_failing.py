@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -91,6 +94,28 @@ def other_model(team: Team) -> Met:
 
 
 @scenario
+def other_weights(team: Team) -> Met:
+    """A checkpoint that was loaded on one rank only."""
+
+    def shifted(model: nn.Module) -> nn.Module:
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.dim() == 4).flatten()[-1] += 1e-3
+        return model
+
+    return spoiled(team, model=shifted)
+
+
+@scenario
+def other_eps(team: Team) -> Met:
+    def larger(model: nn.Module) -> nn.Module:
+        norm: Any = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+        norm.eps = 1e-3
+        return model
+
+    return spoiled(team, model=larger)
+
+
+@scenario
 def all_empty(team: Team) -> Met:
     return attempt(team, net(), [])
 
@@ -151,15 +176,15 @@ def any_exchange(team: Team) -> Met:
     def tried(step: int, where: str) -> Met:
         count = 0
 
-        def collect(self: Any, mine: Tensor, then: Any, *, patient: bool = True) -> Any:
+        def collect(self: Any, mine: Tensor, then: Any, *, joining: bool = False) -> Any:
             nonlocal count
             count += 1
             now = count == step + 1 and team.rank == step % team.world
             if now and where == "before":
                 raise KeyboardInterrupt
             if now and where == "in":
-                self._land = lambda: interrupt(self)
-            found = original(self, mine, then, patient=patient)
+                self._land = lambda *_: interrupt(self)
+            found = original(self, mine, then, joining=joining)
             if now and where == "after":
                 raise KeyboardInterrupt
             return found
@@ -172,6 +197,42 @@ def any_exchange(team: Team) -> Met:
 
     found = [_until_all_is_well(team, lambda step, where=where: tried(step, where)) for where in WHERE]
     return _all([met for part in found for met in part])
+
+
+@scenario
+def any_collective(team: Team) -> Met:
+    """Ctrl-C comes as each collective in turn has begun, and before anybody could keep that in mind."""
+    original = dist.all_gather
+
+    def tried(step: int) -> Met:
+        count = 0
+
+        def gathering(*args: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            work = original(*args, **options)
+            if count == step + 1 and team.rank == step % team.world:
+                signal.raise_signal(signal.SIGINT)
+            return work
+
+        dist.all_gather = gathering
+        try:
+            return attempt(team, lived_in(nn.Sequential(nn.BatchNorm2d(3))), team.share(data(), batch=32))
+        finally:
+            dist.all_gather = original
+
+    return _all(_until_all_is_well(team, tried))
+
+
+@scenario
+def interrupted_before_the_others_come(team: Team) -> Met:
+    """A rank that is alone yet gives up, and goes on with something else; the others come later."""
+    if team.rank == BAD:
+        timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+        timer.start()
+    else:
+        time.sleep(1.0)
+    return attempt(team, net(), team.share(data()))
 
 
 WHERE = ("before", "in", "after")

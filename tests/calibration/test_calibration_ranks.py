@@ -252,6 +252,35 @@ def test_max_samples_counts_on_each_rank(results: Results, world: int) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_the_smallest_share_does_not_limit_the_others(results: Results, world: int) -> None:
+    """All ranks took as many as the smallest had: 8 samples of 164, without a word."""
+    mets = results["beyond_the_budget", world]
+    assert len({m.digest for m in mets}) == 1
+    (n,) = {m.report["n"] for m in mets}
+    assert 4 + 20 * (world - 1) < n < 4 + 160 * (world - 1)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_buffers_beside_the_statistics_end_alike(results: Results, world: int) -> None:
+    assert len({m.digest for m in results["counted_apart", world]}) == 1
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_data_parallel_inside_of_a_model_does_not_hang(results: Results, world: int) -> None:
+    for met, plain in zip(results["wrapped_inside", world], results["staged", world], strict=True):
+        assert met.text == ""
+        assert distance(met.stats, plain.stats) == 0
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_ranks_that_read_the_same_are_told(results: Results, world: int) -> None:
+    for met in results["the_same_on_all", world]:
+        assert any("begin with the same batch" in note for note in met.report["notes"])
+    for met in results["staged", world]:
+        assert not any("the same batch" in note for note in met.report["notes"])
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_a_new_draw_on_one_rank_is_measured_on_all(results: Results, world: int) -> None:
     fresh = [m.report["residual_fresh"] for m in results["drawn_anew", world]]
     assert fresh[0] is not None
@@ -303,6 +332,7 @@ FAILURES = {
     "no_such_norm": ("CalibrationError", "select='nothing' fits no norm"),
     "forward_raises": ("CalibrationError", "no such word"),
     "forward_interrupted": ("KeyboardInterrupt", ""),
+    "interrupted_before_the_others_come": ("KeyboardInterrupt", ""),
 }
 
 
@@ -327,6 +357,8 @@ SHARED = {
     "forward_makes_nan": "rank 1, batch 1: two: its input holds NaN or Inf",
     "other_arguments": "unbiased is True on rank 0, False on rank 1",
     "other_model": "the norms is 4 (digest",
+    "other_weights": "the weights is those of digest",
+    "other_eps": "the norms is 4 (digest",
     "all_empty": "the data holds no batch",
 }
 
@@ -341,9 +373,9 @@ def test_what_no_rank_can_go_on_from_is_told_alike_on_all(results: Results, name
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("name", ["any_step", "any_exchange"])
+@pytest.mark.parametrize("name", ["any_step", "any_exchange", "any_collective"])
 def test_wherever_a_rank_is_interrupted_all_are_as_they_were(results: Results, name: str, world: int) -> None:
-    """At each step that it tells of; before, in and after each exchange."""
+    """At each step that it tells of; before, in and after each exchange; as a collective begins."""
     mets = results[name, world]
     attempts = list(zip(*(m.extra["error"] for m in mets), strict=True))
     untouched = list(zip(*(m.extra["untouched"] for m in mets), strict=True))
