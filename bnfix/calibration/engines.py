@@ -167,7 +167,7 @@ def _proven(
     session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, quiet: bool, cut: bool, fibers: bool
 ) -> tuple[Outcome, int, str]:
     turn = Turn.now(session.device)
-    watched = witnesses(chunks) if to_be_proven(session, chunks) else []
+    watched = witnesses(chunks, every=session.shares) if to_be_proven(session, chunks) else []
     found = _parked(session, chunks, scouted, turn, watched, quiet, fibers)
     found.chunks = chunks
     verdict, why = CLEAN, ""

@@ -135,6 +135,11 @@ def _held(place: tuple[int, str, nn.Module, str]) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
+def holds_statistics(module: nn.Module) -> bool:
+    """Whether a ``running_mean`` is its own, and not another module's that it passes on."""
+    return "running_mean" in module.__dict__ or "running_mean" in module._buffers
+
+
 def find_norms(
     model: nn.Module, select: Select = None, include_frozen: bool = False, owners: Owners | None = None
 ) -> Norms:
@@ -156,7 +161,9 @@ def find_norms(
     norms = Norms(model, _tensors=places, _decide=decide)
     without, instance = [], []
     by_memory: dict[int, Norm] = {}
-    for module in owners.modules.values():
+    for module in sorted(
+        owners.modules.values(), key=holds_statistics, reverse=True
+    ):  # wrappers that pass on come later
         path = (owners.paths(module) or ("",))[0]
         mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
         if isinstance(module, nn.modules.instancenorm._InstanceNorm):

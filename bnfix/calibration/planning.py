@@ -140,6 +140,7 @@ def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chu
         ways.append((first, lambda: session.model))
     if splittable(few) and faster(session.device):
         ways.insert(0, (dataclasses.replace(few, laid_out=True), session.replicate))
+    known = {name for name, _ in session.model.named_parameters()}
     for last, (chunk, make) in enumerate(ways, 1 - len(ways)):
         try:
             ran = make()
@@ -149,6 +150,12 @@ def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chu
             if not last:
                 raise
             continue
+        built = next((name for name, _ in ran.named_parameters() if name not in known), "")
+        if built:
+            raise CalibrationError(
+                f"the forward builds a part of the model in its first call ({built}): it would be gone again",
+                hint="run the model once on an example, then call bnfix",
+            )
         chunk = found.chunk = few if chunk.laid_out else chunk
         look_for_memory(session, chunk, ran, None if start is None else _others(lead, start))
         if session.remembers:

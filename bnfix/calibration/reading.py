@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
@@ -131,10 +132,12 @@ class Reader:
             found = batch[self._mask] if isinstance(self._mask, str) else self._mask(batch)
         except Exception as error:  # the user's own function or mapping
             raise _no_mask(self._mask, batch, number, error) from error
+        if isinstance(found, np.ndarray):
+            found = torch.from_numpy(found)
         if not isinstance(found, Tensor) or found.dim() == 0:
             raise CalibrationError(f"batch {number}: the mask is no tensor (N, *positions), but {type(found).__name__}")
         device = next((t.device for t in call.tensors()), torch.device("cpu"))
-        return found.to(device, torch.bool, copy=self._copies)
+        return found.to(device, torch.bool, copy=self._copies or callable(self._mask))  # it may fill one buffer
 
     def _look_at_labels(self, batch: Any, call: Call) -> None:
         values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
@@ -174,7 +177,8 @@ def _may_overwrite(data: Any) -> bool:
 
     Workers send copies; a ``collate_fn`` of the user's may hand on one buffer, filled anew.
     """
-    if isinstance(data, torch.utils.data.DataLoader):
+    loader = torch.utils.data.DataLoader
+    if isinstance(data, loader) and type(data).__iter__ is loader.__iter__:
         return data.num_workers == 0 and (data.batch_size is None or data.collate_fn is not default_collate)
     return getattr(type(data), "__iter__", None) not in (list.__iter__, tuple.__iter__)  # a list may make its own
 

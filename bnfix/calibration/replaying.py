@@ -32,6 +32,8 @@ CLEAN, ORDER, MIXED, LEAKS = range(4)
 NEAR = 5e-4
 """Distance of a sample alone and among others, in standard deviations. Kernels that depend on the batch size give up to
 1e-4 in the depth of untrained networks (which amplify any rounding), leaks and layers that mix a batch 1e-1."""
+LOOKED = 256
+"""Values of a sample that are looked at for zeros."""
 KINDS = 3
 """Kinds of chunks of which one is run again each."""
 APART = 1e-5
@@ -194,8 +196,8 @@ def to_be_proven(session: Session, chunks: Sequence[Chunk]) -> bool:
     return together or session.options.certify is not None
 
 
-def witnesses(chunks: Sequence[Chunk]) -> list[tuple[int, Witness]]:
-    """The chunks to be run again, with their numbers.
+def witnesses(chunks: Sequence[Chunk], *, every: bool = False) -> list[tuple[int, Witness]]:
+    """The chunks to be run again, with their numbers; ``every`` one where something is known that they could mix up.
 
     A value kept in a wrong place is overwritten by a later chunk, or was there from an earlier one, perhaps only by one
     with inputs of the same kind (shapes, and what is no tensor): of each kind that has such the smallest chunk with
@@ -210,7 +212,9 @@ def witnesses(chunks: Sequence[Chunk]) -> list[tuple[int, Witness]]:
         if all(kinds[i] != kinds[j] for j in smallest):
             smallest.append(i)
     often = sorted(smallest, key=lambda i: -kinds.count(kinds[i]))
-    chosen = often[:KINDS] or [*later[:1], *earlier[-1:]] or ([1] if len(chunks) > 2 else range(len(chunks)))
+    chosen: Sequence[int] = often[:KINDS] or [*later[:1], *earlier[-1:]]
+    if every or not chosen:
+        chosen = [1] if len(chunks) > 2 and not every else range(len(chunks))
     found = [(i, Witness(chunks[i])) for i in chosen]
     single = _single(chunks)
     return found if single is None else [*found, (single[0], Witness(chunks[single[0]], single[1]))]
@@ -257,8 +261,8 @@ def _near(
 
 
 def _least(chunk: Chunk) -> list[int] | None:
-    """The samples whose discrete or small inputs (lengths, tokens, masks) are the least; None where there are none, or
-    all are alike.
+    """The samples whose discrete or small inputs (lengths, tokens, masks) are the least, or that hold the most zeros
+    (padding); None where all are alike.
 
     What code makes of the longest of a batch is the same for any two that are as long: these are not.
     """
@@ -266,13 +270,22 @@ def _least(chunk: Chunk) -> list[int] | None:
     tensors = [t for t in strided if t.shape[:1] == (chunk.samples,) and not t.is_complex()]
     few = 16 if len(tensors) > 1 else 0  # values a sample of one that is a number, not what the norms see
     small = [t for t in tensors if t.numel() <= len(t) * (few if t.is_floating_point() else SHARED)]
-    if not small or chunk.samples <= PROBED:
+    blank = [b for t in tensors if t.is_floating_point() and all(t is not s for s in small) and (b := _filled(t)).any()]
+    if not (small or blank) or chunk.samples <= PROBED:
         return None
-    sizes = torch.stack([t.double().flatten(1).sum(1).cpu() if t.dim() > 1 else t.double().cpu() for t in small], 1)
+    sums = [t.double().flatten(1).sum(1).cpu() if t.dim() > 1 else t.double().cpu() for t in small]
+    sizes = torch.stack([*sums, *blank], 1)
     sizes = ((sizes - sizes.mean(0)) / sizes.std(0).clamp(min=1e-300)).nan_to_num(0.0).sum(1)
     if bool((sizes == sizes[0]).all()):
         return None
     return sorted(sizes.argsort(stable=True)[:PROBED].tolist())
+
+
+def _filled(t: Tensor) -> Tensor:
+    """Minus the number of zeros in each sample, float64, (N,); of some hundred of its values."""
+    values = t.reshape(len(t), -1)
+    some = values[:, :: max(1, values.shape[1] // LOOKED)]
+    return -(some == 0).sum(1, dtype=torch.float64).cpu()
 
 
 def _rows(sums: Mapping[Place, SampleSums], here: slice | list[int]) -> dict[Place, SampleSums]:

@@ -17,7 +17,7 @@ from bnfix.calibration.footing import Footing, Way
 from bnfix.calibration.ledger import Place
 from bnfix.calibration.listening import Listener, Seen, tells_values
 from bnfix.calibration.memory_order import HANDED_ON, is_laid_out
-from bnfix.calibration.norms import Norms, norms_device
+from bnfix.calibration.norms import Norms, holds_statistics, norms_device
 from bnfix.calibration.outputs import kept_outputs
 from bnfix.calibration.staged import forward_of
 from bnfix.errors import CalibrationError
@@ -211,7 +211,7 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
     start = last = time.perf_counter()
     try:
         with (
-            forward_of(chunk),
+            forward_of(chunk, lambda: norms.by_key(route[-1][0]).path if route else ""),
             torch.no_grad(),
             Listener(norms, ask) as listener,
             held or contextlib.nullcontext(),
@@ -247,7 +247,8 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
 
 
 def _norm_modules(replica: nn.Module) -> list[nn.Module]:
-    return [m for m in replica.modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
+    # Those that hold one: a wrapper that hands on what it is asked for is called as well, and would count twice.
+    return [m for m in replica.modules() if holds_statistics(m) and isinstance(m.running_mean, Tensor)]
 
 
 def _origin(module: nn.Module) -> Any:

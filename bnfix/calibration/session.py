@@ -76,6 +76,9 @@ class Session:
     remembers: str = ""
     """What a forward changes that matters to the next one; empty if nothing does."""
 
+    shares: bool = False
+    """Whether a forward changes something outside of the model, which chunks have in common."""
+
     reads: bool = False
     """Whether the way through the model may depend on what is in a batch."""
 
@@ -91,7 +94,9 @@ class Session:
         found = self._own.changed(ran)
         if any(saved.changed for saved in self._others):
             found.append("buffers")
-        return found + self.outside.settle()
+        outside = self.outside.settle()
+        self.shares = self.shares or bool(outside)
+        return found + outside
 
     def rewind(self) -> None:
         """Give buffers that are no statistics (a counter, a moving average) the values that they came with.

@@ -155,7 +155,7 @@ class Run:
         try:
             stats = self.ledger.settle(norm, place, merged)
         except CalibrationError as error:
-            where = next((w for s in here if (w := not_finite(s))), "")
+            where = min((w for s in here if (w := not_finite(s))), key=_number, default="")
             if self.ranks.world > 1:  # all ranks come here: they have the same moments
                 said = self.ranks.all_of(where)
                 where = next((f"rank {rank}, {w}" for rank, w in enumerate(said) if w), "")
@@ -232,8 +232,11 @@ def _interrupted(error: BaseException | None, outer: BaseException | None) -> bo
 
 
 @contextmanager
-def forward_of(chunk: Chunk) -> Iterator[None]:
-    """What fails inside names the batch: a :class:`CalibrationError`, or a :class:`MemoryFullError`."""
+def forward_of(chunk: Chunk, behind: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """What fails inside names the batch: a :class:`CalibrationError`, or a :class:`MemoryFullError`.
+
+    ``behind`` names the last norm that it came by, if any.
+    """
     outer = sys.exc_info()[1]
     try:
         yield
@@ -247,7 +250,8 @@ def forward_of(chunk: Chunk) -> Iterator[None]:
         if out_of_memory(error):
             told = f"{chunk.where}: out of memory in the forward of {chunk.samples:,} samples: {one_line(error)}"
             raise MemoryFullError(told) from error
-        raise CalibrationError(f"{chunk.where}: the forward failed: {one_line(error)}") from error
+        last = f" behind {path}" if (path := behind()) else ""
+        raise CalibrationError(f"{chunk.where}: the forward failed{last}: {one_line(error)}") from error
 
 
 def not_finite(strand: Strand) -> str:
@@ -256,6 +260,11 @@ def not_finite(strand: Strand) -> str:
         return ""
     bad = (~torch.isfinite(strand.sums.s + strand.sums.q)).any(1).nonzero().flatten().tolist()
     return f"{strand.chunk.batch_of(bad[0], strand.sums.s.shape[0])}: " if bad else ""
+
+
+def _number(where: str) -> int:
+    """The first in "batch 3: ", "batches 3 to 5: "."""
+    return int(next((word.strip(":") for word in where.split() if word.strip(":").isdigit()), "0"))
 
 
 def _told(strand: Strand, error: BaseException, ledger: Ledger) -> BaseException:

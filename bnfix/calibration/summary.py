@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnfix.calibration.chunks import Chunk
 from bnfix.calibration.engines import Outcome
@@ -84,9 +84,11 @@ def left_alone(
             nothing = "the mask leaves no position" if masked else "its input never holds a value"
             why[name] = "one value a channel: that leaves no variance" if most else nothing
         elif id(norm.mean) in reached:
-            why[name] = (
+            itself = (
                 f"{type(norm.module).__name__} normalises by itself, not through batch_norm: bnfix can't see its input"
             )
+            elsewhere = "is called where bnfix can't see it (a thread of the model's own, torch functions disabled)"
+            why[name] = elsewhere if isinstance(norm.module, nn.modules.batchnorm._NormBase) else itself
         elif norms.odd:
             why[name] = "not called itself; batch_norm was called with statistics that may be copies of its own"
         else:

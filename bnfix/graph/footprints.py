@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import random
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -58,11 +59,11 @@ def no_footprints(
     containers = {id(c): c for c in (*own, *_reachable(owners, functions))}.values()
     kept = [(container, copy.copy(container)) for container in containers]
     values = [Saved.of(tensor) for tensor in tensors]
-    states = [(generator, generator.get_state()) for generator in generators]
+    states = [(generator, _state(generator)) for generator in generators]
 
     def again() -> None:
         for generator, state in states:
-            generator.set_state(state)
+            _set_state(generator, state)
         put_back(values)
         for container, entries in kept:
             if not same(container, entries):
@@ -74,14 +75,36 @@ def no_footprints(
         surely(again)
 
 
-def _holdings(owners: Owners) -> tuple[list[Any], list[torch.Tensor], list[torch.Generator]]:
+def _is_generator(value: Any) -> bool:
+    """Of random numbers: torch's, Python's, NumPy's old and new."""
+    kind = type(value)
+    numpy = kind.__module__.startswith("numpy.random") and kind.__name__ in ("Generator", "RandomState")
+    return numpy or isinstance(value, torch.Generator | random.Random)
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return generator.bit_generator.state if hasattr(generator, "bit_generator") else generator.get_state()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
+
+
+def _holdings(owners: Owners) -> tuple[list[Any], list[torch.Tensor], list[Any]]:
     """Containers and attributes of plain objects, tensors beside parameters and buffers, generators.
 
     Of objects, those of the packages that the modules are of: not a trainer, and all that it leads to.
     """
     packages = {_package(m) for m in owners.modules.values()}.difference(LIBRARIES)
     containers: list[Any] = []
-    generators: list[torch.Generator] = []
+    generators: list[Any] = []
     registered = {
         id(t) for m in owners.modules.values() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
     }
@@ -92,7 +115,7 @@ def _holdings(owners: Owners) -> tuple[list[Any], list[torch.Tensor], list[torch
         if isinstance(value, _SIMPLE) or id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, torch.Generator):
+        if _is_generator(value):
             generators.append(value)
         elif isinstance(value, tuple):
             pending += tuple.__iter__(value)  # a class of somebody's own may have no length, or another

@@ -15,6 +15,8 @@ from bnfix.running.call import Call, describe, reading
 from bnfix.running.guess import accepts
 
 _TYPES = re.compile(r"dtype|scalar type|\btype\b|\bLong|\bInt\b|\bint64\b|indices|not implemented for", re.IGNORECASE)
+BYTES = 20.0
+"""A value above it is none of an image that was scaled or normalised."""
 _INDICES = re.compile(r"indices|\bLong|\bInt\b|\bint64\b|one_hot", re.IGNORECASE)
 
 
@@ -96,7 +98,8 @@ def feeding(batch: Any, call: Call, model: nn.Module) -> str:
     if not given.is_floating_point() and not given.is_complex():
         made += ".float() / 255" if given.dtype == torch.uint8 else ".float()"
     example = "" if made != form else ", for example"
-    made = made if made != form else f"{form}.float() / 255"
+    bytes_like = given.is_floating_point() and given.numel() and bool(given.detach().amax() > BYTES)
+    made = made if made != form else f"{form}.float() / 255" if bytes_like else f"{form}[…]"
     return (
         f"the model was called with {call.signature}: if that is not its input, say how a batch becomes that{example}\n"
         f"forward=lambda m, b: m({made})"

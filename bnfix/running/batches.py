@@ -147,7 +147,11 @@ def _by_position(batch: Sequence[Any], signature: _Signature) -> tuple[Call, str
     taken, rest = batch[:count], batch[count:]
     for i, value in enumerate(taken):
         if _is_nested(value):
-            raise _several(f"b[{i}]", "as a list:", ", ".join(f"b[{k}]" for k in range(count)), single=count == 1)
+            parts = count > 1 and len(value) == count
+            third, only = (
+                ("its parts:", f"*b[{i}]") if parts else ("as a list:", ", ".join(f"b[{k}]" for k in range(count)))
+            )
+            raise _several(f"b[{i}]", third, only, single=count == 1)
     twins = [i for i, value in enumerate(rest, count) if _is_twin(value, taken)]
     if twins:
         many = _picked(batch, [*range(count), *twins])
@@ -185,9 +189,6 @@ def _by_name(
         )
     taken = [batch[key] for key in keys]
     only = ", ".join(f"{key}={form(key)}" if key in signature.by_name else form(key) for key in keys)
-    for key in keys:
-        if _is_nested(batch[key]):
-            raise _several(form(key), "as a list:", only, single=len(keys) == 1)
     twins = [key for key in given if key not in keys and _is_twin(batch[key], taken)]
     if twins:
         many = ", ".join(map(form, (*keys, *twins)))

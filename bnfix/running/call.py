@@ -8,7 +8,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from types import FunctionType, ModuleType
+from types import FunctionType, GeneratorType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,8 @@ class Call:
     def apply(self, model: nn.Module) -> Any:
         """Call ``model`` with these very inputs."""
         if self.forward is not None:
-            return self.forward(model, *self.args, **self.kwargs)
+            found = self.forward(model, *self.args, **self.kwargs)
+            return list(found) if isinstance(found, GeneratorType) else found  # it has not run a line yet
         return model(*self.args, **self.kwargs)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Call:

@@ -35,6 +35,7 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[nn.Module]:
     scripted = [(m, m.training) for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # theirs can't be swapped
     held = [(p, p.data) for p in model.parameters() if weights and type(p) is nn.Parameter and _plain(p.data)]
+    grads = [(p, p.requires_grad, p.grad) for p in model.parameters()] if weights else []
     small = [Saved.of(data) for _, data in held if data.numel() <= SMALL]
     large = Kept(data for _, data in held if data.numel() > SMALL)
     dicts = [(m, dict(m.__dict__)) for m in modules]
@@ -66,6 +67,11 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[nn.Module]:
                 if _changed(table, kept):
                     table.clear()
                     table.update(kept)  # type: ignore[arg-type]
+        for parameter, wanted, grad in grads:
+            if parameter.requires_grad != wanted:
+                parameter.requires_grad_(wanted)
+            if parameter.grad is not grad:
+                parameter.grad = grad
         for container, entries in own_tables:
             if not same(container, entries):
                 restore(container, entries)
