@@ -61,10 +61,10 @@ class Chunk:
         first, last = min(self.origin), max(self.origin)
         return f"batch {first}" if first == last else f"batches {first} to {last}"
 
-    def batch_of(self, row: int, rows: int) -> str:
-        """The batch that row ``row`` of ``rows`` came from."""
+    def batch_of(self, some: Sequence[int], rows: int) -> str:
+        """The first batch that any of ``some`` of ``rows`` rows came from."""
         if rows == len(self.origin):
-            return f"batch {self.origin[row]}"
+            return f"batch {min(self.origin[row] for row in some)}"
         return self.where
 
 

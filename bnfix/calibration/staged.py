@@ -259,7 +259,7 @@ def not_finite(strand: Strand) -> str:
     if strand.sums is None:
         return ""
     bad = (~torch.isfinite(strand.sums.s + strand.sums.q)).any(1).nonzero().flatten().tolist()
-    return f"{strand.chunk.batch_of(bad[0], strand.sums.s.shape[0])}: " if bad else ""
+    return f"{strand.chunk.batch_of(bad, strand.sums.s.shape[0])}: " if bad else ""
 
 
 def _number(where: str) -> int:

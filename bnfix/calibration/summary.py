@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnfix.calibration.chunks import Chunk
 from bnfix.calibration.engines import Outcome
@@ -88,7 +88,7 @@ def left_alone(
                 f"{type(norm.module).__name__} normalises by itself, not through batch_norm: bnfix can't see its input"
             )
             elsewhere = "is called where bnfix can't see it (a thread of the model's own, torch functions disabled)"
-            why[name] = elsewhere if isinstance(norm.module, nn.modules.batchnorm._NormBase) else itself
+            why[name] = elsewhere if type(norm.module).forward.__module__.startswith("torch.") else itself
         elif norms.odd:
             why[name] = "not called itself; batch_norm was called with statistics that may be copies of its own"
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from bnfix.errors import PassError
 from bnfix.running.call import Call, Forward, as_call, describe, fit_call, home, movable, reading
 
 _SEVERAL = "the batch holds several inputs that the model could be called with, one by one or together"
+_LIST = re.compile(r"(typing\.|collections\.abc\.|t\.)?(list|tuple|sequence|iterable)\b", re.IGNORECASE)
 _FEED = "say how a batch is fed:  forward=lambda m, b: "
 
 
@@ -75,6 +77,8 @@ class _Signature:
     required_by_name: tuple[str, ...]
     all_args: bool
     all_kwargs: bool
+    lists: frozenset[str] = frozenset()
+    """Names of which the annotations say that they are lists."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -105,6 +109,7 @@ class _Signature:
             tuple(p.name for p in named if p.default is p.empty),
             bool(of(inspect.Parameter.VAR_POSITIONAL)) or not parameters,
             bool(of(inspect.Parameter.VAR_KEYWORD)) or not parameters,
+            frozenset(p.name for p in parameters if _LIST.match(_annotation(p))),
         )
 
 
@@ -146,7 +151,7 @@ def _by_position(batch: Sequence[Any], signature: _Signature) -> tuple[Call, str
     _check_count(len(batch), signature)
     taken, rest = batch[:count], batch[count:]
     for i, value in enumerate(taken):
-        if _is_nested(value):
+        if _is_nested(value) and signature.required[i : i + 1] not in [(name,) for name in signature.lists]:
             parts = count > 1 and len(value) == count
             third, only = (
                 ("its parts:", f"*b[{i}]") if parts else ("as a list:", ", ".join(f"b[{k}]" for k in range(count)))
@@ -188,7 +193,10 @@ def _by_name(
             hint=f"{_FEED}m({', '.join(map(form, keys))}, …)",
         )
     taken = [batch[key] for key in keys]
+    nested = [key for key in keys if _is_nested(batch[key]) and key not in signature.lists]
     only = ", ".join(f"{key}={form(key)}" if key in signature.by_name else form(key) for key in keys)
+    for key in nested:
+        raise _several(form(key), "as a list:", only, single=len(keys) == 1)
     twins = [key for key in given if key not in keys and _is_twin(batch[key], taken)]
     if twins:
         many = ", ".join(map(form, (*keys, *twins)))
@@ -257,6 +265,12 @@ def _shown(value: Any) -> str:
     """As :func:`describe`, but a shape is never alone: ``2`` for a tensor would read as a number."""
     plain = isinstance(value, Tensor) and value.dtype == torch.float32
     return f"{describe(value)} float32" if plain else describe(value)
+
+
+def _annotation(parameter: inspect.Parameter) -> str:
+    """``list[Tensor]`` as it would be written, wherever annotations are kept as text or not."""
+    kind = parameter.annotation
+    return kind.__name__ if kind in (list, tuple) else str(kind)
 
 
 def _is_nested(value: Any) -> bool:

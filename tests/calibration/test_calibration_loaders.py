@@ -392,30 +392,3 @@ def test_batches_that_are_tensordicts(way: str) -> None:
     assert report.n == sum(len(x) for x in images())
     inner = model.net if isinstance(model, Whole) else model
     assert max(residual(inner, images())) <= EXACT
-
-
-class Unsure(list[Tensor]):
-    """What ``len`` says of it is no number of batches."""
-
-    def __init__(self, said: Any) -> None:
-        super().__init__(images())
-        self.said = said
-
-    def __len__(self) -> int:
-        if isinstance(self.said, Exception):
-            raise self.said
-        return int(self.said)
-
-
-@pytest.mark.parametrize("said", [RuntimeError("not now"), -5, 1 << 70, 0], ids=str)
-def test_a_length_that_is_none(said: Any) -> None:
-    lines: list[str] = []
-    exact(Two(), images(), data=Unsure(said), progress=lines.append)
-    assert not any("about 0 samples" in line for line in lines)
-
-
-def test_more_samples_than_were_asked_for_are_not_said_to_be_asked_for() -> None:
-    """With ``forward=`` a batch is not cut."""
-    report = bnfix.recalibrate(Two(), images(), max_samples=20, forward=lambda m, b: m(b))
-    assert report.n == 32
-    assert "the 32 samples of the batches read fit" in report.why

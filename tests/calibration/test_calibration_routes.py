@@ -274,8 +274,8 @@ class DisabledToo(Two):
 @pytest.mark.parametrize(
     ("net", "why"),
     [
-        (InAThread, "can't see its input"),
-        (Disabled, "can't see its input"),
+        (InAThread, "can't see it (a thread"),
+        (Disabled, "can't see it (a thread"),
         (InAThreadToo, "also called where"),
         (DisabledToo, "also called where"),
     ],
