@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from bnfix.errors import BnfixError
@@ -45,6 +45,22 @@ def check_target(
             f"{shown} is the input: it would be overwritten",
             hint="name another file with -o\nor say that you mean it:  --in-place",
         )
+
+
+def check_apart(path: str | os.PathLike[str], inputs: Iterable[tuple[str, str]]) -> None:
+    """Whether ``path`` is none of ``inputs``, files each with what names it: those are never written over.
+
+    Compared by inode, so that links and other spellings of a path are seen through.
+
+    Raises:
+        BnfixError: it is one of them.
+    """
+    shown = os.fspath(path)
+    for option, source in inputs:
+        if _same(Path(path), Path(source)):
+            raise BnfixError(
+                f"{shown} is what {option} reads: it would be overwritten", hint="name another file with -o"
+            )
 
 
 @contextlib.contextmanager
@@ -93,7 +109,7 @@ def _sync_folder(folder: Path) -> None:
 def _same(a: Path, b: Path) -> bool:
     try:
         return os.path.samefile(a, b)
-    except OSError:
+    except (OSError, ValueError):  # not there; a NUL in a name
         return False
 
 

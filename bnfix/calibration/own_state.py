@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfix.graph.footprints import CONTAINERS, LARGE, module_tables, own_attributes, restore, same
+from bnfix.graph.footprints import CONTAINERS, LARGE, Tables, own_attributes, restore, same
 from bnfix.graph.writing import Saved, put_back
 
 _NUMBERS = (int, float, bool)
@@ -45,7 +45,7 @@ class OwnState:
             for t in _tensors(value)
         }
         self._values = [Saved.of(t) for t in loose.values()]
-        self._tables = [(table, copy.copy(table)) for m in model.modules() for table in module_tables(m)]
+        self._tables = Tables(model.modules())
 
     def changed(self, ran: nn.Module) -> list[str]:
         """Which attributes of ``ran``, the model or a replica of it, are no longer what they were, as ``Class.name``.
@@ -76,9 +76,7 @@ class OwnState:
                 container = kept.attributes[name]
                 if not same(container, entries):
                     restore(container, entries)
-        for table, entries in self._tables:
-            if not same(table, entries):
-                restore(table, entries)
+        self._tables.put_back()
         put_back(self._values)
 
 

@@ -69,7 +69,8 @@ ROWS = "the data is one tensor, and each of its rows was taken as a batch; batch
 
 @dataclass
 class Plan:
-    """``chunks`` for the staged method (made of the loader's ``batches``), ``stream`` for the others.
+    """``chunks`` for the staged method (made of the loader's ``batches``), ``stream`` for the others, whose ``first``
+    batch is kept to compare outputs on.
 
     ``scouted`` is None where this rank has no data.
     """
@@ -81,6 +82,7 @@ class Plan:
     chunks: Sequence[Chunk] = ()
     batches: Sequence[Chunk] = ()
     stream: Iterable[Chunk] = ()
+    first: Chunk | None = None
 
 
 def make_plan(session: Session) -> Plan:
@@ -318,13 +320,14 @@ def _decided(
     decision = decide(session.options, said, used, session.ranks.world, mine if scouted is not None else Found())
     if foretold is None or not foretold.came_true(decision, reader.largest):
         session.say(decision.line)
+    first = held[0] if held else None
     stream = itertools.chain(held, reader)
     method, why, apart = decision.method, decision.why, decision.apart
     if method == "staged":
         return Plan(method, why, reader, scouted, chunks=_chunks(session, kept, scouted, apart), batches=kept)
     if session.options.method == "auto" and not apart:
-        return Plan(method, why, reader, scouted, stream=rejoined(stream, TOGETHER))
-    return Plan(method, why, reader, scouted, stream=stream)
+        return Plan(method, why, reader, scouted, stream=rejoined(stream, TOGETHER), first=first)
+    return Plan(method, why, reader, scouted, stream=stream, first=first)
 
 
 def _that_fit(held: list[Chunk], room: int) -> list[Chunk]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import time
 from collections.abc import Iterable, Sequence
@@ -14,9 +13,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bnfix.calibration import judging, summary
+from bnfix.calibration.admission import asked, refuse_nothing, refuse_sharded
 from bnfix.calibration.chunks import Chunk, first_samples, splittable
 from bnfix.calibration.engines import ROUGH, Outcome, staged
-from bnfix.calibration.norms import FROZEN, Norms, Select, find_norms
+from bnfix.calibration.norms import Select, find_norms
 from bnfix.calibration.plain import measure, merged, residual_of
 from bnfix.calibration.planning import TOL, Plan, make_plan
 from bnfix.calibration.ranks import Ranks
@@ -26,7 +26,7 @@ from bnfix.calibration.session import Options, Say, Session
 from bnfix.calibration.staged import MemoryFullError, out_of_memory
 from bnfix.calibration.streaming import stream
 from bnfix.calibration.transaction import Handle, prepared
-from bnfix.calibration.values import check_values, check_writable, fingerprint
+from bnfix.calibration.values import check_values, check_writable
 from bnfix.errors import CalibrationError
 from bnfix.graph import Outside, find_owners, no_footprints, replicator
 from bnfix.running import preserved, replayable, young_garbage_only
@@ -54,13 +54,13 @@ def recalibrate(
     """The work of :func:`bnfix.recalibrate`; ``model`` is unwrapped, the options are checked."""
     began = time.process_time()
     check_values(model)
-    _refuse_sharded(model)
+    refuse_sharded(model)
     owners = find_owners(model)
     norms = find_norms(model, select, include_frozen, owners)
-    _refuse_nothing(norms)
+    refuse_nothing(norms)
     check_writable(norms)
     if ranks.world > 1:
-        ranks.alike(_asked(options, norms))
+        ranks.alike(asked(options, norms))
     device = next((n.mean.device for n in norms.known.values()), None) or _device(model)
     kept = no_footprints(model, options.forward, owners=owners)
     with young_garbage_only(), preserved(model), kept, torch.no_grad():
@@ -257,8 +257,8 @@ class _Work:
         found = judging.Change(None)
         if scouted is not None:
             probe, before = scouted.chunk, scouted.outputs
-            if thorough and plan.chunks:
-                largest = max(plan.chunks, key=lambda c: c.samples)
+            if thorough and (some := plan.chunks or [c for c in (plan.first,) if c is not None]):
+                largest = max(some, key=lambda c: c.samples)
                 probe = first_samples(largest, PROBE) if splittable(largest) else largest
                 before = judging.outputs(session, probe, {})
             replayed = (outputs for chunk, outputs in outcome.replayed if not thorough and _same_samples(chunk, probe))
@@ -348,50 +348,6 @@ def _starts_with(old: Chunk, new: Chunk) -> bool:
 
 def _same_samples(a: Chunk, b: Chunk) -> bool:
     return a.samples == b.samples and a.origin == b.origin and _starts_with(a, b)
-
-
-def _refuse_sharded(model: nn.Module) -> None:
-    """A forward of a sharded model waits for all ranks, and each has chunks of its own: it would hang, or crash."""
-    whole = ("FullyShardedDataParallel", "FSDPModule")
-    path = next((n for n, m in model.named_modules() if any(k.__name__ in whole for k in type(m).__mro__)), None)
-    if path is None:
-        path = next((n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
-    if path is not None:
-        raise CalibrationError(
-            f"{path or 'the model'} is sharded over the ranks: its forward takes all of them in step",
-            hint="recalibrate a plain copy that holds all of the weights:\n"
-            "from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict\n"
-            "plain.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))",
-        )
-
-
-def _refuse_nothing(norms: Norms) -> None:
-    todo = [n for n in norms.known.values() if not n.why]
-    if todo or not norms.known:  # none known: functional ones may still turn up
-        return
-    frozen = [n.why for n in norms.known.values() if n.frozen]
-    which = f"all {len(frozen)} norms" + " that are selected" * (len(frozen) < len(norms.known))
-    if FROZEN in frozen:
-        raise CalibrationError(
-            f"{which} are frozen (in evaluation mode while the model is in training mode)",
-            hint="include_frozen=True   recalibrates them; or model.eval() first: then none counts as frozen",
-        )
-    if frozen:
-        raise CalibrationError(
-            f"{which} are frozen: {frozen[0].partition(' (')[0]}",
-            hint="include_frozen=True   recalibrates those that normalise through batch_norm",
-        )
-    raise CalibrationError("no norm is selected", hint=f"norms:  {norms.some}")
-
-
-def _asked(options: Options, norms: Norms) -> dict[str, object]:
-    """What has to be the same on all ranks; data, ``max_samples`` and what concerns memory may differ."""
-    todo = [(n.key, n.path, n.channels, n.eps, n.mean.dtype, n.var.dtype) for n in norms if not n.why]
-    digest = hashlib.sha256(repr(todo).encode()).hexdigest()[:8]
-    names = ("method", "when", "certify", "unbiased", "tol", "dry_run")
-    weights = fingerprint(norms.model.parameters())
-    asked = {"the norms": f"{len(todo)} (digest {digest})", "the weights": f"those of digest {weights}"}
-    return asked | {name: getattr(options, name) for name in names}
 
 
 def _device(model: nn.Module) -> torch.device:

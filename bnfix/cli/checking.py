@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from bnfix.types import FileInfo
 
 WEIGHTS = ("state_dict", "safetensors", "lightning")
-_OF_FOLDS = ", and fresh norms have nothing to fold in"
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def open_subject(asked: Asked, given: Evidence, steps: Steps, *, whole: bool) ->
         loaded.value if program is None else program,
         loaded,
         against=_reference(asked, given, steps),
-        notes=tuple(note.replace(_OF_FOLDS, "") for note in loaded.notes),
+        notes=loaded.notes,
     )
     _move(subject, given.device)
     return _with_runs(subject, asked, given, steps)

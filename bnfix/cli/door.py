@@ -18,6 +18,7 @@ from typing import Any
 
 import typer
 
+from bnfix.cli import written
 from bnfix.cli.typed import own
 from bnfix.errors import BnfixError
 from bnfix.render.legible import legible
@@ -63,16 +64,17 @@ def codes(*, traceback: bool) -> Iterator[Ended]:
     except (typer.Exit, typer.Abort) as left:
         ended.code = getattr(left, "exit_code", INTERRUPTED)
     except KeyboardInterrupt:
-        _say("interrupted")
+        _say(written.ended("interrupted"))
         ended.code = INTERRUPTED
     except Terminated:
-        _say("terminated")
+        _say(written.ended("terminated"))
         ended.code = TERMINATED
     except BrokenPipeError:  # the help, to a reader that left
         leave_quietly()
         ended.code = UNHEARD
     except Exception as error:  # noqa: BLE001 -- the last door: a traceback helps nobody who did not ask for it
-        _fail(*explained(error, shown), shown)
+        message, hint = explained(error, shown)
+        _fail(written.despite(message), hint, shown)
         ended.code = WRONG
 
 

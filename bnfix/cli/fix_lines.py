@@ -36,6 +36,8 @@ def line_of(
     pickled = info is not None and info.kind == "pickled_module"
     if fix.verb == "recalibrate":
         fed = dataclasses.replace(asked, input=(), data=asked.data or DATA)
+        if info is not None and info.kind == "torchscript":  # what runs in there can't be observed: its class can
+            fed = dataclasses.replace(fed, model="weights.pt", arch=asked.arch or "net.py:Net", trust=False)
         more = ["--mask", mask] if mask else []
         more += ["--include-frozen"] if fix.options.get("include_frozen") else []
         return _line(fed, "recalibrate", more)

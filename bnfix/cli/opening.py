@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from bnfix.cli.door import UsageError, users_code, users_words
 from bnfix.cli.options import Asked
 from bnfix.cli.screen import Steps
+from bnfix.cli.written import watch
 from bnfix.errors import BnfixError, LoadError, MissingDependencyError
-from bnfix.files import check_target
+from bnfix.files import check_apart, check_target
 from bnfix.formats import sniff
 from bnfix.formats.saving import check_form, writer_for
 from bnfix.formats.specs import parse_spec
@@ -77,10 +78,12 @@ def check_data(spec: str | None, noise: str, *, option: str = "--data", forms: s
     """What can be known of ``option`` before torch is imported. ``noise`` says what random data would do.
 
     Raises:
-        UsageError: it is noise, or there is no such file; with the forms that it can have.
+        UsageError: it is empty or noise, or there is no such file; with the forms that it can have.
     """
     if spec is None or os.path.exists(spec):
         return
+    if not spec:
+        raise UsageError(f"{option} is empty", hint=forms)
     if spec.startswith("random:"):
         raise UsageError(
             f"{option} random: gives noise, and {noise}", hint=f"data that the model was trained on:\n{forms}"
@@ -107,6 +110,8 @@ def check_options(asked: Asked) -> None:
         UsageError, LoadError: as there.
     """
     _ = asked.arch_kwargs
+    if asked.data == "":
+        raise UsageError("--data is empty", hint=DATA_FORMS)
     if asked.input and asked.data:
         raise UsageError("--input and --data exclude each other", hint="--data alone: shapes are those of the batches")
     for text in asked.input:
@@ -161,8 +166,19 @@ def check_output(asked: Asked, output: str | None, *, in_place: bool, dry_run: b
         writer_for(target)
     if os.path.isfile(asked.model):
         check_form(target, sniff(asked.model))
-    check_writable(target, source_path=asked.model, inplace=in_place)
+    check_target_of(asked, target, in_place=in_place)
     return target
+
+
+def check_target_of(asked: Asked, target: str, *, in_place: bool = False) -> None:
+    """Whether ``target`` can be written and is none of the files that are read; from here on it is watched.
+
+    Raises:
+        BnfixError: as :func:`check_writable` and :func:`bnfix.files.check_apart` do.
+    """
+    check_apart(target, asked.files)
+    check_writable(target, source_path=asked.model, inplace=in_place)
+    watch(target)
 
 
 def check_writable(target: str, *, source_path: str, inplace: bool = False) -> None:

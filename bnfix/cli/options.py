@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any
@@ -112,6 +113,8 @@ class Asked:
     data: str | None = None
     forward: str | None = None
     seed: int = 0
+    beside: tuple[tuple[str, str], ...] = ()
+    """Further files that are read, as ``files`` has them: those of options that one command alone takes."""
 
     @property
     def arch_kwargs(self) -> dict[str, Any]:
@@ -126,6 +129,13 @@ class Asked:
             return parse_kwargs(self.arch_kw)
         except ValueError as error:
             raise UsageError(f"--arch-kw: {error}", hint="--arch-kw num_classes=10") from error
+
+    @property
+    def files(self) -> tuple[tuple[str, str], ...]:
+        """The files that are read beside MODEL's own, each with what names it; code is read from files too."""
+        code = () if os.path.exists(self.model) else (("MODEL", self.model),)
+        given = (*code, ("--arch", self.arch), ("--data", self.data), *(("--input", word) for word in self.input))
+        return (*sources(given), *self.beside)
 
     def next(self, verb: str, *paths: str, trust: bool = False, arch: bool = True) -> str:
         """A command line to paste: ``verb`` on ``paths`` with the same model options, quoted for the shell."""
@@ -145,6 +155,14 @@ class Asked:
         parts += [f"arch_kwargs={self.arch_kwargs!r}"] if arch and self.arch_kw else []
         parts += ["trust=True"] if trust else []
         return f"import bnfix; model = bnfix.load({', '.join(parts)})"
+
+
+def sources(given: Iterable[tuple[str, str | None]]) -> tuple[tuple[str, str], ...]:
+    """Of options with their values, those that name a file, or code in one: in words, and the file."""
+    from bnfix.formats.specs import source_of
+
+    found = ((f"{option} {value}", source_of(value)) for option, value in given if value)
+    return tuple((words, path) for words, path in found if path is not None)
 
 
 def sibling(path: str, suffix: str) -> str:

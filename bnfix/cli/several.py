@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from bnfix.cli.door import WRONG, UsageError, complain, explained
-from bnfix.cli.opening import check_output, check_there, check_writable
+from bnfix.cli.opening import check_output, check_target_of, check_there, check_writable
 from bnfix.cli.options import Asked, OutputFormat, named, quoted
 from bnfix.cli.screen import Steps, report, working
+from bnfix.cli.written import watch
 from bnfix.errors import BnfixError
 from bnfix.files import check_target
 from bnfix.formats.saving import known_suffixes
@@ -121,7 +122,8 @@ def _in_folder(asked: Sequence[Asked], folder: str, done: str) -> list[str | Non
     if not os.path.isdir(folder):
         check_writable(os.path.normpath(folder), source_path="")
     targets: dict[str, str] = {}
-    for model in (a.model for a in asked):
+    for this in asked:
+        model = this.model
         target = os.path.join(folder, _name(model))
         if target in targets:
             raise UsageError(
@@ -130,9 +132,11 @@ def _in_folder(asked: Sequence[Asked], folder: str, done: str) -> list[str | Non
             )
         targets[target] = model
         if os.path.isdir(folder):
-            check_writable(target, source_path=model)
+            check_target_of(this, target)
             for other in asked:
                 check_target(target, source_path=other.model)
+        else:
+            watch(target)
     return list(targets)
 
 

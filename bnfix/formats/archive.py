@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import os
 import struct
 import zipfile
 import zlib
@@ -16,6 +18,9 @@ MAX_TABLE = 64 << 20
 MAX_NAME = 1024
 MAX_INFLATED = 64 << 20
 _END, _END64, _LOCATOR64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
+_PIECE = 1 << 20
+_WHOLE: set[tuple[int, ...]] = set()
+"""Files whose checksums were right, by what changes with their content: a command looks at its file several times."""
 _READING = (
     zipfile.BadZipFile,
     zlib.error,
@@ -108,10 +113,55 @@ class Archive:
                 f"{self.path}: {name} in it claims {member.file_size:,} bytes, more than the {limit:,} bnfix reads"
             )
         try:
-            with self._open() as raw, zipfile.ZipFile(raw) as file, file.open(member.filename) as stream:
+            with self._open() as raw, zipfile.ZipFile(raw) as file, file.open(_as_written(member)) as stream:
                 return stream.read(limit)
         except _READING as error:
-            raise DamagedError(f"{name} in it can't be read ({error})") from error
+            raise _unreadable(name, error) from error
+
+    def check_sums(self) -> None:
+        """That each member, stored as torch stores them, is what was written: by its checksum, if it has one.
+
+        torch reads without a look at them, and a damaged weight is as good as any other. Takes about .03 s for 100 MB;
+        a file that was found whole is not read again as long as it is the same.
+
+        Raises:
+            DamagedError: one is not.
+        """
+        with self._open() as raw:
+            found = os.fstat(raw.fileno()) if self._content is None else None
+            now = None if found is None else (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+            if now is not None and now in _WHOLE:
+                return
+            with zipfile.ZipFile(raw) as file:
+                for name, member in self._members.items():
+                    if member.compress_type == zipfile.ZIP_STORED:
+                        _check_sum(file, member, name.removeprefix(f"{self.root}/"))
+        if now is not None:
+            _WHOLE.add(now)
+
+
+def _check_sum(file: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> None:
+    try:
+        with file.open(_as_written(member)) as stream:
+            while stream.read(_PIECE):
+                pass
+    except _READING as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> DamagedError:
+    if isinstance(error, zipfile.BadZipFile) and "CRC" in str(error):
+        return DamagedError(f"record {name} is not what was written, by its checksum")
+    return DamagedError(f"{name} in it can't be read ({error})")
+
+
+def _as_written(member: zipfile.ZipInfo) -> zipfile.ZipInfo:
+    """The member, to be read without its checksum where that is 0: torch can leave them out (``set_crc32_options``)."""
+    if member.CRC:
+        return member
+    plain = copy.copy(member)
+    plain.CRC = None  # type: ignore[assignment]  # what zipfile takes for none
+    return plain
 
 
 def _check_end(path: Path, file: BinaryIO, size: int) -> int:

@@ -103,6 +103,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 def _numpy(path: Path) -> dict[str, Tensor]:
     np = importlib.import_module("numpy")
+    _check_beginning(path)
     try:
         with np.load(path, allow_pickle=False) if path.suffix.lower() == ".npz" else _plain(np, path) as file:
             return {name: _tensor(np, file[name], f"{path}: {name}") for name in file}
@@ -112,6 +113,18 @@ def _numpy(path: Path) -> dict[str, Tensor]:
         pickled = "pickle" in str(error).lower() or "Object arrays" in str(error)
         reason = "holds Python objects, which bnfix does not unpickle" if pickled else f"can't be read: {error}"
         raise LoadError(f"{path} {reason}") from error
+
+
+def _check_beginning(path: Path) -> None:
+    """NumPy takes whatever begins like no array for a pickle, and says so."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(6)
+    except OSError as error:
+        raise LoadError(f"{path} can't be read: {error.strerror or error}") from error
+    if not head.startswith((b"\x93NUMPY", b"PK", b"\x80")):  # an array, several, a pickle
+        held = "is empty" if not head else f"is no NumPy file: it begins with {head!r}"
+        raise LoadError(f"{path} {held}", hint="in Python:  np.save('x.npy', array)")
 
 
 class _OneArray(dict[str, Any]):

@@ -144,8 +144,8 @@ def load_data(
         missing = f"there is no file {text}" if not path.exists() else f"{text} is no data that bnfix reads"
         raise LoadError(
             missing,
-            hint=f"a function (loader.py:make_loader), a folder of images, a file {', '.join(ARRAYS)}, or "
-            "random:3x224x224",
+            hint=f"a function (loader.py:make_loader), a folder of images, or a file {', '.join(ARRAYS)}\n"
+            "for fold, export and verify also  random:3x224x224",
         )
     return _batched(load_samples(path), batch_size)
 

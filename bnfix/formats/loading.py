@@ -13,6 +13,7 @@ from bnfix.errors import LoadError, UnknownFormatError, UntrustedModelError
 from bnfix.formats import advice, fitting, recipes
 from bnfix.formats.base import Weights
 from bnfix.formats.names import wrapped_by_training
+from bnfix.formats.pickles.danger import PACKED
 from bnfix.formats.recognition import format_of, sniff
 from bnfix.formats.specs import InputHint, build, parse_spec
 from bnfix.types import FileInfo
@@ -68,7 +69,7 @@ def load(
         if arch is not None:
             raise ValueError(f"{spec} is an architecture: give a file of weights with arch, or {spec} alone")
         model, hint = build(str(spec), arch_kwargs)
-        note = f"{spec} has the weights it was built with, and fresh norms have nothing to fold in: no file was given"
+        note = f"{spec} has the weights it was built with: no file was given"
         return Loaded(model, None, str(spec), (note,) if spec.where in ("timm", "torchvision") else (), hint)
     info = sniff(path_or_spec)
     _refuse_dangerous(info)
@@ -112,6 +113,10 @@ def weights(path: str | os.PathLike[str], *, trust: bool = False) -> tuple[Mappi
 
 
 def _refuse_dangerous(info: FileInfo) -> None:
+    if info.dangerous == (PACKED,):  # models are made of that, and it can't be looked into
+        raise UntrustedModelError(
+            f"{info.path} holds {info.title}. It is not loaded, whatever the flags.", hint=info.advice
+        )
     if info.dangerous:
         raise UntrustedModelError(
             f"{info.path} names {', '.join(info.dangerous[:3])}: no model needs that, and loading it would run it. "

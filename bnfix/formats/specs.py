@@ -57,6 +57,17 @@ def parse_spec(text: str) -> Spec | None:
     return Spec(match["where"], match["name"]) if match else None
 
 
+def source_of(text: str) -> str | None:
+    """The file that ``text`` is, or that holds the code it names; None where there is none to be found."""
+    if os.path.isfile(text):
+        return text
+    spec = parse_spec(text)
+    if spec is None or spec.where in HUBS:
+        return None
+    here = spec.where if spec.where.endswith(".py") else str(Path(*spec.where.split(".")).with_suffix(".py"))
+    return here if os.path.isfile(here) else None
+
+
 def parse_kwargs(pairs: Iterable[str]) -> dict[str, Any]:
     """``["num_classes=10", "act=relu"]`` as keyword arguments: Python literals where they are such, else strings.
 
@@ -330,7 +341,7 @@ def _hub(name: str) -> Any:
 
 def _unknown(hub: str, name: str, known: Iterable[str]) -> None:
     close = difflib.get_close_matches(name, list(known), n=3)
-    raise LoadError(
-        f"{hub} has no model {name!r}",
-        hint=f"near that name: {', '.join(f'{hub}:{c}' for c in close)}" if close else None,
-    )
+    near = f"near that name: {', '.join(f'{hub}:{c}' for c in close)}"
+    library = "timm" if hub == "timm" else "torchvision.models"
+    every = f"all names:  python -c 'import {library} as m; print(*m.list_models())'"
+    raise LoadError(f"{hub} has no model {name!r}" if name else f"{hub}: names no model", hint=near if close else every)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import importlib.util
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -278,17 +279,29 @@ def update(info: FileInfo, path: Path, model: nn.Module, *, trust: bool) -> bool
 def _dump(path: Path, content: Any, what: str) -> None:
     import torch
 
+    around = sys.exc_info()[1]
     try:
         with open(path, "wb") as file:  # a file, not a name: torch writes the name into the archive
             torch.save(content, file)
     except OSError:
         raise
-    except RuntimeError as error:
-        if "unexpected pos" in str(error):  # what torch's writer says of a file that does not grow
+    except Exception as error:  # what a user's module holds may refuse to be pickled in any way
+        # Whatever ends a write, torch's writer still tries to end its archive, and says only that bytes are missing.
+        missing = "unexpected pos" in str(error)
+        for cause in _causes(error, around):
+            if not isinstance(cause, Exception) or (missing and isinstance(cause, OSError)):
+                raise cause from None  # an interrupt, or what the file said
+        if missing:
             raise OSError(errno.ENOSPC, "the disk is full, or files must not be that large") from error
         raise _unsaved(what, error) from error
-    except Exception as error:  # what a user's module holds may refuse to be pickled in any way
-        raise _unsaved(what, error) from error
+
+
+def _causes(error: BaseException, around: BaseException | None) -> Iterator[BaseException]:
+    """What was being dealt with when ``error`` was raised, before it ``around``, which the caller had on its hands."""
+    cause = error.__context__
+    while cause is not None and cause is not around:
+        yield cause
+        cause = cause.__context__
 
 
 def _unsaved(what: str, error: Exception) -> LoadError:

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import random
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -135,9 +135,22 @@ def own_attributes(module: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in vars(module).items() if k != "training" and not (k[:1] == "_" and hasattr(_BARE, k))}
 
 
-def module_tables(module: nn.Module) -> list[Any]:
+class Tables:
     """The containers that every module has beside its parameters, buffers and children: hooks, above all."""
-    return [table for name in _TABLES if (table := vars(module).get(name)) is not None]
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        tables = [table for m in modules for name in _TABLES if (table := vars(m).get(name)) is not None]
+        self._empty = [table for table in tables if not table]  # nearly all of them
+        self._kept = [(table, copy.copy(table)) for table in tables if table]
+
+    def put_back(self) -> None:
+        """Make them what they were, in place."""
+        for table in self._empty:
+            if table:
+                table.clear()
+        for table, entries in self._kept:
+            if not same(table, entries):
+                restore(table, entries)
 
 
 def _package(value: Any) -> str:

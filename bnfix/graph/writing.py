@@ -30,11 +30,13 @@ class Saved(NamedTuple):
     tensor: Tensor
     alias: Tensor
     value: Tensor
+    place: int
 
     @classmethod
     def of(cls, tensor: Tensor) -> Saved:
         """As it is now."""
-        return cls(tensor, tensor.detach(), tensor.detach().clone())
+        alias = tensor.detach()
+        return cls(tensor, alias, alias.clone(), alias.data_ptr() if _has_place(alias) else 0)
 
     @property
     def changed(self) -> bool:
@@ -59,6 +61,8 @@ def put_back(kept: Iterable[Saved]) -> None:
 
 def same_values(a: Tensor, b: Tensor) -> bool:
     """Whether shapes and values are the same; of sparse and nested tensors, those of their parts."""
+    if a.layout is b.layout is torch.strided and not (a.is_nested or b.is_nested):
+        return torch.equal(a, b)
     if a.shape != b.shape if not a.is_nested else not b.is_nested:
         return False
     parts, others = _parts(a), _parts(b)
@@ -80,12 +84,15 @@ def _parts(t: Tensor) -> tuple[Tensor, ...]:
 def _in_place(saved: Saved) -> bool:
     """Whether the tensor shows the memory that it showed, in the same shape."""
     tensor, alias = saved.tensor, saved.alias
-    if tensor.layout is not torch.strided or tensor.is_nested or not torch._C._has_storage(tensor):
+    if not _has_place(tensor):
         return True
-    where = tensor.untyped_storage()
-    form = (tensor.shape, tensor.stride(), tensor.storage_offset(), where._cdata)
-    kept = (alias.shape, alias.stride(), alias.storage_offset(), alias.untyped_storage()._cdata)
-    return form == kept and where.nbytes() >= _extent(alias)
+    # A storage that was resized is at another place.
+    same = tensor.shape == alias.shape and tensor.stride() == alias.stride()
+    return same and tensor.data_ptr() == saved.place
+
+
+def _has_place(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested and torch._C._has_storage(tensor)
 
 
 def _extent(t: Tensor) -> int:

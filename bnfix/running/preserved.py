@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from bnfix.graph.footprints import module_tables, restore, same
+from bnfix.graph.footprints import Tables
 from bnfix.graph.writing import Saved, put_back
 from bnfix.running.modes import modes_of_thread, set_modes
 from bnfix.running.written import Kept
@@ -43,7 +42,7 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[nn.Module]:
     buffers = [b for m in modules for b in m._buffers.values() if b is not None and not b.is_meta and not is_lazy(b)]
     buffers += [b for m, _ in scripted for b in m.buffers(recurse=False)]
     values = [Saved.of(b) for b in buffers]
-    own_tables = [(table, copy.copy(table)) for m in modules for table in module_tables(m)]
+    own_tables = Tables(modules)
     rng = _rng_state()
     backends = (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, torch.is_grad_enabled())
     dtype = torch.get_default_dtype()
@@ -72,9 +71,7 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[nn.Module]:
                 parameter.requires_grad_(wanted)
             if parameter.grad is not grad:
                 parameter.grad = grad
-        for container, entries in own_tables:
-            if not same(container, entries):
-                restore(container, entries)
+        own_tables.put_back()
         _set_rng_state(rng)
         torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled = backends[:2]
         torch.set_grad_enabled(backends[2])

@@ -84,7 +84,7 @@ def test_an_interrupt_is_one_line(
     assert run(["fold", "w.pt", "--arch", "a:b", "-o", "f.pt"]) == code
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.splitlines()[-1] == word
+    assert err.splitlines()[-1] == f"{word}: nothing was written"
     assert "Traceback" not in err
     assert sorted(os.listdir()) == ["w.pt"]
 

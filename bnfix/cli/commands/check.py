@@ -53,7 +53,8 @@ report counts the rules that could not run, and says what each needs; --require 
 (`"backbone.*" = ["BN104"]`) and `thresholds.BN301`; options go before it. One layer: `module.bnfix_ignore = {"BN104"}`.
 
 **Exit codes**  0 nothing of --fail-on or worse, also where rules were not checked · 1 something was found, a rule
-of --require was not checked, or --dry-run would change something · 2 wrong use or an error · of several the worst"""
+of --require was not checked, or --dry-run would change something · 2 wrong use or an error · 130 interrupted ·
+of several the worst"""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def check(
     unless you say --fix, and MODEL itself never unless you say --in-place.
     """
     options = (arch, tuple(arch_kw or ()), trust, tuple(input or ()), data, forward, seed)
-    asked = [o.Asked(model, *options) for model in models]
+    beside = o.sources((("--val-data", val_data), ("--against", against), ("--baseline", baseline)))
+    asked = [o.Asked(model, *options, beside=beside) for model in models]
     given = Evidence(val_data, against, batch_size, device)
     check_given(asked[0], given)
     if len(asked) == 1:

@@ -8,7 +8,7 @@ import typer
 
 from bnfix.cli import options as o
 from bnfix.cli.door import DONE, FAILED, INCONCLUSIVE, UsageError
-from bnfix.cli.opening import check_installed, check_paths, check_writable, open_model
+from bnfix.cli.opening import check_installed, check_paths, check_target_of, open_model
 from bnfix.cli.screen import report, working
 from bnfix.render import About
 
@@ -21,7 +21,7 @@ EPILOG = """**Examples**
 `bnfix export folded.pt --arch net.py:Net --input 1x3x64x64 -o model.onnx --opset 18`
 
 **Exit codes**  0 exported, ONNX Runtime computes the same · 1 it does not · 2 wrong use or an error ·
-3 inconclusive: the outputs can't be judged"""
+3 inconclusive: the outputs can't be judged · 130 interrupted"""
 
 
 def export(
@@ -52,7 +52,7 @@ def export(
         raise UsageError("where should the ONNX file go?", hint=f"-o {o.quoted(o.sibling(o.named(model), '.onnx'))}")
     if not output.endswith(".onnx"):
         raise UsageError(f"-o {output}: an ONNX file ends in .onnx", hint=f"-o {o.quoted(o.sibling(output, '.onnx'))}")
-    check_writable(output, source_path=model)
+    check_target_of(asked, output)
     check_installed(("onnx", "onnxscript", "onnxruntime"), "exporting to ONNX")
     _check_opset(opset)
     with working() as steps:

@@ -15,6 +15,7 @@ from bnfix.cli.opening import Opened, check_options, check_paths, open_model
 from bnfix.cli.screen import Steps
 from bnfix.cli.several import Done, each, make_folder, outputs
 from bnfix.formats.recipes import has_folds
+from bnfix.formats.specs import HUBS, parse_spec
 from bnfix.render import About
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ EPILOG = """**Examples**
 
 **Exit codes**  0 folded, also where some norms were kept (or all: then nothing is written) · 1 --dry-run would
 change something, --require-all was not met, or the proof failed (then nothing is written) · 2 wrong use or an error ·
-of several models the worst; one that fails does not stop the others"""
+130 interrupted · of several models the worst; one that fails does not stop the others"""
 
 
 class Leave(str, Enum):
@@ -118,6 +119,9 @@ def _about(
     asked: o.Asked, opened: Opened, result: Result, target: str | None, written: str | None, unmet: bool
 ) -> About:
     notes = [*opened.notes]
+    spec = parse_spec(asked.model)
+    if spec is not None and spec.where in HUBS:
+        notes.append("fresh norms have nothing to fold in")
     steps: list[tuple[str, str]] = []
     if unmet:
         notes.append("nothing was written")

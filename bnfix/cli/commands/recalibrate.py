@@ -21,6 +21,7 @@ from bnfix.cli.screen import Steps, report, working
 from bnfix.cli.team import Team, team
 from bnfix.cli.wording import as_options, in_options
 from bnfix.errors import BnfixError
+from bnfix.formats import sniff
 from bnfix.formats.recipes import has_folds
 from bnfix.render import About
 
@@ -44,7 +45,8 @@ samples would bring it to 1 %. A function (`loader.py:make`) returns a DataLoade
 of `(images, labels)` the model gets what its forward takes. How each batch was used is in the report.
 
 **Exit codes**  0 recalibrated, also where some norms were kept, or --when needed found no need (then nothing is
-written) · 1 --dry-run would change something · 2 wrong use or an error: then nothing was written"""
+written) · 1 --dry-run would change something · 2 wrong use or an error · 130 interrupted; with these two nothing was
+written, unless the last line says so"""
 
 
 def recalibrate(
@@ -150,6 +152,13 @@ def _check_memory(budget: str | None) -> None:
 def _checked(asked: o.Asked, output: str | None, *, in_place: bool, dry_run: bool, first: bool) -> str | None:
     """What can be known before torch is imported; the file to be written."""
     check_paths(asked)
+    if os.path.isfile(asked.model) and sniff(asked.model).kind == "torchscript":
+        weights = dataclasses.replace(asked, arch=asked.arch or "net.py:Net", data=asked.data or "loader.py:make")
+        raise UsageError(
+            f"{asked.model} is a TorchScript program: a ScriptModule, whose run can't be observed",
+            hint="save the state_dict of its Python class as weights.pt, and pass that class with it:\n"
+            f"{weights.next('recalibrate', 'weights.pt')} -o {o.quoted(output or 'fixed.pt')}",
+        )
     if asked.data is None:
         raise UsageError("on which data? Statistics come from what the model was trained on", hint=DATA_FORMS)
     check_data(asked.data, "the model would have the statistics of noise")

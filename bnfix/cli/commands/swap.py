@@ -52,7 +52,8 @@ R² says how much of a layer's output could be kept. The new model is another on
 **The file**  holds weights and a recipe: `bnfix.load` builds the architecture, puts the new norms into it, and loads.
 
 **Exit codes**  0 swapped, also where some norms were kept (or all: then nothing is written) · 1 --dry-run would change
-something · 2 wrong use or an error: then nothing was written · of several models the worst"""
+something · 2 wrong use or an error · 130 interrupted; with these two nothing was written, unless the last line says
+so · of several models the worst"""
 
 FORMS = f"""{DATA_FORMS}
 --init copy             without data: the old affine, and a model near chance"""

@@ -28,8 +28,8 @@ EPILOG = """**Examples**
 `bnfix unshare weights.pt --arch net.py:Siamese --data train.py:loader --sites net.head --dry-run`
 
 **Exit codes**  0 un-shared, also where some norms were kept (or none is shared: then nothing is written) ·
-1 --dry-run would change something · 2 wrong use or an error · of several models the worst; one that fails does not
-stop the others"""
+1 --dry-run would change something · 2 wrong use or an error · 130 interrupted · of several models the worst; one
+that fails does not stop the others"""
 
 
 def unshare(

@@ -23,7 +23,8 @@ EPILOG = """**Examples**
 `bnfix verify weights.pt folded.pt --arch net.py:Net --data net.py:batches`
 
 **Exit codes**  0 the same up to rounding · 1 not the same · 2 wrong use or an error ·
-3 inconclusive: the model's own noise is too large, or the outputs can't be judged"""
+3 inconclusive: the model's own noise is too large, or the outputs can't be judged ·
+130 interrupted"""
 
 
 def verify(

@@ -19,6 +19,7 @@ from bnfix.cli.demo.page import Said, Score, Telling, document
 from bnfix.cli.door import DONE, FAILED, leave_quietly
 from bnfix.cli.options import OutputFormat
 from bnfix.cli.screen import output, overheard, report, working
+from bnfix.cli.written import untold
 from bnfix.errors import BnfixError
 from bnfix.files import atomic_path
 from bnfix.render import About
@@ -160,7 +161,7 @@ class Story:
         line = shlex.join(["bnfix", *argv])
         self._say(f"{title}\n", "bold")
         self._say(f"$ {line}")
-        with overheard() as heard:
+        with overheard() as heard, untold():
             code = run(argv)
         self.said += [Said(argv[0], line, value, about) for value, about in heard]
         if expected != DONE and code == expected:

@@ -7,6 +7,7 @@ import tarfile
 
 from bnfix.formats import torch_files
 from bnfix.formats.base import MAX_PICKLE, Format, Probe
+from bnfix.formats.pickles.danger import PACKED
 from bnfix.formats.pickles.machine import Pickle, examine
 from bnfix.types import FileInfo
 
@@ -30,7 +31,10 @@ class PlainPickle(Format):
         code, dangerous = torch_files.judged(pickle.names)
         if pickle.problem and not (dangerous and _plausible(pickle)) and not (new and pickle.names):
             return None  # bytes that begin like a pickle
-        if dangerous:
+        if dangerous == (PACKED,):
+            title = "tensors written by pickle.dump: each hides a pickle of its own, which loading would run unseen"
+            advice = f"where you trust it, save it again:  {_again(file.shown)}"
+        elif dangerous:
             title = f"a pickle that names {', '.join(dangerous[:3])}: loading it would run that"
             advice = "do not load it; get the weights from a source you trust, as safetensors"
         elif pickle.problem:
@@ -45,6 +49,10 @@ class PlainPickle(Format):
             title = "a pickle that torch.save did not write"
             advice = "load it where you trust it, and there: torch.save(model.state_dict(), 'weights.pt')"
         return file.info("pickle", "pickle", title, names_code=code, dangerous=dangerous, advice=advice)
+
+
+def _again(path: str) -> str:
+    return f"torch.save(pickle.load(open({path!r}, 'rb')), 'weights.pt')"
 
 
 def _plausible(pickle: Pickle) -> bool:

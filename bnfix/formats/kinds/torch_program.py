@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,8 @@ class ExportedProgram(Format):
             )
         refuse_several(archive, file.shown)
         found = look(archive)
+        if not found.dangerous:
+            archive.check_sums()
         numbers = described(found.tensors, wrapped_by_training(()))
         return file.info(
             "exported_program",
@@ -89,13 +92,15 @@ class ExportedProgram(Format):
         from bnfix.graph import exported, quiet_export
 
         program = exported(model, calls)
+        # Into memory first: on a disk that is full torch's writer ends the process, as it writes again when it goes.
+        content = io.BytesIO()
         try:
             with quiet_export():
-                with open(path, "wb") as file:
-                    torch.export.save(program, file)  # type: ignore[arg-type]
-                with open(path, "rb") as file:  # torch writes programs that it can't read
-                    torch.export.load(file)  # type: ignore[arg-type]
-        except (OSError, BnfixError):
+                torch.export.save(program, content)
+                content.seek(0)
+                torch.export.load(content)  # torch writes programs that it can't read
+        except BnfixError:
             raise
         except Exception as error:  # its writer and its reader refuse each in its own ways
             raise LoadError(f"torch can't save this program, or can't read it again: {one_line(error, 200)}") from error
+        path.write_bytes(content.getbuffer())

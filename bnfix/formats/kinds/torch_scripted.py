@@ -24,6 +24,7 @@ class TorchScript(Format):
             return None
         if not (file.archive.has("constants.pkl") or file.archive.has_below("code")):
             return None
+        file.archive.check_sums()
         folded = advice.beside(file.shown).rpartition(".")[0] + ".pt2"
         trusted = advice.command("fold", file.shown, trust=True, output=folded)
         safer = advice.command("fold", "weights.pt", arch="pkg.mod:Class", output="folded.pt")

@@ -45,6 +45,7 @@ class TorchZip(Format):
         info = torch_files.classify(file, pickle, names, "zip", hidden=hidden)
         if not info.dangerous:
             _check_storages(file, pickle.value)
+            file.archive.check_sums()
         return info
 
     def read(self, info: FileInfo, *, trust: bool) -> Any:

@@ -18,6 +18,9 @@ Judgement = Literal["weights", "code", "dangerous"]
 """``weights``: torch's safe loader admits it. ``code``: loading runs it, so a person has to trust the file.
 ``dangerous``: no model has a reason to name it."""
 
+PACKED = "torch.storage._load_from_bytes"
+"""How ``pickle.dump`` writes a tensor, and ``torch.save`` never does: as bytes, which hold a pickle of their own."""
+
 _REBUILD = re.compile(r"_rebuild_(tensor(_v[23])?|parameter(_with_state)?|qtensor|sparse_tensor|meta_tensor_no_storage|"
                       r"wrapper_subclass|device_tensor_from_(numpy|cpu_tensor))")  # fmt: skip
 _DTYPE = re.compile(r"(u?int|float|complex|bfloat|bool|q?u?int|bits)[0-9]*(x[0-9])?(_e[0-9]m[0-9]\w*)?")
