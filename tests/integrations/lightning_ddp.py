@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from integrations.lightning_nets import Module, fit
+from torch import Tensor
 
 from bnfix.integrations.lightning import RecalibrateCallback
 
@@ -26,23 +27,44 @@ class Broken:
         yield from [torch.randn(8, 4)]
 
 
-class Keep(pl.Callback):  # type: ignore[misc]
-    """Writes the outcome, in each process."""
+def raising(trainer: Any) -> Any:
+    """A function of the trainer that raises on the second rank only."""
+    if trainer.global_rank == 1:
+        raise FileNotFoundError("rank1.npy")
+    return [torch.randn(8, 4)]
 
-    def __init__(self, good: RecalibrateCallback, bad: RecalibrateCallback, folder: Path) -> None:
-        self.good, self.bad, self.folder = good, bad, folder
+
+class Scaling(Module):
+    """On the second rank, training_step feeds the network with something else than the batches as they come."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        x, y = batch
+        return super().training_step((x * 10 if self.global_rank == 1 else x, y), index)
+
+
+class Keep(pl.Callback):  # type: ignore[misc]
+    """Writes the outcomes, in each process."""
+
+    def __init__(self, folder: Path, **callbacks: RecalibrateCallback) -> None:
+        self.folder, self.callbacks = folder, callbacks
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        report = self.good.report
-        assert report is not None, self.good.error
-        state = {name: value.clone() for name, value in pl_module.state_dict().items()}
-        found = {"ranks": report.ranks, "n": report.n, "state": state, "failed": str(self.bad.error)}
-        torch.save(found, self.folder / f"{trainer.global_rank}.pt")
+        reports = {name: c.report for name, c in self.callbacks.items()}
+        found = {
+            "state": {name: value.clone() for name, value in pl_module.state_dict().items()},
+            "errors": {name: str(c.error) for name, c in self.callbacks.items()},
+            "ranks": {name: r and (r.ranks, r.n) for name, r in reports.items()},
+        }
+        torch.save(found, self.folder / f"{'-'.join(self.callbacks)}-{trainer.global_rank}.pt")
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     torch.manual_seed(0)
-    good = RecalibrateCallback(when="always")
     bad = RecalibrateCallback(lambda trainer: Broken(trainer.global_rank), when="always")
-    fit(Module(), [bad, good, Keep(good, bad, folder)], folder, strategy="ddp_fork", devices=2)
+    worse = RecalibrateCallback(raising, when="always")
+    good = RecalibrateCallback(when="always")
+    keep = Keep(folder, bad=bad, worse=worse, good=good)
+    fit(Module(), [bad, worse, good, keep], folder, strategy="ddp_fork", devices=2)
+    unlike = RecalibrateCallback(when="always")
+    fit(Scaling(), [unlike, Keep(folder, unlike=unlike)], folder, strategy="ddp_fork", devices=2)
