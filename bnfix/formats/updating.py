@@ -60,5 +60,9 @@ def _said(source: FileInfo, kept: bool) -> tuple[str, ...]:
     if not source.wrapper:
         return (f"the names in the file are as they were, with {source.prefix!r}",) if kept and source.prefix else ()
     if kept:
-        return (f"written into {source.wrapper!r}: all else in the checkpoint is as it was",)
+        said = f"written into {source.wrapper!r}: all else in the checkpoint is as it was"
+        if source.other_wrappers:
+            others = ", ".join(map(repr, source.other_wrappers))
+            said += f", the weights under {others} too; to do these, save them as a file of their own"
+        return (said,)
     return (f"the weights alone were written: what lies beside {source.wrapper!r} in {source.path} was not",)

@@ -52,7 +52,8 @@ def test_a_checkpoint_keeps_its_wrapper_its_names_and_what_lies_beside_the_weigh
     checkpoint = {"epoch": 7, "state_dict": state, "optimizer": {"lr": 0.1, "m": [torch.ones(2)]}, "old": ema}
     torch.save(checkpoint, tmp_path / "c.pt", _use_new_zipfile_serialization=not old_format)
     name, said, target = again(tmp_path / "c.pt")
-    assert said == ("written into 'state_dict': all else in the checkpoint is as it was",)
+    more = "the weights under 'old' too; to do these, save them as a file of their own"
+    assert said == (f"written into 'state_dict': all else in the checkpoint is as it was, {more}",)
     found = torch.load(target, weights_only=True)
     assert differing(found["state_dict"], state) == [f"module.{name}"]
     assert torch.equal(found["state_dict"][f"module.{name}"], state[f"module.{name}"] + 3)
