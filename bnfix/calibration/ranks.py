@@ -314,5 +314,4 @@ def ranks_of(group: Any) -> Ranks:
         if group is dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("this process is not in the group: call recalibrate on its members only")
         raise TypeError(f"group is a process group, None or False, not {type(group).__name__}")
-    found = Group(group)
-    return found if found.world > 1 else Ranks()
+    return Group(group) if dist.get_world_size(group) > 1 else Ranks()

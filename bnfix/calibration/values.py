@@ -76,7 +76,8 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     found = hashlib.sha256()
     for tensor in tensors:
         total = 0
-        plain = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_meta or is_lazy(tensor))
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+        plain = plain and not (tensor.is_nested or tensor.is_meta or is_lazy(tensor))
         if plain and not tensor.is_quantized and tensor.numel():
             values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
             bits = values.detach().contiguous().view(_BITS[values.dtype.itemsize])

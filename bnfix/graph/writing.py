@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def put(tensor: Tensor, value: Tensor) -> None:
@@ -92,7 +92,9 @@ def _in_place(saved: Saved) -> bool:
 
 
 def _has_place(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_nested and torch._C._has_storage(tensor)
+    """Whether it is a plain one with memory of its own: a subclass may stand for several, or for none."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_nested
+    return plain and torch._C._has_storage(tensor)
 
 
 def _extent(t: Tensor) -> int:
