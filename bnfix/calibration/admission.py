@@ -60,9 +60,6 @@ def asked(options: Options, norms: Norms) -> dict[str, object]:
     todo = [(n.key, n.path, n.channels, n.eps, n.mean.dtype, n.var.dtype) for n in norms if not n.why]
     digest = hashlib.sha256(repr(todo).encode()).hexdigest()[:8]
     names = ("method", "when", "certify", "unbiased", "tol", "dry_run")
+    facts = {name: getattr(options, name) for name in names}
     weights = fingerprint(norms.model.parameters())
-    facts: dict[str, object] = {
-        "the norms": f"{len(todo)} (digest {digest})",
-        "the weights": f"those of digest {weights}",
-    }
-    return facts | {name: getattr(options, name) for name in names}
+    return {"the norms": f"{len(todo)} (digest {digest})", "the digest of the weights": weights, **facts}

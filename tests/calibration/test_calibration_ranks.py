@@ -357,7 +357,7 @@ SHARED = {
     "forward_makes_nan": "rank 1, batch 1: two: its input holds NaN or Inf",
     "other_arguments": "unbiased is True on rank 0, False on rank 1",
     "other_model": "the norms is 4 (digest",
-    "other_weights": "the weights is those of digest",
+    "other_weights": "the digest of the weights is ",
     "other_eps": "the norms is 4 (digest",
     "all_empty": "the data holds no batch",
 }
