@@ -29,6 +29,7 @@ from bnfix.calibration.starting import start
 from bnfix.calibration.strands import ParkedStrand, RerunStrand, Strand, StuckError
 from bnfix.calibration.threads import ThreadStrand
 from bnfix.errors import BnfixError, CalibrationError
+from bnfix.graph.writing import surely
 from bnfix.running import kept_heap
 from bnfix.stats import Moments
 from bnfix.types import Residual
@@ -206,7 +207,8 @@ def _parked(
     spiller = session.spiller
     first: list[Tensor] = []
     bounded = session.options.memory_budget is not None or spiller is not None
-    with ExitStack() as stack:
+    stack = ExitStack()
+    try:
         if scouted is not None and ways is not None and not bounded and session.device.type == "cpu":
             stack.enter_context(kept_heap(_room(scouted, chunks)))
         kind = _kind(stack, session, ways)
@@ -237,6 +239,8 @@ def _parked(
         session.outside.settle()
         stack.callback(session.outside.put_back)
         found = _converged(session, chunks, strands, scouted, engine, watch, quiet)
+    finally:
+        surely(stack.close)
     found.first = first[0] if first else None
     return found
 
@@ -267,7 +271,8 @@ def _once(session: Session, chunks: Sequence[Chunk], make: Callable[[], nn.Modul
         CalibrationError, StuckError, MemoryFullError: as :meth:`Run.through`.
     """
     ledger, turn = Ledger(session.norms, session.options.unbiased), Turn.now(session.device)
-    with ExitStack() as stack:
+    stack = ExitStack()
+    try:
         kind = _kind(stack, session, scouted.ways if Guard.possible() else None)
         session.outside.settle()
         stack.callback(session.outside.put_back)
@@ -277,6 +282,8 @@ def _once(session: Session, chunks: Sequence[Chunk], make: Callable[[], nn.Modul
         ]
         order = {place: i for i, place in enumerate(scouted.route)}
         Run(strands, ledger, session.ranks, order=order, progress=session.say).through()
+    finally:
+        surely(stack.close)
     return ledger
 
 

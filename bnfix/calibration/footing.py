@@ -68,6 +68,10 @@ class Footing:
     def __exit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Watch no more; a second time does nothing."""
         if self._active and sys.getprofile() == self._note:
             sys.setprofile(None)
 

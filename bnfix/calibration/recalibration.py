@@ -16,7 +16,7 @@ from bnfix.calibration import judging, summary
 from bnfix.calibration.admission import asked, refuse_nothing, refuse_sharded
 from bnfix.calibration.chunks import Chunk, first_samples, splittable
 from bnfix.calibration.engines import ROUGH, Outcome, staged
-from bnfix.calibration.norms import Select, find_norms
+from bnfix.calibration.norms import Norms, Select, find_norms
 from bnfix.calibration.plain import measure, merged, residual_of
 from bnfix.calibration.planning import TOL, Plan, make_plan
 from bnfix.calibration.ranks import Ranks
@@ -29,7 +29,7 @@ from bnfix.calibration.transaction import Handle, prepared
 from bnfix.calibration.values import check_values, check_writable
 from bnfix.errors import CalibrationError
 from bnfix.graph import Outside, find_owners, no_footprints, replicator
-from bnfix.running import preserved, replayable, young_garbage_only
+from bnfix.running import let_go, modes_of_thread, preserved, replayable, set_modes, young_garbage_only
 from bnfix.types import Recalibration, Residual
 
 PROBE = 32
@@ -62,34 +62,19 @@ def recalibrate(
     if ranks.world > 1:
         ranks.alike(asked(options, norms))
     device = next((n.mean.device for n in norms.known.values()), None) or _device(model)
-    kept = no_footprints(model, options.forward, owners=owners)
-    with young_garbage_only(), preserved(model), kept, torch.no_grad():
-        outside = Outside(owners, options.forward)
-        for module in model.modules():
-            module.training = False
-            if isinstance(module, DistributedDataParallel):  # one inside of the model: each forward would wait for all
-                module.require_forward_param_sync = False
-            if getattr(module, "_compiled_call_impl", None) is not None:  # model.compile(): what it compiled is intact
-                module._compiled_call_impl = None
-        replicate = replicator(model)
-        session = Session(model, norms, data, options, ranks, say, replicate, device, outside, notes=list(notes))
-        shared = replicate.shared
-        if shared:
-            session.notes.append(f"shared by all chunks, since it can't be copied: {', '.join(shared[:3])}")
-        try:
-            report, stats, batches = _Work(session).report()
-            counts = _largest(ranks.all_of({n.key: int(n.tracked) for n in norms if n.tracked is not None}))
-        except MemoryFullError as error:
-            told = str(error) if "out of memory" in str(error) else f"out of memory: {error}"
-            raise CalibrationError(told, hint="let the loader give smaller batches") from error.__cause__
-        except CalibrationError as error:
-            if error.__cause__ is not None and out_of_memory(error.__cause__):
-                error.hint = "out of memory: let the loader give smaller batches"
-            elif error.hint is None and "the forward failed" in error.message:
-                error.hint = session.advice or None
-            raise
-        finally:
-            session.rewind()
+    modes = modes_of_thread()
+    mine, kept = preserved(model), no_footprints(model, options.forward, owners=owners)
+    try:
+        with young_garbage_only(), mine, kept, torch.no_grad():
+            outside = Outside(owners, options.forward)
+            report, stats, batches, counts = _worked(model, norms, data, options, ranks, say, outside, device, notes)
+    except KeyboardInterrupt as error:
+        let_go(error)
+        set_modes(modes)
+        raise
+    finally:  # where Ctrl-C came as one of them was left, it has not begun to put back
+        kept.gen.close()
+        mine.gen.close()
     # Only now, with the model back in its own modes: the one step that changes it.
     handle = Handle()
     if report.changed:
@@ -97,7 +82,47 @@ def recalibrate(
         handle = prepared(norms, stats, batches, counts)
         with ranks.or_undone(handle.take_back):
             handle.write()
-    return dataclasses.replace(report, handle=handle, seconds={"total": time.process_time() - began, **session.seconds})
+    return dataclasses.replace(report, handle=handle, seconds={"total": time.process_time() - began, **report.seconds})
+
+
+def _worked(
+    model: nn.Module,
+    norms: Norms,
+    data: Iterable[Any],
+    options: Options,
+    ranks: Ranks,
+    say: Say,
+    outside: Outside,
+    device: torch.device,
+    notes: Iterable[str],
+) -> tuple[Recalibration, dict[int, Any], int, dict[int, int]]:
+    """Report, statistics by key, batches and counts, of the model in evaluation mode."""
+    for module in model.modules():
+        module.training = False
+        if isinstance(module, DistributedDataParallel):  # one inside of the model: each forward would wait for all
+            module.require_forward_param_sync = False
+        if getattr(module, "_compiled_call_impl", None) is not None:  # model.compile(): what it compiled is intact
+            module._compiled_call_impl = None
+    replicate = replicator(model)
+    session = Session(model, norms, data, options, ranks, say, replicate, device, outside, notes=list(notes))
+    shared = replicate.shared
+    if shared:
+        session.notes.append(f"shared by all chunks, since it can't be copied: {', '.join(shared[:3])}")
+    try:
+        report, stats, batches = _Work(session).report()
+        counts = _largest(ranks.all_of({n.key: int(n.tracked) for n in norms if n.tracked is not None}))
+        return dataclasses.replace(report, seconds=session.seconds), stats, batches, counts
+    except MemoryFullError as error:
+        told = str(error) if "out of memory" in str(error) else f"out of memory: {error}"
+        raise CalibrationError(told, hint="let the loader give smaller batches") from error.__cause__
+    except CalibrationError as error:
+        if error.__cause__ is not None and out_of_memory(error.__cause__):
+            error.hint = "out of memory: let the loader give smaller batches"
+        elif error.hint is None and "the forward failed" in error.message:
+            error.hint = session.advice or None
+        raise
+    finally:
+        session.rewind()
 
 
 LOOKED = (

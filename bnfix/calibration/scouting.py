@@ -178,6 +178,7 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
     calls: dict[int, int] = defaultdict(int)
     parked, largest, last = 0, 0, 0.0
     values, in_order = 0, 0
+    watching: list[Footing] = []
     held = Footprint(t for t in (*replica.parameters(), *replica.buffers())) if measured else None
 
     def ask(seen: Seen) -> None:
@@ -217,11 +218,14 @@ def _trip(chunk: Chunk, replica: nn.Module, norms: Norms, reached: Counter[int],
             held or contextlib.nullcontext(),
         ):
             footing = Footing(norms_device(norms), listener)
+            watching.append(footing)
             if held is not None:
                 held.aside = footing.aside
             with footing if measured else contextlib.nullcontext():
                 outputs = chunk.run(replica)
     finally:
+        if measured and watching:
+            watching[0].end()  # Ctrl-C may come as it is left
         for handle in handles:
             handle.remove()
     given = chunk.call.nbytes

@@ -7,7 +7,7 @@ from bnfix.running.garbage import young_garbage_only
 from bnfix.running.guess import FAILURES, accepts, guess_call, random_call, variations
 from bnfix.running.heap import kept_heap
 from bnfix.running.memory import Footprint, free_bytes, give_back, parse_bytes
-from bnfix.running.modes import modes_of_thread, set_modes
+from bnfix.running.modes import let_go, modes_of_thread, set_modes
 from bnfix.running.preserved import drawing, kept_random, preserved
 from bnfix.running.samples import check_finite, count, join, replayable, size, split
 
@@ -31,6 +31,7 @@ __all__ = [
     "join",
     "kept_heap",
     "kept_random",
+    "let_go",
     "map_tensors",
     "modes_of_thread",
     "parse_bytes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 from torch import overrides
@@ -15,6 +16,18 @@ Modes = tuple[list[Any], list[Any]]
 def modes_of_thread() -> Modes:
     """Those of torch functions and those of operators, outermost first."""
     return list(_get_current_function_mode_stack()), list(_get_current_dispatch_mode_stack())  # type: ignore[no-untyped-call]
+
+
+def let_go(error: BaseException) -> None:
+    """Let go of what the frames behind an error hold: a mode that torch was about to put back comes only then."""
+    pending: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while pending:
+        one = pending.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            pending += [one.__cause__, one.__context__]
 
 
 def set_modes(kept: Modes) -> None:

@@ -49,6 +49,7 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[nn.Module]:
     modes = modes_of_thread()
 
     def again() -> None:
+        large.end()
         for script, training in scripted:
             script.training = training
         for parameter, data in held:

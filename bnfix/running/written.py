@@ -44,7 +44,12 @@ class Kept:
         return self
 
     def __exit__(self, *_: object) -> None:
-        _ACTIVE.remove(self)
+        self.end()
+
+    def end(self) -> None:
+        """Keep no more; a second time does nothing."""
+        if self in _ACTIVE:
+            _ACTIVE.remove(self)
 
 
 _ACTIVE: list[Kept] = []
