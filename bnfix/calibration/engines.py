@@ -96,7 +96,7 @@ def staged(
             f"what the forward computes depends on earlier calls (it changes {where}): these are the statistics of one "
             f"pass over the batches in this order, found in plain passes; {RESET}"
         )
-        return _plain_passes(session, kept, scouted, quiet)
+        return in_plain_passes(session, kept, scouted, quiet)
     session.start = start(session, chunks, scouted, partial(_once, session))
     found, verdict, why = _tried(session, _laid_out(session, chunks, scouted), scouted, quiet, cut=cut)
     if verdict == ORDER:
@@ -110,7 +110,7 @@ def staged(
     if verdict == CLEAN and found is not None:
         return found
     notes.append(f"{why}: the norms were done one by one, in plain passes over the data")
-    return _plain_passes(session, kept, scouted, quiet)
+    return in_plain_passes(session, kept, scouted, quiet)
 
 
 def _laid_out(session: Session, chunks: Sequence[Chunk], scouted: Scouted | None) -> Sequence[Chunk]:
@@ -287,7 +287,13 @@ def _once(session: Session, chunks: Sequence[Chunk], make: Callable[[], nn.Modul
     return ledger
 
 
-def _plain_passes(session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, quiet: bool) -> Outcome:
+def in_plain_passes(session: Session, chunks: Sequence[Chunk], scouted: Scouted | None, quiet: bool = False) -> Outcome:
+    """What the model itself gives, run from end to end for each norm: slow, and nothing can come between.
+
+    Raises:
+        CalibrationError: a forward fails, or statistics do not settle.
+        MemoryFullError: out of memory.
+    """
     turn = Turn.now(session.device)
     made: list[RerunStrand] = []
 

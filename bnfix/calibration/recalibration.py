@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,15 +11,15 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bnfix.calibration import judging, summary
+from bnfix.calibration import certifying, judging, summary
 from bnfix.calibration.admission import asked, refuse_nothing, refuse_sharded
+from bnfix.calibration.certifying import starts_with
 from bnfix.calibration.chunks import Chunk, first_samples, splittable
-from bnfix.calibration.engines import ROUGH, Outcome, staged
+from bnfix.calibration.engines import ROUGH, Outcome, in_plain_passes, staged
 from bnfix.calibration.norms import Norms, Select, find_norms
-from bnfix.calibration.plain import measure, merged, residual_of
 from bnfix.calibration.planning import TOL, Plan, make_plan
 from bnfix.calibration.ranks import Ranks
-from bnfix.calibration.reading import Reader, length
+from bnfix.calibration.reading import length
 from bnfix.calibration.scouting import Scouted
 from bnfix.calibration.session import Options, Say, Session
 from bnfix.calibration.staged import MemoryFullError, out_of_memory
@@ -29,8 +28,8 @@ from bnfix.calibration.transaction import Handle, prepared
 from bnfix.calibration.values import check_values, check_writable
 from bnfix.errors import CalibrationError
 from bnfix.graph import Outside, find_owners, no_footprints, replicator
-from bnfix.running import let_go, modes_of_thread, preserved, replayable, set_modes, young_garbage_only
-from bnfix.types import Recalibration, Residual
+from bnfix.running import let_go, modes_of_thread, preserved, set_modes, young_garbage_only
+from bnfix.types import Recalibration
 
 PROBE = 32
 """Samples on which outputs are compared where a decision hangs on it."""
@@ -151,9 +150,20 @@ class _Work:
             if options.certify == "full" and plan.method == "staged":
                 # Of the loader's batches, as a user would run them: what joining them changed shows here at the latest.
                 given = plan.batches or chunks
-                before, residual = self._residual(given, {}, outcome), self._residual(given, outcome.stats, outcome)
+                before, residual = (
+                    certifying.residual(session, given, {}, outcome),
+                    certifying.residual(session, given, outcome.stats, outcome),
+                )
+                if certifying.disproved(session, residual, outcome):
+                    session.notes.append(
+                        f"plain forwards over the loader's batches disproved what chunks gave ({residual.mean:.2g} σ, "
+                        f"{residual.var:.2g} of a variance): the norms were done one by one, in plain passes over these"
+                    )
+                    outcome = in_plain_passes(session, given, scouted)
+                    plan = dataclasses.replace(plan, chunks=outcome.chunks)
+                    chunks, residual = plan.chunks, certifying.residual(session, given, outcome.stats, outcome)
             if options.certify == "full":
-                fresh = self._fresh(plan.batches, reader.samples, outcome)
+                fresh = certifying.fresh(session, plan.batches, reader.samples, outcome)
         with self._timed("judging"):
             change = self._change(plan, outcome)
         samples = sum(self._everywhere(sum(c.samples for c in chunks) if chunks else reader.samples))
@@ -244,37 +254,6 @@ class _Work:
             session.notes.append(f"spill_dir= is of no use to method {plan.method}, which keeps no activations")
         return plan, stream(session, plan.stream, plan.method)
 
-    def _residual(self, chunks: Sequence[Chunk], stats: dict[int, Any], outcome: Outcome) -> Residual:
-        session = self.session
-        session.say("certifying: plain forwards over the same tensors")
-        norms = session.norms
-        session.rewind()
-        with session.using(stats):
-            here = measure(session.model, chunks, norms, sum(c.samples for c in chunks))
-            found = merged(here, norms, self.ranks)
-            in_use = {n.key: (n.mean.detach().clone(), n.var.detach().clone()) for n in norms if n.key in outcome.stats}
-        return residual_of(found, in_use, norms, self.options.unbiased)
-
-    def _fresh(self, batches: Sequence[Chunk], samples: int, outcome: Outcome) -> Residual | None:
-        session, options = self.session, self.options
-        streamed = outcome.engine == "stream"  # it kept nothing that could be run again, so that any pass tells more
-        if not all(self._everywhere(int(replayable(session.data)))):
-            if streamed:
-                session.notes.append("the residual could not be measured: the data can't be read a second time")
-            return None
-        reader = Reader(session.data, session.model, options.forward, options.mask, options.max_samples)
-        first = reader.next()
-        same = not streamed and (first is None or any(_starts_with(old, first) for old in batches))
-        if all(self._everywhere(int(same))):
-            return None  # the loader gives the same tensors again
-        session.say(f"certifying: {'one more pass over' if streamed else 'a new draw of'} the data")
-        start = [first] if first is not None else []
-        session.rewind()
-        with session.using(outcome.stats):
-            here = measure(session.model, itertools.chain(start, reader), session.norms, samples)
-            found = merged(here, session.norms, self.ranks)
-        return residual_of(found, outcome.stats, session.norms, options.unbiased)
-
     def _change(self, plan: Plan, outcome: Outcome) -> judging.Change:
         session, scouted = self.session, plan.scouted
         probe: Chunk | None = None
@@ -364,15 +343,8 @@ class _Clock:
         self._seconds[self._name] = time.process_time() - self._start
 
 
-def _starts_with(old: Chunk, new: Chunk) -> bool:
-    pairs = zip(old.call.tensors(), new.call.tensors(), strict=False)
-    return all(
-        a.shape[1:] == b.shape[1:] and torch.equal(a[: len(b)], b[: len(a)]) for a, b in pairs if a.dim() and b.dim()
-    )
-
-
 def _same_samples(a: Chunk, b: Chunk) -> bool:
-    return a.samples == b.samples and a.origin == b.origin and _starts_with(a, b)
+    return a.samples == b.samples and a.origin == b.origin and starts_with(a, b)
 
 
 def _device(model: nn.Module) -> torch.device:
