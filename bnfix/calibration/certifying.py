@@ -21,7 +21,7 @@ ROUNDED = 5e-3
 
 
 def disproved(session: Session, found: Residual, outcome: Outcome) -> bool:
-    """Whether it is further from what plain forwards see than rounding explains, or what iterated norms are apart."""
+    """Whether it is more than rounding explains, or than iterated norms are apart."""
     moved = outcome.moved or Residual(0.0, 0.0)
     allowed = max(ROUGH if session.coarse else ROUNDED, 3 * moved.mean, 3 * moved.var)
     known = outcome.engine == "plain passes" or session.draws
@@ -29,6 +29,11 @@ def disproved(session: Session, found: Residual, outcome: Outcome) -> bool:
 
 
 def residual(session: Session, chunks: Sequence[Chunk], stats: dict[int, Stats], outcome: Outcome) -> Residual:
+    """How far ``stats``, or those in the model where there are none, are from what plain forwards with them see.
+
+    Raises:
+        CalibrationError, MemoryFullError: a forward fails.
+    """
     session.say("certifying: plain forwards over the same tensors")
     norms = session.norms
     session.rewind()
@@ -40,6 +45,11 @@ def residual(session: Session, chunks: Sequence[Chunk], stats: dict[int, Stats],
 
 
 def fresh(session: Session, batches: Sequence[Chunk], samples: int, outcome: Outcome) -> Residual | None:
+    """The same over what the data gives when it is gone through again; None where that is the same, or is not possible.
+
+    Raises:
+        CalibrationError, MemoryFullError: the loader or a forward fails.
+    """
     options = session.options
     streamed = outcome.engine == "stream"  # it kept nothing that could be run again, so that any pass tells more
     if not all(_everywhere(session, replayable(session.data))):
@@ -61,6 +71,7 @@ def fresh(session: Session, batches: Sequence[Chunk], samples: int, outcome: Out
 
 
 def starts_with(old: Chunk, new: Chunk) -> bool:
+    """Whether the shorter of two is the beginning of the other."""
     pairs = zip(old.call.tensors(), new.call.tensors(), strict=False)
     return all(
         a.shape[1:] == b.shape[1:] and torch.equal(a[: len(b)], b[: len(a)]) for a, b in pairs if a.dim() and b.dim()

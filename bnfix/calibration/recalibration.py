@@ -150,10 +150,8 @@ class _Work:
             if options.certify == "full" and plan.method == "staged":
                 # Of the loader's batches, as a user would run them: what joining them changed shows here at the latest.
                 given = plan.batches or chunks
-                before, residual = (
-                    certifying.residual(session, given, {}, outcome),
-                    certifying.residual(session, given, outcome.stats, outcome),
-                )
+                before = certifying.residual(session, given, {}, outcome)
+                residual = certifying.residual(session, given, outcome.stats, outcome)
                 if certifying.disproved(session, residual, outcome):
                     session.notes.append(
                         f"plain forwards over the loader's batches disproved what chunks gave ({residual.mean:.2g} σ, "
