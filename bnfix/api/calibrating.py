@@ -70,8 +70,8 @@ def recalibrate(
         certify: ``"replay"`` runs two samples of a chunk again, alone (all of it if in doubt), and compares what each
             norm sees: what chunks that take turns do to one another is found out, and plain passes take over.
             ``"full"`` also measures ``residual`` with plain forwards over the loader's batches (what they disprove is
-            done anew, in plain passes), and ``residual_fresh`` where the loader draws anew. None leaves the replay out too where it proves nothing: all samples are one batch of the
-            loader's.
+            done anew, in plain passes), and ``residual_fresh`` where the loader draws anew. None leaves the replay out
+            too where it proves nothing: all samples are one batch of the loader's.
         memory_budget: bytes, or such as ``"2GB"``, for what parked samples hold; default: a quarter of what is free on
             the model's device.
         spill_dir: a folder for the activations of parked samples: then all samples fit (Linux, CPU).
