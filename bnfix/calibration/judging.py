@@ -38,9 +38,11 @@ class Change:
     @property
     def worth_it(self) -> bool:
         """Whether the change is large, and known to be larger than chance."""
+        if self.value == math.inf:  # there are numbers now, or none
+            return True
         if self.doubt:
             return False
-        if self.value is None or self.value == math.inf:  # no outputs to go by; or there are numbers now, or none
+        if self.value is None:  # no outputs to go by
             return True
         return self.null is not None and not self.value <= max(CHANGE, OVER_NULL * self.null)
 

@@ -152,8 +152,7 @@ def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chu
             if not last:
                 raise
             continue
-        built = next((name for name, _ in ran.named_parameters() if name not in known), "")
-        if built:
+        if built := _built(session, chunk, ran, known):
             raise CalibrationError(
                 f"the forward builds a part of the model in its first call ({built}): it would be gone again",
                 hint="run the model once on an example, then call bnfix",
@@ -169,6 +168,20 @@ def _scouted(session: Session, reader: Reader) -> tuple[Scouted | None, list[Chu
         found.start = start
         return found, held
     raise AssertionError
+
+
+def _built(session: Session, chunk: Chunk, ran: nn.Module, known: set[str]) -> str:
+    """A parameter that the forward has made in its first call, to keep it: not one that is computed anew in each."""
+    made = {name: p for name, p in ran.named_parameters() if name not in known}
+    if not made:
+        return ""
+    try:
+        listen(ran, chunk, session.norms)
+    except CalibrationError:
+        return next(iter(made))
+    finally:
+        session.rewind()
+    return next((name for name, p in ran.named_parameters() if made.get(name) is p), "")
 
 
 def _others(lead: Chunk, start: int) -> Chunk | None:

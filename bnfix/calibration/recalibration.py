@@ -34,8 +34,8 @@ from bnfix.types import Recalibration
 PROBE = 32
 """Samples on which outputs are compared where a decision hangs on it."""
 UNJUDGED = (
-    "whether the change is more than chance could not be told, for the data can't be halved: give at least two "
-    "batches, or four samples; to have it in any case:   when='always'",
+    "whether the change is more than chance could not be told, for the data can't be halved: give more of it (what is "
+    "one batch in the end has no halves); to have it in any case:   when='always'",
 )
 
 
@@ -61,7 +61,7 @@ def recalibrate(
     if ranks.world > 1:
         ranks.alike(asked(options, norms))
     device = next((n.mean.device for n in norms.known.values()), None) or _device(model)
-    modes = modes_of_thread()
+    modes, grad = modes_of_thread(), torch.is_grad_enabled()
     mine, kept = preserved(model), no_footprints(model, options.forward, owners=owners)
     try:
         with young_garbage_only(), mine, kept, torch.no_grad():
@@ -70,6 +70,7 @@ def recalibrate(
     except KeyboardInterrupt as error:
         let_go(error)
         set_modes(modes)
+        torch.set_grad_enabled(grad)
         raise
     finally:  # where Ctrl-C came as one of them was left, it has not begun to put back
         kept.gen.close()
@@ -79,9 +80,12 @@ def recalibrate(
     if report.changed:
         ranks.agree()
         handle = prepared(norms, stats, batches, counts)
+    took = {"total": time.process_time() - began, **report.seconds}
+    report = dataclasses.replace(report, handle=handle, seconds=took)  # before: nothing may come between then
+    if report.changed:
         with ranks.or_undone(handle.take_back):
             handle.write()
-    return dataclasses.replace(report, handle=handle, seconds={"total": time.process_time() - began, **report.seconds})
+    return report
 
 
 def _worked(
@@ -109,7 +113,8 @@ def _worked(
         session.notes.append(f"shared by all chunks, since it can't be copied: {', '.join(shared[:3])}")
     try:
         report, stats, batches = _Work(session).report()
-        counts = _largest(ranks.all_of({n.key: int(n.tracked) for n in norms if n.tracked is not None}))
+        counted = {n.key: int(n.tracked) for n in norms if n.key in stats and n.tracked is not None}
+        counts = _largest(ranks.all_of(counted))
         return dataclasses.replace(report, seconds=session.seconds), stats, batches, counts
     except MemoryFullError as error:
         told = str(error) if "out of memory" in str(error) else f"out of memory: {error}"

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bnfix.calibration.chunks import TARGET, Chunk, halves, joined, mask_at, same_mark
+from bnfix.calibration.chunks import TARGET, Chunk, halves, joined, mask_at, same_mark, splittable
 from bnfix.calibration.engines import Outcome
 from bnfix.calibration.ledger import Place, not_finite, stored
 from bnfix.calibration.listening import Listener, Seen, Stats
@@ -32,7 +32,7 @@ MANY = 256
 """Samples from which on float32 sums are as good as they get: streams are taken to have them."""
 SHARE = 0.02
 """Part of the variance that lies between batches, beyond chance, from which on it matters that they differ."""
-MUCH = 0.1
+MUCH = 0.3
 """The same, from which on statistics are so far off that nobody gets them without asking."""
 LOOK = 16
 """Batches between two looks at the standard error."""
@@ -70,11 +70,12 @@ def _refuse_uneven(session: Session, uneven: Uneven) -> None:
         CalibrationError: that is so.
     """
     options = session.options
-    if options.method == "auto" and options.when == "always" and uneven.share > MUCH:
+    asked = options.method != "auto" or options.when != "always" or options.dry_run
+    if not asked and uneven.share > MUCH:
         raise CalibrationError(
-            f"not all samples fit, and the batches differ more than chance would have it ({uneven.ratio:.1f} ×, "
-            "shuffled data has about 1): a stream normalises them apart, which is far from evaluation mode",
-            hint="shuffle the data, or let it fit:  spill_dir='DIR' or memory_budget=\n"
+            f"the samples have to go through as a stream, and its batches differ more than chance would have it "
+            f"({uneven.ratio:.1f} ×, shuffled data has about 1): normalised apart they are far from evaluation mode",
+            hint="shuffle the data; or take what fits:  spill_dir='DIR', memory_budget= or max_samples=\n"
             "to have such statistics nevertheless:  method='population'",
         )
 
@@ -105,12 +106,15 @@ class _FirstNorm:
 
     place: Place | None = None
     batches: int = 0
+    known: bool = True
     within: Tensor | None = None
 
-    def take(self, place: Place, mine: Spread) -> None:
-        """One batch at one place."""
+    def take(self, place: Place, mine: Spread, *, counted: bool) -> None:
+        """One batch at one place; ``counted``: its rows are samples, not nodes or tokens of which many are one's."""
         if self.place is None:
             self.place = place
+        if place == self.place and not counted:
+            self.known = False
         if place == self.place:
             self.batches += 1
             self.within = mine.m2 if self.within is None else self.within + mine.m2
@@ -120,7 +124,7 @@ class _FirstNorm:
 
         With B batches chance gives a ratio of 1 ± √(2/(B − 1)).
         """
-        if self.place is None or self.within is None or self.batches < 2:
+        if self.place is None or self.within is None or self.batches < 2 or not self.known:
             return Uneven()
         all_of, degrees = found[self.place], self.batches - 1
         positions = all_of.n / all_of.units
@@ -159,7 +163,7 @@ def _through(
             mine = sites.add(place, sums, seen.x, mask)
             if half is not None:
                 half.add(place, sums, seen.x, mask)
-            first.take(place, mine)
+            first.take(place, mine, counted=splittable(chunk) and len(sums.s) == chunk.samples)
             if not bool(torch.isfinite(mine.m2.sum() + mine.mean.sum())):
                 raise not_finite(norm)
             so_far[norm.key] = so_far[norm.key].joined(mine) if norm.key in so_far else mine

@@ -31,16 +31,19 @@ class Handle:
     copied: bool = False
     _entries: list[tuple[str, Tensor, Tensor, Tensor]] = field(default_factory=list)
     _model: Callable[[], nn.Module | None] = lambda: None
-    _owners: tuple[Callable[[], nn.Module | None], ...] = ()
+    _owners: tuple[Callable[[], nn.Module | None], ...] = ()  # one an entry
 
-    def _held(self) -> set[int]:
-        """The tensors that the model holds, or, where it was but a wrapper and is gone, the modules with its norms.
+    def _elsewhere(self) -> list[str]:
+        """Names of which the model holds another tensor by now.
 
-        None where these are gone as well: who has the tensors then (a state dict) wants them as they were.
+        Where it was but a wrapper and is gone, the modules with its norms are asked; what is gone with them is not
+        missed: who has the tensors then (a state dict) wants them as they were.
         """
         model = self._model()
-        alive = [model] if model is not None else [m for find in self._owners if (m := find()) is not None]
-        return {key for module in alive for key in find_owners(module).tensors}
+        alone = [model] * len(self._entries) if model is not None else [find() for find in self._owners]
+        held = {id(m): set(find_owners(m).tensors) for m in alone if m is not None}
+        pairs = zip(self._entries, alone, strict=True)
+        return [name for (name, tensor, _, _), m in pairs if m is not None and id(tensor) not in held[id(m)]]
 
     def write(self) -> None:
         """All or nothing, Ctrl-C included: until the caller's next line, :meth:`take_back` knows of it."""
@@ -69,9 +72,7 @@ class Handle:
             )
         if not self.done:
             raise CalibrationError("nothing of this recalibration is in the model, so there is nothing to undo")
-        held = self._held()
-        gone = [name for name, tensor, _, _ in self._entries if held and id(tensor) not in held]
-        if gone:
+        if gone := self._elsewhere():
             raise CalibrationError(
                 f"{gone[0]} is another tensor by now: undo can't reach it",
                 hint="undo first, then convert the model or take layers out of it",
@@ -93,6 +94,7 @@ def prepared(norms: Norms, stats: Mapping[int, Stats], batches: int, counts: Map
     largest of all ranks, are others.
     """
     entries: list[tuple[str, Tensor, Tensor, Tensor]] = []
+    owners: list[Callable[[], nn.Module | None]] = []
     for norm in norms:
         if norm.key not in stats:
             continue
@@ -102,8 +104,8 @@ def prepared(norms: Norms, stats: Mapping[int, Stats], batches: int, counts: Map
             pairs.append(("num_batches_tracked", norm.tracked, torch.full_like(norm.tracked, counted)))
         path = f"{norm.path}." if norm.path else ""
         entries += [(f"{path}{name}", tensor, tensor.detach().clone(), now) for name, tensor, now in pairs]
-    owners = {id(n.module): n.module for n in norms if n.key in stats}
-    return Handle(False, False, entries, weakref.ref(norms.model), tuple(map(weakref.ref, owners.values())))
+        owners += [weakref.ref(norm.module)] * len(pairs)
+    return Handle(False, False, entries, weakref.ref(norms.model), tuple(owners))
 
 
 def _counted(norm: Norm, before: int, batches: int) -> int:

@@ -79,7 +79,7 @@ def _is_generator(value: Any) -> bool:
     """Of random numbers: torch's, Python's, NumPy's old and new."""
     kind = type(value)
     numpy = kind.__module__.startswith("numpy.random") and kind.__name__ in ("Generator", "RandomState")
-    return numpy or isinstance(value, torch.Generator | random.Random)
+    return numpy or (isinstance(value, torch.Generator | random.Random) and not isinstance(value, random.SystemRandom))
 
 
 def _state(generator: Any) -> Any:

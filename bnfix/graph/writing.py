@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -12,16 +12,9 @@ from torch import Tensor, nn
 
 def put(tensor: Tensor, value: Tensor) -> None:
     """Write ``value`` into a tensor, also into one that was made in inference mode."""
-    with _as(tensor):
-        tensor.copy_(value)
-
-
-@contextmanager
-def _as(tensor: Tensor) -> Iterator[None]:
-    """In the mode in which it may be written to."""
     kind = tensor.is_inference()
     with torch.no_grad(), torch.inference_mode(kind) if kind != torch.is_inference_mode_enabled() else nullcontext():
-        yield
+        tensor.copy_(value)
 
 
 class Saved(NamedTuple):
@@ -107,7 +100,9 @@ def _show(tensor: Tensor, alias: Tensor) -> None:
     memory = alias.untyped_storage()
     if memory.nbytes() < _extent(alias):
         memory.resize_(_extent(alias))
-    with _as(tensor):
+    # Not by a context manager of our own for both: Ctrl-C as it is left keeps its generator, and with it the mode.
+    kind = tensor.is_inference()
+    with torch.no_grad(), torch.inference_mode(kind) if kind != torch.is_inference_mode_enabled() else nullcontext():
         tensor.data = alias.data
 
 

@@ -98,7 +98,8 @@ def feeding(batch: Any, call: Call, model: nn.Module) -> str:
     if not given.is_floating_point() and not given.is_complex():
         made += ".float() / 255" if given.dtype == torch.uint8 else ".float()"
     example = "" if made != form else ", for example"
-    bytes_like = given.is_floating_point() and given.numel() and bool(given.detach().amax() > BYTES)
+    dense = given.layout is torch.strided and not given.is_nested
+    bytes_like = dense and given.is_floating_point() and given.numel() and bool(given.detach().amax() > BYTES)
     made = made if made != form else f"{form}.float() / 255" if bytes_like else f"{form}[…]"
     return (
         f"the model was called with {call.signature}: if that is not its input, say how a batch becomes that{example}\n"

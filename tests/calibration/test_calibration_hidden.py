@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
@@ -215,3 +216,50 @@ def test_an_error_in_the_first_batch_names_the_norm_before_it() -> None:
 
     with pytest.raises(CalibrationError, match="batch 0: the forward failed behind norm: RuntimeError: no way on"):
         bnfix.recalibrate(Stumbles(), vectors())
+
+
+class Computed(nn.Module):
+    """Sets a weight that it computes from another in each forward, as AWD-LSTM's WeightDrop does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(5, 6), nn.BatchNorm1d(6)
+        self.raw = self.linear.weight
+        del self.linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.linear.weight = nn.Parameter(self.raw * 2)
+        found: Tensor = self.norm(self.linear(x))
+        return found
+
+
+def test_a_parameter_that_is_computed_anew_in_each_call_is_not_built() -> None:
+    torch.manual_seed(0)
+    model = Computed()
+    bnfix.recalibrate(model, vectors())
+    x = F.linear(torch.cat(vectors()), model.raw * 2, model.linear.bias).detach()
+    torch.testing.assert_close(model.norm.running_mean, x.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.norm.running_var, x.var(0), rtol=1e-5, atol=1e-5)
+
+
+def test_a_sparse_input() -> None:
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(5, 6), nn.BatchNorm1d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.norm(self.linear(x.to_dense()))
+            return found
+
+    torch.manual_seed(0)
+    model = Sparse()
+    bnfix.recalibrate(model, [v.relu().to_sparse() for v in vectors()])
+    x = model.linear(torch.cat([v.relu() for v in vectors()])).detach()
+    torch.testing.assert_close(model.norm.running_mean, x.mean(0), rtol=1e-5, atol=1e-5)
+
+
+def test_a_generator_without_a_state() -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6))
+    model.random = random.SystemRandom()
+    assert bnfix.recalibrate(model, vectors()).changed

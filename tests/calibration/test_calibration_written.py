@@ -195,3 +195,23 @@ def test_undo_of_layers_that_went_on_without_their_wrapper() -> None:
     model.double()
     with pytest.raises(CalibrationError, match="another tensor by now"):
         report.undo()
+
+
+def test_undo_of_the_layers_that_are_left() -> None:
+    """A part of what was recalibrated is gone with the wrapper: nobody misses it."""
+    kept, gone = Two(), Two()
+    for model in (kept, gone):
+        lived_in(model)
+    before = bits(kept)
+    report = bnfix.recalibrate(nn.Sequential(kept, nn.AdaptiveAvgPool2d(6), nn.Conv2d(4, 3, 1), gone).eval(), images())
+    del gone, model
+    report.undo()
+    assert same_bits(kept, before)
+
+
+def test_counters_of_norms_that_stay_may_be_anything() -> None:
+    model = Two()
+    first, second = (m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    first.num_batches_tracked = torch.tensor([3.0, float("nan")])
+    name = next(n for n, m in model.named_modules() if m is second)
+    assert bnfix.recalibrate(model, images(), select=[name]).changed
