@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import signal
+import sys
 import threading
 import time
 from types import TracebackType
@@ -94,9 +95,15 @@ class Guard:
 
     @staticmethod
     def possible() -> bool:
-        """Whether it could end a wait here: in the main thread, where nobody else uses its signal."""
+        """Whether it could end a wait here: in the main thread, where nobody else uses its signal.
+
+        Not before Python 3.11, where each call of a function is one of C: a fiber that is resumed from another depth
+        than it was begun at has other frames below it than it had, and torch, which walks down the stack for each error
+        that it raises, ends the process there.
+        """
         return (
-            threading.current_thread() is threading.main_thread()
+            sys.version_info >= (3, 11)
+            and threading.current_thread() is threading.main_thread()
             and hasattr(signal, "SIGURG")
             and signal.getsignal(signal.SIGURG) is signal.SIG_DFL
         )

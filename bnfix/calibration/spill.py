@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from bnfix.errors import CalibrationError, one_line
@@ -30,7 +31,9 @@ class Spiller:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._folder = os.fspath(folder)
-        self._files: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
+        # A weak reference keeps the address of a storage taken: as long as it is here, no other gets the same key.
+        self._files: dict[int, StorageWeakRef] = {}
+        self._many = 64
         if not hasattr(mmap, "MADV_DONTNEED") or not hasattr(os, "posix_fallocate"):
             raise CalibrationError("spilling to files needs Linux", hint="leave out spill_dir, or set memory_budget")
         if not os.path.isdir(self._folder):
@@ -69,12 +72,17 @@ class Spiller:
             ) from error
         found.copy_(storage)
         _forget(found)
-        self._files[found._cdata] = found
+        if len(self._files) >= self._many:
+            self._files = {key: ref for key, ref in self._files.items() if not ref.expired()}  # type: ignore[no-untyped-call]
+            self._many = 2 * len(self._files) + 64
+        self._files[found._cdata] = StorageWeakRef(found)  # type: ignore[no-untyped-call]
         return found  # type: ignore[no-any-return]
 
     def drop(self, storage: torch.UntypedStorage) -> bool:
         """Whether a storage lies in a file already; its pages leave the memory again."""
-        if mine := storage._cdata in self._files:
+        known = self._files.get(storage._cdata)
+        mine = known is not None and not known.expired()  # type: ignore[no-untyped-call]
+        if mine:
             _forget(storage)
         return mine
 

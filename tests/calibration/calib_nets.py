@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+FIBERS = "fibers" if sys.version_info >= (3, 11) else "threads"
+"""How forwards park where nothing keeps them from it."""
 
 Forward = Callable[[nn.Module, Any], Any]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from calib_nets import Forward, residual
+from calib_nets import FIBERS, Forward, residual
 from nets import lived_in
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -292,7 +292,7 @@ def test_autocast_outside() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         report = bnfix.recalibrate(model, images(), forward=as_is)
         assert max(residual(model, images())) <= EXACT
-    assert report.engine == "fibers"
+    assert report.engine == FIBERS
     assert max(residual(model, images())) > 1e-4  # without it, the activations are others
 
 

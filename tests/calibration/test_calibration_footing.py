@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from calib_nets import FIBERS
 from nets import bits, lived_in, same_bits
 from torch import Tensor
 from trap_nets import Two, as_is, exact, images
@@ -76,7 +77,7 @@ def test_under_a_profiler_that_is_the_users() -> None:
         assert sys.getprofile() is mine
     finally:
         sys.setprofile(None)
-    assert exact(Two(), images(), as_is).engine == "fibers"
+    assert exact(Two(), images(), as_is).engine == FIBERS
     assert sys.getprofile() is None
 
 
@@ -100,7 +101,7 @@ def test_a_profiler_that_the_forward_sets_stays_its_own() -> None:
 def test_where_ctrl_c_is_ignored_as_in_the_background_of_a_shell() -> None:
     usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        assert exact(Two(), images(), as_is).engine == "fibers"
+        assert exact(Two(), images(), as_is).engine == FIBERS
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, usual)
@@ -114,7 +115,7 @@ def test_where_somebody_else_uses_the_signal() -> None:
         assert signal.getsignal(signal.SIGURG) is mine
     finally:
         signal.signal(signal.SIGURG, signal.SIG_DFL)
-    assert exact(Two(), images(), as_is).engine == "fibers"
+    assert exact(Two(), images(), as_is).engine == FIBERS
     assert signal.getsignal(signal.SIGURG) is signal.SIG_DFL
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from calib_nets import FIBERS
 from nets import bits, lived_in, same_bits
 from torch import Tensor, nn
 
@@ -57,7 +58,7 @@ def test_the_fixed_point(size: int) -> None:
     report = bnfix.recalibrate(model, images(size=size), certify="full")
     assert report.residual is not None
     assert max(report.residual.mean, report.residual.var) <= 1e-5  # the same kernels: float32 sums apart
-    assert report.engine in ("fibers", "one chunk")
+    assert report.engine in (FIBERS, "one chunk")
     assert all(b.is_cuda for b in model.buffers())
 
 

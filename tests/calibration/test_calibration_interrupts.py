@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from calib_nets import FIBERS
 from nets import bits, lived_in, same_bits
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -86,12 +87,13 @@ def test_ctrl_c_leaves_nothing(function: str, nth: int) -> None:
     before = untouched()
     reached = interrupted_at(function, nth)
     assert untouched() == before
-    assert reached or nth > 1
-    assert exact(Two(), images()).engine == "fibers"
+    assert reached or nth > 1 or FIBERS == "threads"
+    assert exact(Two(), images()).engine == FIBERS
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("function", LEFT)
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="frames of Python 3.10 hold on to what they were leaving")
 def test_ctrl_c_as_something_is_left(function: str) -> None:
     """It had not begun to put back then: flags came late, the guard and the profiler stayed."""
     before, nth = untouched(), 1
@@ -99,7 +101,7 @@ def test_ctrl_c_as_something_is_left(function: str) -> None:
         assert untouched() == before, nth
         nth += 1
     assert nth > 1
-    assert exact(Two(), images()).engine == "fibers"
+    assert exact(Two(), images()).engine == FIBERS
 
 
 def test_a_training_that_ctrl_c_stopped_may_be_recalibrated_right_there() -> None:

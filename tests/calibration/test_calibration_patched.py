@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from calib_nets import norm_inputs
+from calib_nets import FIBERS, norm_inputs
 from torch import Tensor
 from trap_nets import EXACT, Two, exact, images
 
@@ -102,4 +102,4 @@ def test_a_function_of_a_library_that_hands_on_as_torch_does() -> None:
         def forward(self, x: Tensor) -> Any:
             return self.second(twice(self.first(x)))
 
-    assert exact(Net(), images()).engine == "fibers"
+    assert exact(Net(), images()).engine == FIBERS

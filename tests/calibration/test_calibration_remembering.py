@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from calib_nets import residual
+from calib_nets import FIBERS, residual
 from nets import bits, lived_in, same_bits
 from torch import Tensor
 from trap_nets import EXACT, PLAIN, Two, exact, images
@@ -183,7 +183,7 @@ def test_a_state_that_is_reset_for_each_batch() -> None:
     with pytest.raises(CalibrationError, match=r"KeepsRows.level from call to call; .*\n?.*m.reset\(\)"):
         bnfix.recalibrate(lived_in(KeepsRows()), batches)
     report = exact(KeepsRows(), batches, lambda m, b: (m.reset(), m(b))[1])
-    assert report.engine == "fibers"
+    assert report.engine == FIBERS
     assert not report.notes
     report = bnfix.recalibrate(lived_in(KeepsRows()), batches[:2])
     assert any("(it changes KeepsRows.level)" in note and "m.reset()" in note for note in report.notes)
@@ -227,7 +227,7 @@ class OnlyCounts(Two):
 
 
 def test_a_count_that_does_not_matter_costs_nothing(parked: str, counted: Callable[[], Any]) -> None:
-    assert exact(OnlyCounts(), images()).engine == parked
+    assert exact(OnlyCounts(), images()).engine == (FIBERS if parked == "fibers" else "threads")
 
 
 class Rounds(Two):
@@ -243,7 +243,7 @@ class Rounds(Two):
 
 
 def test_rounding_is_no_memory(counted: Callable[[], Any]) -> None:
-    assert exact(Rounds(), images()).engine == "fibers"
+    assert exact(Rounds(), images()).engine == FIBERS
 
 
 class Alternating(Two):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from calib_nets import Forward, distances, residual
+from calib_nets import FIBERS, Forward, distances, residual
 from nets import CalledTwice, InPlainList, lived_in
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -361,7 +361,7 @@ class Grads(Two):
 @ways
 @pytest.mark.parametrize("net", [Checkpointed, CheckpointedAnew, Functional, Grads])
 def test_unusual_ways_to_call_a_norm(net: type[nn.Module], forward: Forward | None) -> None:
-    assert exact(net(), images(), forward).engine == ("threads" if net is Grads else "fibers")
+    assert exact(net(), images(), forward).engine == ("threads" if net is Grads else FIBERS)
 
 
 def test_norms_inside_vmap() -> None:

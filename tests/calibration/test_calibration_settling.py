@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calib_nets import residual
+from calib_nets import FIBERS, residual
 from torch import Tensor, nn
 
 import bnfix
@@ -42,7 +42,7 @@ def test_a_recurrent_cell_in_which_plain_iteration_swings(seed: int) -> None:
     model, data = cell(seed)
     report = bnfix.recalibrate(model, data)
     assert max(residual(model, data)) <= 1e-5  # three runs apart by rounding: some 1e-6
-    assert report.engine == "fibers"
+    assert report.engine == FIBERS
     assert report.iterations <= 41
 
 
@@ -51,7 +51,7 @@ def test_what_did_not_settle_is_no_leak(monkeypatch: pytest.MonkeyPatch) -> None
     model, data = cell(0)
     monkeypatch.setattr(engines, "ROUNDS", 5)
     report = bnfix.recalibrate(model, data)
-    assert report.engine == "fibers"
+    assert report.engine == FIBERS
     assert report.replay is not None
     assert report.replay <= 1e-5
     (said,) = report.notes
@@ -123,7 +123,7 @@ def test_in_half_precision_its_rounding_is_no_swing(dtype: torch.dtype) -> None:
     model = lived_in(nn.Sequential(conv, norm, nn.ReLU(), conv, norm, nn.ReLU(), conv, norm)).to(dtype)
     data = list(torch.randn(200, 6, 8, 8).to(dtype).split(20))
     report = bnfix.recalibrate(model, data)
-    assert report.engine == "fibers"
+    assert report.engine == FIBERS
     assert report.iterations < 40
     (said,) = report.notes
     assert "settled to" in said

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from calib_nets import residual
+from calib_nets import FIBERS, residual
 from nets import bits, lived_in, same_bits
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -160,7 +160,7 @@ def test_a_device_and_modes_of_the_callers() -> None:
             lived_in(model)
             with context:
                 report = bnfix.recalibrate(model, data, forward=as_is, **options)  # type: ignore[arg-type]
-        assert report.engine == "fibers"
+        assert report.engine == FIBERS
         if isinstance(context, torch.device):
             assert set(devices) == {"meta"}
             continue
@@ -178,7 +178,7 @@ def test_context_variables_of_the_callers() -> None:
 
     token = SCALE.set(3.0)
     try:
-        assert exact(Scaled(), images(), as_is).engine == "fibers"
+        assert exact(Scaled(), images(), as_is).engine == FIBERS
     finally:
         SCALE.reset(token)
 
@@ -191,7 +191,7 @@ def test_an_event_loop_that_only_the_callers_thread_has(parked: str) -> None:
 
     asyncio.set_event_loop(loop := asyncio.new_event_loop())
     try:
-        assert exact(Loops(), images(), as_is).engine == (PLAIN if parked == "threads" else "fibers")
+        assert exact(Loops(), images(), as_is).engine == (PLAIN if parked == "threads" else FIBERS)
     finally:
         asyncio.set_event_loop(None)
         loop.close()
@@ -242,7 +242,7 @@ def no_threads() -> bool:
 def test_something_held_across_a_norm(what: str, parked: str) -> None:
     report = exact(Inside(WAITS[what]), images(80), as_is)
     if parked == "fibers" and what in ("reentrant", "condition"):  # one thread may take them as often as it likes
-        assert report.engine == "fibers"
+        assert report.engine == FIBERS
     else:
         assert report.engine == PLAIN
         assert any("waited for another one" in note for note in report.notes)
@@ -274,7 +274,7 @@ def test_a_lock_on_self_is_each_chunks_own() -> None:
                 self.slot.put(y := self.first(x))
                 return self.second(y) + self.slot.get()
 
-    assert exact(Locked(), images(), as_is).engine == "fibers"
+    assert exact(Locked(), images(), as_is).engine == FIBERS
 
 
 @pytest.mark.usefixtures("impatient")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from calib_nets import distances, residual
+from calib_nets import FIBERS, distances, residual
 from nets import lived_in
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -199,7 +199,7 @@ class LeavesItsDtype(Two):
 
 def test_a_process_that_a_forward_leaves_changed() -> None:
     fails(lived_in(LeavesItsDtype()), marked(), CalibrationError)
-    assert exact(LeavesItsDtype(), images()).engine == "fibers"
+    assert exact(LeavesItsDtype(), images()).engine == FIBERS
 
 
 def test_a_progress_function_that_fails() -> None:
@@ -260,7 +260,7 @@ class Hungry(Two):
 @pytest.mark.parametrize("error", NO_MEMORY, ids=["CUDA", "Python", "CPU"])
 def test_no_memory_for_larger_batches_than_the_loaders(error: Exception) -> None:
     report = exact(Hungry(error, samples=16), images())
-    assert report.engine == "fibers"
+    assert report.engine == FIBERS
     assert any("no memory for larger batches" in note for note in report.notes)
 
 

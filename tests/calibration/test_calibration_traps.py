@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from calib_nets import Forward
+from calib_nets import FIBERS, Forward
 from nets import bits, lived_in
 from torch import Tensor, nn
 from trap_nets import PLAIN, Two, as_is, exact, images
@@ -136,7 +136,7 @@ class InAnObject(Three):
 @pytest.mark.parametrize("net", [OnSelf, InContainers, ByShape, Accumulating, HookObjects, InAnObject])
 def test_what_a_model_keeps_stays_with_its_chunk(net: type[nn.Module], forward: Forward | None) -> None:
     report = exact(net(), images(), forward)
-    assert report.engine == "fibers"
+    assert report.engine == FIBERS
     assert report.replay is not None
     assert report.replay < 1e-5
 
@@ -151,7 +151,7 @@ def test_a_hook_that_keeps_values_in_its_closure(forward: Forward | None) -> Non
         return self.bn3(self.second(self.first(x)) + store["skip"])
 
     model.forward = types.MethodType(run, model)  # type: ignore[method-assign]
-    assert exact(model, images(), forward).engine == "fibers"
+    assert exact(model, images(), forward).engine == FIBERS
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121"])
@@ -160,7 +160,7 @@ def test_features_of_timm(name: str) -> None:
     model = lived_in(timm.create_model(name, features_only=True))
     batches = [torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     report = bnfix.recalibrate(model, batches, forward=as_is, certify="full")
-    assert report.engine == "fibers"
+    assert report.engine == FIBERS
     assert report.residual is not None
     assert max(report.residual.mean, report.residual.var) < 1e-5
 
@@ -276,7 +276,7 @@ def test_what_is_kept_outside_the_model_is_noticed(net: type[nn.Module], forward
 def test_a_setting_of_the_callers_thread(count: int, parked: str) -> None:
     OF_THREAD.scale = 3.0
     try:
-        one = "one chunk" if count == 40 else "fibers"
+        one = "one chunk" if count == 40 else FIBERS
         assert exact(PerThread(), images(count)).engine == (PLAIN if parked == "threads" else one)
     finally:
         del OF_THREAD.scale

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from calib_nets import residual
+from calib_nets import FIBERS, residual
 from nets import lived_in
 from torch import Tensor, nn
 from trap_nets import EXACT, Two, as_is, exact, images
@@ -55,8 +55,8 @@ def test_longer_sequences_are_not_cut_where_the_first_ended(forward: Any) -> Non
     batches = [*short[:4], *long, *short[4:]]
     report = exact(NormAStep(), batches, forward)
     assert not report.never_called
-    assert report.engine == "fibers"  # nothing keeps the chunks from being parked
-    assert exact(NormAStep(), [*long, *sequences(40, 6, seed=2), *short], forward).engine == "fibers"
+    assert report.engine == FIBERS  # nothing keeps the chunks from being parked
+    assert exact(NormAStep(), [*long, *sequences(40, 6, seed=2), *short], forward).engine == FIBERS
 
 
 def test_a_norm_that_one_domain_alone_has_behind_the_others() -> None:
