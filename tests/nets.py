@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -230,3 +231,21 @@ class InAutocast(TwoConsumers):
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
             y = self.bn(self.conv(x))
         return y.float()
+
+
+class PassesOn(nn.Module):
+    """A wrapper that hands on whatever it is asked for, as adapters do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.inner(x)
+        return found

@@ -27,20 +27,20 @@ OVER_NULL = 4.0
 class Change:
     """rms(before − after)/std(after) of the outputs on ``probe`` samples; ``null`` is the same between two halves.
 
-    ``doubt`` says why the new statistics may be worse than the old ones; empty if nothing speaks for that.
+    ``doubtful``: the new statistics may be worse than the old ones.
     """
 
     value: float | None
     null: float | None = None
     probe: int = 0
-    doubt: str = ""
+    doubtful: bool = False
 
     @property
     def worth_it(self) -> bool:
         """Whether the change is large, and known to be larger than chance."""
         if self.value == math.inf:  # there are numbers now, or none
             return True
-        if self.doubt:
+        if self.doubtful:
             return False
         if self.value is None:  # no outputs to go by
             return True

@@ -161,9 +161,8 @@ def find_norms(
     norms = Norms(model, _tensors=places, _decide=decide)
     without, instance = [], []
     by_memory: dict[int, Norm] = {}
-    for module in sorted(
-        owners.modules.values(), key=holds_statistics, reverse=True
-    ):  # wrappers that pass on come later
+    # A wrapper that passes on what a norm holds comes behind it: it is no other norm.
+    for module in sorted(owners.modules.values(), key=holds_statistics, reverse=True):
         path = (owners.paths(module) or ("",))[0]
         mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
         if isinstance(module, nn.modules.instancenorm._InstanceNorm):
@@ -199,7 +198,7 @@ def find_norms(
         elif isinstance(module, nn.modules.batchnorm._NormBase):
             without.append(path)
     norms.without, norms.instance = tuple(without), tuple(instance)
-    if select is not None and not isinstance(select, str) and not callable(select):
+    if isinstance(select, tuple):
         paths = {p for m in owners.modules.values() for p in owners.paths(m)}
         sites = {f"{p}.{name}" if p else name for _, p, _, name in places.values()}
         unknown = sorted(map(str, set(select) - paths - sites))

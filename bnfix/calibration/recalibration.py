@@ -279,13 +279,13 @@ class _Work:
         elif thorough:
             found = dataclasses.replace(found, null=judging.between(session, probe, outcome.halves))
         if outcome.uneven is not None:
-            found = dataclasses.replace(found, doubt="the batches differ")
+            found = dataclasses.replace(found, doubtful=True)
         if self.ranks.world == 1:
             return found
         return next((c for c in self.ranks.all_of(found) if c.value is not None), found)
 
     def _leave_it(self, change: judging.Change) -> tuple[str, ...]:
-        if change.value is None or change.worth_it or change.doubt:
+        if change.value is None or change.worth_it or change.doubtful:
             return ()
         if change.null is None:
             return UNJUDGED if self.options.when == "needed" and change.value > judging.CHANGE else ()

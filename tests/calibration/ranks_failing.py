@@ -269,3 +269,30 @@ def dies(team: Team) -> Met:
         os._exit(0)
 
     return spoiled(team, given=ending)
+
+
+FAILURES = {
+    "loader_raises": ("CalibrationError", "after batch 0: OSError: disk on fire"),
+    "loader_raises_at_once": ("CalibrationError", "at its first batch: OSError: disk on fire"),
+    "stream_raises": ("CalibrationError", "after batch 0: OSError: disk on fire"),
+    "interrupted": ("KeyboardInterrupt", ""),
+    "holds_nan": ("CalibrationError", "batch 1 holds NaN or Inf"),
+    "no_batches": ("TypeError", "iterates over, not int"),
+    "wrong_argument": ("ValueError", "method is one of"),
+    "wrong_forward": ("CalibrationError", "batch 0: "),
+    "no_such_norm": ("CalibrationError", "select='nothing' fits no norm"),
+    "forward_raises": ("CalibrationError", "no such word"),
+    "forward_interrupted": ("KeyboardInterrupt", ""),
+    "interrupted_before_the_others_come": ("KeyboardInterrupt", ""),
+}
+"""What the rank that fails meets."""
+
+SHARED = {
+    "forward_makes_nan": "rank 1, batch 1: two: its input holds NaN or Inf",
+    "other_arguments": "unbiased is True on rank 0, False on rank 1",
+    "other_model": "the norms is 4 (digest",
+    "other_weights": "the digest of the weights is ",
+    "other_eps": "the norms is 4 (digest",
+    "all_empty": "the data holds no batch",
+}
+"""What all ranks meet alike."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from calib_nets import residual
-from nets import lived_in
+from nets import PassesOn, lived_in
 from torch import Tensor, nn
 
 import bnfix
@@ -135,24 +134,6 @@ def test_a_layer_that_the_first_call_builds() -> None:
     model.eval()(vectors()[0])
     bnfix.recalibrate(model, vectors())
     assert max(residual(model, vectors())) <= EXACT
-
-
-class PassesOn(nn.Module):
-    """A wrapper that hands on whatever it is asked for, as adapters do."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.inner(x)
-        return found
 
 
 def test_a_norm_in_a_wrapper_that_passes_attributes_on() -> None:

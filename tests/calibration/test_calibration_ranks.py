@@ -18,7 +18,7 @@ import pytest
 import torch
 from calib_nets import residual
 from ranks_common import SIZES, WORLDS, Iterated, Leaking, Met, Routes, bright_and_dark, data, made, net
-from ranks_failing import BAD
+from ranks_failing import BAD, FAILURES, SHARED
 from torch import Tensor, nn
 
 import bnfix
@@ -320,22 +320,6 @@ def test_a_process_outside_the_group(results: Results) -> None:
     assert met.untouched
 
 
-FAILURES = {
-    "loader_raises": ("CalibrationError", "after batch 0: OSError: disk on fire"),
-    "loader_raises_at_once": ("CalibrationError", "at its first batch: OSError: disk on fire"),
-    "stream_raises": ("CalibrationError", "after batch 0: OSError: disk on fire"),
-    "interrupted": ("KeyboardInterrupt", ""),
-    "holds_nan": ("CalibrationError", "batch 1 holds NaN or Inf"),
-    "no_batches": ("TypeError", "iterates over, not int"),
-    "wrong_argument": ("ValueError", "method is one of"),
-    "wrong_forward": ("CalibrationError", "batch 0: "),
-    "no_such_norm": ("CalibrationError", "select='nothing' fits no norm"),
-    "forward_raises": ("CalibrationError", "no such word"),
-    "forward_interrupted": ("KeyboardInterrupt", ""),
-    "interrupted_before_the_others_come": ("KeyboardInterrupt", ""),
-}
-
-
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_rank_that_fails_makes_all_fail(results: Results, name: str, world: int) -> None:
@@ -351,16 +335,6 @@ def test_a_rank_that_fails_makes_all_fail(results: Results, name: str, world: in
             assert met.error == "CalibrationError"
             assert f"rank {BAD} of {world} failed, so every rank's model is as it was: " in met.text
             assert (text or error) in met.text
-
-
-SHARED = {
-    "forward_makes_nan": "rank 1, batch 1: two: its input holds NaN or Inf",
-    "other_arguments": "unbiased is True on rank 0, False on rank 1",
-    "other_model": "the norms is 4 (digest",
-    "other_weights": "the digest of the weights is ",
-    "other_eps": "the norms is 4 (digest",
-    "all_empty": "the data holds no batch",
-}
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.flop_counter
-from nets import lived_in, relative_error
+from nets import PassesOn, lived_in, relative_error
 from torch import Tensor, nn
 
 import bnfix
@@ -212,21 +212,7 @@ def test_weights_standardised_with_batch_norm_are_no_norms() -> None:
 
 
 def test_wrapper_that_hands_attributes_through_is_no_norm() -> None:
-    class Wrapper(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def __getattr__(self, name: str) -> Any:
-            try:
-                return super().__getattr__(name)
-            except AttributeError:
-                return getattr(super().__getattr__("inner"), name)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x)  # type: ignore[no-any-return]
-
-    result = fold(nn.Sequential(nn.Conv2d(3, 4, 3), Wrapper(nn.BatchNorm2d(4))))
+    result = fold(nn.Sequential(nn.Conv2d(3, 4, 3), PassesOn(nn.BatchNorm2d(4))))
     assert [e.site for e in result.edits] == ["1.inner"]
     assert not result.refusals
 
