@@ -52,14 +52,14 @@ def fresh(session: Session, batches: Sequence[Chunk], samples: int, outcome: Out
     """
     options = session.options
     streamed = outcome.engine == "stream"  # it kept nothing that could be run again, so that any pass tells more
-    if not all(_everywhere(session, replayable(session.data))):
+    if not all(session.ranks.each(int(replayable(session.data)))):
         if streamed:
             session.notes.append("the residual could not be measured: the data can't be read a second time")
         return None
     reader = Reader(session.data, session.model, options.forward, options.mask, options.max_samples)
     first = reader.next()
     same = not streamed and (first is None or any(starts_with(old, first) for old in batches))
-    if all(_everywhere(session, same)):
+    if all(session.ranks.each(int(same))):
         return None  # the loader gives the same tensors again
     session.say(f"certifying: {'one more pass over' if streamed else 'a new draw of'} the data")
     start = [first] if first is not None else []
@@ -76,7 +76,3 @@ def starts_with(old: Chunk, new: Chunk) -> bool:
     return all(
         a.shape[1:] == b.shape[1:] and torch.equal(a[: len(b)], b[: len(a)]) for a, b in pairs if a.dim() and b.dim()
     )
-
-
-def _everywhere(session: Session, true: bool) -> list[int]:
-    return [said[0] for said in session.ranks.numbers([int(true)])]

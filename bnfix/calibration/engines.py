@@ -135,7 +135,7 @@ def _tried(
             raise
         return None, MIXED, f"no memory for larger batches than the loader's ({full})"
     except StuckError as stuck:
-        again = any(said[0] for said in session.ranks.numbers([int(isinstance(stuck, NoFootingError))]))
+        again = any(session.ranks.each(int(isinstance(stuck, NoFootingError))))
         verdict, why = LEAKS, "a chunk waited for another one (a lock held across a norm)"
         if isinstance(stuck, ElsewhereError):
             verdict, why = CLEAN, ""
@@ -153,7 +153,7 @@ def _tried(
         session.ranks.agree(error)
     finally:
         error = None  # its traceback holds this frame, and with it all activations
-    return None, max(said[0] for said in session.ranks.numbers([verdict])), why or "on another rank"
+    return None, max(session.ranks.each(verdict)), why or "on another rank"
 
 
 def _runs_alone(session: Session, chunk: Chunk) -> bool:
@@ -187,7 +187,7 @@ def _proven(
         found.forwards += witness.samples / sum(c.samples for c in chunks)
         if verdict != CLEAN:
             break
-    worst = max(said[0] for said in session.ranks.numbers([verdict]))
+    worst = max(session.ranks.each(verdict))
     if worst == _FULL:
         raise MemoryFullError(why or "on another rank")
     return found, worst, why or "on another rank"

@@ -81,7 +81,7 @@ def _measured(session: Session, chunks: Sequence[Chunk], stats: dict[int, Stats]
         full = error
     finally:
         turn.put(session.device)
-    if any(said[0] for said in session.ranks.numbers([int(full is not None)])):  # another way is tried then, by all
+    if any(session.ranks.each(int(full is not None))):  # another way is tried then, by all
         raise full or MemoryFullError("another rank")
     return merged(found, session.norms, session.ranks)
 

@@ -63,6 +63,10 @@ class Ranks:
         """The same for a few integers: cheaper."""
         return [list(values)]
 
+    def each(self, value: int) -> list[int]:
+        """One integer of each rank, in rank order."""
+        return [said[0] for said in self.numbers([value])]
+
     def merged(self, moments: Moments) -> Moments:
         """The moments of all ranks, merged in rank order; the same bits on each."""
         return moments

@@ -169,8 +169,8 @@ class _Work:
                 fresh = certifying.fresh(session, plan.batches, reader.samples, outcome)
         with self._timed("judging"):
             change = self._change(plan, outcome)
-        samples = sum(self._everywhere(sum(c.samples for c in chunks) if chunks else reader.samples))
-        batches = sum(self._everywhere(reader.batches))
+        samples = sum(self.ranks.each(sum(c.samples for c in chunks) if chunks else reader.samples))
+        batches = sum(self.ranks.each(reader.batches))
         changed = not options.dry_run and bool(outcome.stats) and (options.when == "always" or change.worth_it)
         frozen, never, left_why = summary.left_alone(
             session.norms, outcome, self._reached(scouted), masked=options.mask is not None
@@ -327,9 +327,6 @@ class _Work:
         here = scouted.reached if scouted is not None else set()
         keys = set().union(*self.ranks.all_of({n.key for n in self.session.norms if id(n.mean) in here}))
         return {id(n.mean) for n in self.session.norms if n.key in keys}
-
-    def _everywhere(self, number: int) -> list[int]:
-        return [said[0] for said in self.ranks.numbers([number])]
 
     def _timed(self, name: str) -> _Clock:
         return _Clock(self.session.seconds, name)
